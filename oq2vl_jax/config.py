@@ -1,0 +1,301 @@
+"""Every dataclass of the configuration, and how one is loaded, saved and compared.
+
+Values live in configs/*.py (a file that binds `config`) or in the config.json of a run; this file holds types, the
+published model and the checks. It imports neither jax nor torch, so that `--help` is instant.
+Deviation from frameworks with YAML: a config is Python (an ablation is `dataclasses.replace`), its resolved form JSON.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from oq2vl_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP encoder. Features are the output of the second-to-last block, so the last of `num_layers` is never held."""
+
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """gelu = exact, as timm trained the published checkpoint; gelu_tanh = what the hub's SigLIP config says."""
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patches_per_side**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Qwen2 decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rope_inv_freq: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 rounds the rotary inverse frequencies as the published code does."""
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """SigLIP -> average pooling to `num_visual_tokens` -> 2-layer MLP -> Qwen2."""
+
+    vision: VisionConfig
+    decoder: DecoderConfig
+    num_visual_tokens: int
+    """Visual tokens per image; a square number. 144 in pre-training, 729 in tuning: the weights are the same."""
+    image_token_id: int
+    """Id that stands where a visual token goes. Qwen2.5: <|image_pad|> = 151655."""
+
+    def __post_init__(self):
+        check_square("model.num_visual_tokens", self.num_visual_tokens)
+        if self.vision.hidden_size % self.vision.num_heads:
+            raise UserError(
+                f"model.vision.num_heads = {self.vision.num_heads} does not divide hidden_size = {self.vision.hidden_size}."
+            )
+        if self.decoder.num_heads % self.decoder.num_kv_heads:
+            raise UserError(
+                f"model.decoder.num_kv_heads = {self.decoder.num_kv_heads} does not divide "
+                f"num_heads = {self.decoder.num_heads}."
+            )
+        if not 0 <= self.image_token_id < self.decoder.vocab_size:
+            raise UserError(
+                f"model.image_token_id = {self.image_token_id} is outside the vocabulary of {self.decoder.vocab_size}."
+            )
+
+    @staticmethod
+    def open_qwen2vl_2b(num_visual_tokens: int = 144) -> "ModelConfig":
+        """The published model: SigLIP-SO400M/14-384 and Qwen2.5-1.5B-Instruct (arXiv 2504.00595)."""
+        return ModelConfig(
+            vision=VisionConfig(
+                image_size=384, patch_size=14, hidden_size=1152, intermediate_size=4304, num_layers=27, num_heads=16
+            ),
+            decoder=DecoderConfig(
+                vocab_size=151_936,
+                hidden_size=1536,
+                intermediate_size=8960,
+                num_layers=28,
+                num_heads=12,
+                num_kv_heads=2,
+                head_dim=128,
+            ),
+            num_visual_tokens=num_visual_tokens,
+            image_token_id=151_655,
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and the budgets it was packed with (checked against each source's manifest)."""
+
+    sources: dict[str, float]
+    """Packed directory -> weight in the mixture."""
+    num_tokens: int
+    """Tokens in a packed row."""
+    max_images: int
+    """Image slots in a packed row."""
+    template: Literal["plain", "open_qwen2vl", "chatml"] = "open_qwen2vl"
+    """How conversations were written out by the packer; generation asks in the same form."""
+    attention_scope: Literal["document", "row"] = "document"
+    """document: packed documents do not see each other, positions restart. row: the published behaviour."""
+    num_threads: int = 4
+    """Threads that decode images, per worker."""
+    num_workers: int = 0
+    """Worker processes; 0 = threads only. Batches do not depend on either number."""
+    synthetic_documents: int = 0
+    """> 0: make this many captioned shapes under run_dir/data, pack them, and train on them as the only source."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    learning_rate: float
+    weight_decay: float
+    """On matrices only. The published run's effective decay was 0 (its groups were built from flattened shards)."""
+    warmup_fraction: float = 0.03
+    max_grad_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class TrainableConfig:
+    """Which parts are trained. Published stages: pretrain and finetune = projector + decoder; full-pretrain = all."""
+
+    vision: bool = False
+    projector: bool = True
+    decoder: bool = True
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name))
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices as (data, fsdp): rows are split over both, parameters and optimizer state over fsdp. -1 = the rest."""
+
+    data: int = 1
+    fsdp: int = -1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_num_steps: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    num_steps: int
+    global_batch_size: int
+    """Packed rows per optimizer step, over all devices."""
+    run_dir: str
+    """Where config.json, metrics.jsonl and checkpoints/ go. The same command with the same run_dir resumes."""
+    trainable: TrainableConfig = TrainableConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    rows_per_device: int | None = None
+    """Rows in one forward pass of one device; the rest of the global batch is accumulated. None: all at once."""
+    init_from: str | None = None
+    """Start from the weights of this checkpoint (weights only; the optimizer and the data start anew)."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Activations and matmuls; master weights, optimizer and loss are float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """Decoder activations kept for the backward pass: all, matmul outputs, or block inputs only."""
+    seed: int = 7
+    log_every: int = 10
+
+
+OPERATIONAL_FIELDS = (
+    "run_dir", "log_every", "checkpoint.every_num_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp",
+    "rows_per_device", "remat", "data.num_threads", "data.num_workers",
+)  # fmt: skip
+"""May change between a run and its resumption: they decide how, not what, is computed."""
+
+
+def check_square(name: str, number: int) -> None:
+    side = math.isqrt(max(number, 0))
+    if number < 1 or side * side != number:
+        raise UserError(
+            f"{name} = {number} is no square number; the pooling grid is square. Nearest: {side**2 or 1} or {(side + 1) ** 2}."
+        )
+
+
+def load_config(path: str) -> TrainConfig:
+    """Reads `config` from a .py of configs/, or a resolved config.json. Raises UserError with file, key and a hint."""
+    file = Path(path)
+    if not file.is_file():
+        siblings = [str(p) for p in file.parent.glob("*") if p.suffix in (".py", ".json")]
+        raise UserError(f"{path}: no such config file.{hint(str(file), siblings)}")
+    if file.suffix == ".json":
+        try:
+            return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not valid JSON: {error}.") from error
+    if file.suffix != ".py":
+        raise UserError(f"{path}: a config is a .py of configs/ or a resolved config.json.")
+    try:
+        config = runpy.run_path(str(file)).get("config")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except TypeError as error:  # a dataclass called with a wrong keyword
+        raise UserError(f"{path}: {_explain_keyword(error)}") from error
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path}: must bind `config = TrainConfig(...)`, found {type(config).__name__}.")
+    return config
+
+
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    """Strict inverse of dataclasses.asdict: an unknown or missing key, or a value of another type, is an error."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object for {cls.__name__}, got {values!r}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems = [f"unknown key {key!r}{hint(key, fields)}" for key in values if key not in fields]
+    problems += [
+        f"missing key {name!r}"
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING
+    ]
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)} (in {cls.__name__}).")
+    types = get_type_hints(cls)
+    return cls(**{key: _from_value(types[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """{"optimizer.learning_rate": 0.001, ...}; mixtures such as data.sources stay one value."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{field.name}.{key}": inner for key, inner in flatten(value).items()}
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def hint(word: str, known: Any) -> str:
+    """' Did you mean X?' for the nearest known word, or nothing."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _from_value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, where)
+    if get_origin(kind) is Literal:
+        is_valid = value in get_args(kind)
+    elif get_origin(kind) is dict:
+        is_valid = isinstance(value, dict)
+    else:
+        allowed = get_args(kind) or (kind,)
+        allowed += (int,) if float in allowed else ()
+        is_valid = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
+    if not is_valid:
+        raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}.")
+    return value
+
+
+def _explain_keyword(error: TypeError) -> str:
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found or found[1] not in globals():
+        return f"{error}."
+    cls, key = globals()[found[1]], found[2]
+    return f"{cls.__name__} has no field {key!r}.{hint(key, [field.name for field in dataclasses.fields(cls)])}"

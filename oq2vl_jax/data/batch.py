@@ -1,0 +1,37 @@
+"""Batch: the contract between the data and the model.
+
+One row of a batch, num_tokens T = 12, image slots I = 2, visual tokens M = 4 (# = image placeholder, . = padding):
+
+    tokens       s # # # # a e s b c e .
+    labels       . . . . a e - b c e - .      the id to predict at this position; IGNORE where there is none
+    segment_ids  1 1 1 1 1 1 1 2 2 2 2 0      1, 2, ... = document of the row, 0 = padding
+    positions    0 1 2 3 4 5 6 0 1 2 3 0      restart with each document
+    images       [picture, zeros]             slot 0 holds the first image of the row, unused slots are zero
+
+With attention_scope "row" segment_ids are 1 on everything but padding, positions run through the row, and the last
+token of a document predicts the first of the next one, as in the published code.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+IGNORE = -100
+"""Label of a position that carries no loss: images, padding, questions, the last token of a document."""
+
+
+class Batch(NamedTuple):
+    """Arrays of B packed rows; numpy on the host, global jax arrays in the train step.
+
+    tokens: int32 [B, T], 0 <= id < vocab_size; `image_token_id` at visual tokens, <|endoftext|> at padding.
+    labels: int32 [B, T], already shifted: labels[b, t] is the target of position t, or IGNORE.
+    positions: int32 [B, T], >= 0.
+    segment_ids: int32 [B, T], 0 = padding.
+    images: uint8 [B, I, height, width, 3], RGB 0..255; the k-th image of a row belongs to its k-th run of M placeholders.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    images: np.ndarray

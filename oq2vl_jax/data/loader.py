@@ -1,0 +1,135 @@
+"""Packed shards to Batches: Grain over ArrayRecord, shuffled, mixed, decoded in threads, restored exactly.
+
+The order of rows is a function of (seed, sources, weights) alone. The state of the loader is one integer, the number
+of rows consumed over all processes, so it can be restored on any number of workers or processes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from oq2vl_jax.config import DataConfig, ModelConfig
+from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.images import ImageProblem, decode_image
+from oq2vl_jax.data.rows import PackedRow, decode_row
+from oq2vl_jax.data.text import tokenizer_sha256
+from oq2vl_jax.errors import UserError
+
+NUM_PREFETCHED_BATCHES = 4
+
+
+def make_loader(
+    data: DataConfig,
+    model: ModelConfig,
+    global_batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "grain.experimental.ElasticIterator":
+    """Endless batches of this process's share of `global_batch_size` rows; has get_state() and set_state().
+
+    Raises UserError where a source was packed for another model or budget.
+    """
+    manifests = {path: read_manifest(path) for path in data.sources}
+    check_sources(data, model, manifests)
+    sources = []
+    for i, path in enumerate(data.sources):
+        files = [str(Path(path) / entry["file"]) for entry in manifests[path]["files"] if entry["rows"]]
+        sources.append(grain.MapDataset.source(ArrayRecordDataSource(files)).seed(seed + i).shuffle().repeat())
+    mixed = grain.MapDataset.mix(sources, weights=list(data.sources.values())) if len(sources) > 1 else sources[0]
+    pad_id = manifests[next(iter(data.sources))]["pad_id"]
+    workers = None
+    if data.num_workers:
+        from absl import flags
+
+        flags.FLAGS.mark_as_parsed()  # Grain's workers refuse to start outside absl.app otherwise
+        workers = grain.MultiprocessingOptions(num_workers=data.num_workers)
+    return grain.experimental.ElasticIterator(
+        mixed.map(RowDecoder(data, model, pad_id)),
+        global_batch_size,
+        grain.sharding.ShardOptions(process_index, process_count),
+        read_options=grain.ReadOptions(
+            num_threads=data.num_threads, prefetch_buffer_size=max(NUM_PREFETCHED_BATCHES, data.num_threads)
+        ),
+        multiprocessing_options=workers,
+    )
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"data.sources: {path} has no manifest.json; pack it with python -m oq2vl_jax.data.pack.")
+    return json.loads(file.read_text())
+
+
+def check_sources(data: DataConfig, model: ModelConfig, manifests: dict[str, dict]) -> None:
+    """Compares what was packed with what the configuration says; reports every difference together."""
+    problems = []
+    for path, manifest in manifests.items():
+        expected = {
+            "num_tokens": data.num_tokens,
+            "max_images": data.max_images,
+            "visual_tokens": model.num_visual_tokens,
+            "image_id": model.image_token_id,
+            "template": data.template,
+        }
+        problems += [
+            f"{path}: {key} is {manifest.get(key)!r}, the config says {value!r}"
+            for key, value in expected.items()
+            if manifest.get(key) != value
+        ]
+        if manifest["vocab_size"] > model.decoder.vocab_size:
+            problems.append(f"{path}: vocabulary of {manifest['vocab_size']}, the model has {model.decoder.vocab_size}")
+        if data.sources[path] <= 0:
+            problems.append(f"{path}: weight {data.sources[path]}, expected more than 0")
+    if len({manifest["tokenizer_sha256"] for manifest in manifests.values()}) > 1:
+        problems.append("the sources were packed with different tokenizers")
+    if problems:
+        raise UserError("data.sources do not fit the configuration: " + "; ".join(problems) + ".")
+
+
+class RowDecoder(grain.transforms.Map):
+    """Bytes of a packed row to one row of a Batch."""
+
+    def __init__(self, data: DataConfig, model: ModelConfig, pad_id: int):
+        self.data, self.model, self.pad_id = data, model, pad_id
+
+    def map(self, element: bytes) -> Batch:
+        row = decode_row(element)
+        num_placeholders = int((row.tokens == self.model.image_token_id).sum())
+        if num_placeholders != len(row.images) * self.model.num_visual_tokens:
+            raise UserError(f"row of {row.keys[0]}: {len(row.images)} images but {num_placeholders} placeholders.")
+        return Batch(*row_arrays(row, self.data, self.pad_id), self.decode_images(row))
+
+    def decode_images(self, row: PackedRow) -> np.ndarray:
+        size = self.model.vision.image_size
+        images = np.zeros((self.data.max_images, size, size, 3), np.uint8)
+        for slot, image in enumerate(row.images):
+            try:
+                images[slot] = decode_image(image, size)
+            except ImageProblem as problem:
+                raise UserError(f"image {slot} of the row of {row.keys[0]}: {problem}; pack the shards again.") from problem
+        return images
+
+
+def row_arrays(row: PackedRow, data: DataConfig, pad_id: int) -> tuple[np.ndarray, ...]:
+    """tokens, labels, positions, segment_ids of one row, each int32 [num_tokens]; see data/batch.py for a drawing."""
+    num_real, lengths = len(row.tokens), np.array(row.lengths)
+    segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    positions = np.arange(num_real) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    if data.attention_scope == "row":
+        segment_ids, positions = np.ones(num_real, np.int64), np.arange(num_real)
+    labels = np.full(num_real, IGNORE)
+    is_target = row.is_labelled[1:] & (segment_ids[1:] == segment_ids[:-1])
+    labels[:-1][is_target] = row.tokens[1:][is_target]
+
+    def pad(values, fill):
+        padded = np.full(data.num_tokens, fill, np.int32)
+        padded[:num_real] = values
+        return padded
+
+    return pad(row.tokens, pad_id), pad(labels, IGNORE), pad(positions, 0), pad(segment_ids, 0)

@@ -1,0 +1,63 @@
+"""PackedRow and its bytes: one msgpack map per ArrayRecord entry, no pickle, image bytes exactly as they came."""
+
+from typing import NamedTuple
+
+import msgpack
+import numpy as np
+
+FORMAT_VERSION = 1
+WRITER_OPTIONS = "group_size:1,uncompressed"
+"""Random access reads one row; groups of 16 read 20 times slower, compression saves 1.8 % and costs 4 times."""
+
+
+class Document(NamedTuple):
+    """One tokenised sample. tokens: int32 [n] with the image placeholder at visual tokens; is_labelled: bool [n], True
+    where the token is something to predict; images: encoded bytes in order; key: where it came from."""
+
+    tokens: np.ndarray
+    is_labelled: np.ndarray
+    images: list[bytes]
+    key: str
+
+
+class PackedRow(NamedTuple):
+    """Documents one after the other. lengths: tokens of each document; the rest as in Document, concatenated."""
+
+    tokens: np.ndarray
+    is_labelled: np.ndarray
+    lengths: list[int]
+    images: list[bytes]
+    keys: list[str]
+
+
+def pack_documents(documents: list[Document]) -> PackedRow:
+    return PackedRow(
+        tokens=np.concatenate([document.tokens for document in documents]),
+        is_labelled=np.concatenate([document.is_labelled for document in documents]),
+        lengths=[len(document.tokens) for document in documents],
+        images=[image for document in documents for image in document.images],
+        keys=[document.key for document in documents],
+    )
+
+
+def encode_row(row: PackedRow) -> bytes:
+    return msgpack.packb(
+        {
+            "version": FORMAT_VERSION,
+            "tokens": row.tokens.astype("<i4").tobytes(),
+            "is_labelled": np.packbits(row.is_labelled).tobytes(),
+            "lengths": row.lengths,
+            "images": row.images,
+            "keys": row.keys,
+        }
+    )
+
+
+def decode_row(data: bytes) -> PackedRow:
+    """Inverse of encode_row. Raises ValueError for bytes of another format."""
+    fields = msgpack.unpackb(data)
+    if not isinstance(fields, dict) or fields.get("version") != FORMAT_VERSION:
+        raise ValueError(f"not a packed row of format {FORMAT_VERSION}; pack the shards again")
+    tokens = np.frombuffer(fields["tokens"], "<i4").astype(np.int32)
+    is_labelled = np.unpackbits(np.frombuffer(fields["is_labelled"], np.uint8), count=len(tokens)).astype(bool)
+    return PackedRow(tokens, is_labelled, fields["lengths"], fields["images"], fields["keys"])

@@ -1,0 +1,180 @@
+"""Samples to Documents: tokenizer, special tokens, templates, and which tokens are labelled.
+
+Three templates (reference: arXiv 2504.00595 and its code):
+  plain         <s> <image>\\n caption <|im_end|>                            everything but the image labelled
+  open_qwen2vl  the published tuning template, exactly: no newline before "assistant", and in the first turn the token
+                after an image is dropped (a rule meant for Llama that fires because the turn begins with <s>)
+  chatml        Qwen2.5's own
+Conversations are labelled on assistant turns only.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oq2vl_jax.data.rows import Document
+from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.errors import UserError
+
+BOS, EOS, PAD, END_OF_CHUNK = "<s>", "<|im_end|>", "<|endoftext|>", "<|endofchunk|>"
+TURN_START, IMAGE_PAD = "<|im_start|>", "<|image_pad|>"
+IMAGE = "<image>"
+"""Where an image stands in the text of a sample. In captions a literal one becomes <image-placeholder>."""
+HUMAN, ASSISTANT = "human", "gpt"
+
+
+class SampleProblem(ValueError):
+    """A sample that cannot become a document. `reason` is the name it is counted under."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class SpecialTokens(NamedTuple):
+    bos: int
+    eos: int
+    pad: int
+    end_of_chunk: int
+    turn_start: int
+    image: int
+
+
+class TextCodec:
+    """A tokenizer with the special tokens of this project; writes documents and prompts, reads tokens back."""
+
+    def __init__(self, folder: str):
+        """Loads a Hugging Face tokenizer folder and declares <s> and <|endofchunk|>. Raises UserError if it is none."""
+        self._tokenizer = load_tokenizer(folder)
+        self._backend = self._tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True  # text that spells a special token stays text
+        ids = {name: self._backend.token_to_id(name) for name in (BOS, EOS, PAD, END_OF_CHUNK, TURN_START, IMAGE_PAD)}
+        missing = [name for name, token in ids.items() if token is None]
+        if missing:
+            raise UserError(f"{folder}: the tokenizer lacks {', '.join(missing)}; Qwen2.5's has all but <|endofchunk|>.")
+        self.special = SpecialTokens(*ids.values())
+        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._backend.decode(tokens, skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+
+    def document(self, sample: Sample, template: str, num_visual_tokens: int) -> Document:
+        """Raises SampleProblem for a sample that does not fit the template."""
+        if sample.problem:
+            raise SampleProblem(sample.problem)
+        if sample.text is not None:
+            turns = [self._caption_turn(sample.text)]
+        else:
+            turns = self._conversation_turns(sample.conversations, template)
+        if sum(turn.count(None) for turn, _ in turns) != len(sample.images):
+            raise SampleProblem("image_count_mismatch")
+        tokens, is_labelled = [], []
+        for turn, turn_labelled in turns:
+            for token in turn:
+                tokens += [self.special.image] * num_visual_tokens if token is None else [token]
+                is_labelled += [False] * num_visual_tokens if token is None else [turn_labelled]
+        return Document(np.array(tokens, np.int32), np.array(is_labelled, bool), sample.images, sample.key)
+
+    def prompt(self, question: str, template: str, num_images: int, num_visual_tokens: int) -> list[int]:
+        """Tokens to generate from: the images, the question, and for conversations the header of the answer."""
+        text = f"{IMAGE}\n" * num_images + question.strip()
+        if template == "plain":
+            turn = self._encode_items([self.special.bos, *split_at_images(text)])
+        else:
+            turn = self._human_turn(text, template, is_first=True)
+        runs = [[self.special.image] * num_visual_tokens if token is None else [token] for token in turn]
+        return [token for run in runs for token in run]
+
+    def _caption_turn(self, caption: str) -> "tuple[Turn, bool]":
+        caption = caption.strip().replace(IMAGE, "<image-placeholder>")
+        if not caption:
+            raise SampleProblem("text_empty")
+        return self._encode_items([self.special.bos, None, f"\n{caption}", self.special.eos]), True
+
+    def _conversation_turns(self, conversations: Any, template: str) -> "list[tuple[Turn, bool]]":
+        if template == "plain":
+            raise SampleProblem("conversation_needs_a_template")
+        if not isinstance(conversations, list) or len(conversations) < 2:
+            raise SampleProblem("conversation_invalid")
+        turns = []
+        for i, message in enumerate(conversations):
+            speaker = HUMAN if i % 2 == 0 else ASSISTANT
+            if not isinstance(message, dict) or message.get("from") != speaker:
+                raise SampleProblem("conversation_invalid")
+            if not isinstance(message.get("value"), str):
+                raise SampleProblem("conversation_invalid")
+            text = message["value"].strip()
+            if speaker == HUMAN:
+                turns.append((self._human_turn(text, template, is_first=i == 0), False))
+            else:
+                turns += self._assistant_turns(text, template)
+        return turns
+
+    def _human_turn(self, text: str, template: str, is_first: bool) -> "Turn":
+        turn_start, eos = self.special.turn_start, self.special.eos
+        header = [turn_start, "system\nYou are a helpful assistant.", eos, "\n"] if is_first else []
+        message = [turn_start, "user\n", *split_at_images(text), eos]
+        if template == "chatml":
+            return self._encode_items([*header, *message, "\n", turn_start, "assistant\n"])
+        if not is_first:
+            return self._encode_items([*message, "assistant\n"])
+        turn = self._encode_items([self.special.bos, *header, *message, "assistant\n"])
+        return [token for i, token in enumerate(turn) if i == 0 or token is None or turn[i - 1] is not None]
+
+    def _assistant_turns(self, text: str, template: str) -> "list[tuple[Turn, bool]]":
+        if template == "chatml":
+            return [(self._encode_items([*split_at_images(text), self.special.eos]), True), (self.encode("\n"), False)]
+        return [(self._encode_items([*split_at_images(text or " "), self.special.eos, "\n"]), True)]
+
+    def _encode_items(self, items: "list[str | int | None]") -> "Turn":
+        """Text, special ids and images (None) to tokens; neighbouring texts are tokenised as one."""
+        turn: Turn = []
+        text = ""
+        for item in [*items, None]:
+            if isinstance(item, str):
+                text += item
+                continue
+            turn += self.encode(text) if text else []
+            text = ""
+            turn.append(item)
+        return turn[:-1]
+
+
+Turn = list[int | None]
+"""Token ids, None where an image stands."""
+
+
+def split_at_images(text: str) -> list[str | None]:
+    """'a<image>b' to ['a', None, 'b']."""
+    pieces = text.split(IMAGE)
+    return [item for piece in pieces for item in (None, piece)][1:]
+
+
+def load_tokenizer(folder: str):
+    """A Hugging Face tokenizer from a local folder, with <s> and <|endofchunk|> declared special.
+
+    In Qwen2.5 <s> is already a BPE entry (128245) and keeps that id; <|endofchunk|> becomes 151665.
+    """
+    import transformers
+
+    if not Path(folder).is_dir():
+        raise UserError(f"--tokenizer {folder}: no such folder; a Hugging Face tokenizer folder is expected.")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--tokenizer {folder}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer.add_tokens([END_OF_CHUNK, BOS], special_tokens=True)
+    return tokenizer
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Identity of a saved tokenizer: packed rows and model must come from the same one."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

@@ -1,0 +1,90 @@
+"""Parameters and the few layers everything else is made of.
+
+A module holds parameters and static configuration only and is a plain pytree: jax.jit, jax.grad and jax.lax.scan take
+it as it is. Parameters are float32 masters; a layer casts them to the type of its input when it uses them.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+def param(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter with the logical name of each of its axes; train/sharding.py maps the names to mesh axes."""
+    assert value.ndim == len(axes), (value.shape, axes)
+    return nnx.Param(value, axes=axes)
+
+
+def normal(key: Array, shape: tuple[int, ...], std: float, axes: tuple[str | None, ...]) -> nnx.Param:
+    return param(std * jax.random.normal(key, shape, jnp.float32), axes)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias, kernel stored [in, out]."""
+
+    def __init__(self, key: Array, in_dim: int, out_dim: int, axes: tuple[str, str], std: float, use_bias: bool = True):
+        self.kernel = normal(key, (in_dim, out_dim), std, axes)
+        self.bias = param(jnp.zeros(out_dim), (axes[1],)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*batch in_dim"]) -> Float[Array, "*batch out_dim"]:
+        kernel = self.kernel[...].astype(x.dtype)
+        y = x.reshape(-1, x.shape[-1]) @ kernel  # flat: XLA's CPU backward of the 3-axis form takes 1.7 times as long
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class LayerNorm(nnx.Module):
+    """Computed in float32, returned in the type of x."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = param(jnp.ones(dim), ("norm",))
+        self.bias = param(jnp.zeros(dim), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Computed in float32, returned in the type of x."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = param(jnp.ones(dim), ("norm",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def stack_layers(make_layer: Callable[[Array], Layer], key: Array, num_layers: int) -> Layer:
+    """One module whose every parameter has a leading axis "layers", ready for jax.lax.scan.
+
+    Compiling a scan over 28 layers takes 2-6 s where a Python loop takes 10.
+    """
+    stacked = jax.vmap(make_layer)(jax.random.split(key, num_layers))
+
+    def name_leading_axis(variable):
+        return variable.replace(variable[...], axes=("layers", *variable.axes))
+
+    return jax.tree.map(name_leading_axis, stacked, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+def remat_layer(apply: Callable, remat: str) -> Callable:
+    """Wraps a layer so that its backward pass recomputes what the policy `remat` (config.TrainConfig) does not keep."""
+    if remat == "none":
+        return apply
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(apply, policy=dots if remat == "dots" else None)

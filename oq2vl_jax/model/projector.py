@@ -1,0 +1,54 @@
+"""Patch features to visual tokens: adaptive average pooling, then a 2-layer MLP (Open-Qwen2VL, "avgpool" projector).
+
+Pooling follows torch.nn.AdaptiveAvgPool2d: along each side, output bin i averages the inputs floor(i * n / m) to
+ceil((i + 1) * n / m), so bins overlap where m does not divide n. Seven inputs to three bins:
+
+    inputs  0 1 2 3 4 5 6
+    bin 0   x x x
+    bin 1       x x x
+    bin 2           x x x
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from oq2vl_jax.config import ModelConfig
+from oq2vl_jax.model.layers import Linear
+
+
+class Projector(nnx.Module):
+    def __init__(self, key: Array, config: ModelConfig):
+        vision_dim, width = config.vision.hidden_size, config.decoder.hidden_size
+        keys = jax.random.split(key, 2)
+        self.fc1 = Linear(keys[0], vision_dim, width, ("embed", "mlp"), vision_dim**-0.5)
+        self.fc2 = Linear(keys[1], width, width, ("mlp", "embed"), width**-0.5)
+        self.num_visual_tokens = config.num_visual_tokens
+
+    def __call__(self, features: Float[Array, "I P vision_dim"]) -> Float[Array, "I M D"]:
+        pooled = adaptive_average_pool(features, self.num_visual_tokens)
+        return self.fc2(jax.nn.gelu(self.fc1(pooled), approximate=False))
+
+
+def adaptive_average_pool(features: Float[Array, "I P D"], num_tokens: int) -> Float[Array, "I M D"]:
+    """Pools a square grid of P patches to a square grid of M = num_tokens; P -> P is the identity, bit for bit."""
+    num_images, num_patches, dim = features.shape
+    if num_patches == num_tokens:
+        return features
+    pool = jnp.asarray(pooling_matrix(math.isqrt(num_patches), math.isqrt(num_tokens)), features.dtype)
+    grid = features.reshape(num_images, pool.shape[1], pool.shape[1], dim)
+    pooled = jnp.einsum("Iyxd,Yy,Xx->IYXd", grid, pool, pool)
+    return pooled.reshape(num_images, num_tokens, dim)
+
+
+def pooling_matrix(num_inputs: int, num_bins: int) -> np.ndarray:
+    """[num_bins, num_inputs], each row the mean over its bin."""
+    matrix = np.zeros((num_bins, num_inputs), np.float32)
+    for i in range(num_bins):
+        start, end = i * num_inputs // num_bins, -(-(i + 1) * num_inputs // num_bins)
+        matrix[i, start:end] = 1 / (end - start)
+    return matrix

@@ -1,0 +1,161 @@
+"""Qwen2 decoder (arXiv 2407.10671; Hugging Face Qwen2ForCausalLM): GQA, RoPE, SwiGLU, RMSNorm, qkv biases.
+
+The layers are stacked and scanned. The KV cache is a value: a call takes one and returns the next.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from oq2vl_jax.config import DecoderConfig
+from oq2vl_jax.model.attention import attention, causal_segment_mask
+from oq2vl_jax.model.layers import Linear, RMSNorm, normal, remat_layer, stack_layers
+
+INIT_STD = 0.02
+
+
+class KVCache(NamedTuple):
+    """Keys and values of S slots in every layer. Slot s of a row holds the token at position s.
+
+    k, v: [L, B, S, K, H]; is_filled: [B, S], False where nothing has been written or where a prompt was padded.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    is_filled: Bool[Array, "B S"]
+
+
+class Qwen2Attention(nnx.Module):
+    def __init__(self, key: Array, config: DecoderConfig):
+        width = config.hidden_size
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        keys = jax.random.split(key, 4)
+        self.q_proj = Linear(keys[0], width, q_dim, ("embed", "heads"), INIT_STD)
+        self.k_proj = Linear(keys[1], width, kv_dim, ("embed", "heads"), INIT_STD)
+        self.v_proj = Linear(keys[2], width, kv_dim, ("embed", "heads"), INIT_STD)
+        self.o_proj = Linear(keys[3], q_dim, width, ("heads", "embed"), INIT_STD, use_bias=False)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x: Float[Array, "B T D"], rope, mask: Bool[Array, "B T S"], cache, slots):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = apply_rope(self.q_proj(x).reshape(heads), *rope)
+        k = apply_rope(self.k_proj(x).reshape(heads), *rope)
+        v = self.v_proj(x).reshape(heads)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            k, v = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
+        attended = attention(q, k, v, mask).reshape(*x.shape[:2], -1)
+        return self.o_proj(attended), None if cache is None else (k, v)
+
+
+class Qwen2MLP(nnx.Module):
+    def __init__(self, key: Array, config: DecoderConfig):
+        width, hidden = config.hidden_size, config.intermediate_size
+        keys = jax.random.split(key, 3)
+        self.gate_proj = Linear(keys[0], width, hidden, ("embed", "mlp"), INIT_STD, use_bias=False)
+        self.up_proj = Linear(keys[1], width, hidden, ("embed", "mlp"), INIT_STD, use_bias=False)
+        self.down_proj = Linear(keys[2], hidden, width, ("mlp", "embed"), INIT_STD, use_bias=False)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen2Layer(nnx.Module):
+    def __init__(self, key: Array, config: DecoderConfig):
+        attention_key, mlp_key = jax.random.split(key)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Qwen2Attention(attention_key, config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen2MLP(mlp_key, config)
+
+    def __call__(self, x: Float[Array, "B T D"], rope, mask, cache=None, slots=None):
+        attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Qwen2Decoder(nnx.Module):
+    def __init__(self, key: Array, config: DecoderConfig):
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        self.embed_tokens = normal(embed_key, (config.vocab_size, config.hidden_size), INIT_STD, ("vocab", "embed"))
+        self.layers = stack_layers(partial(Qwen2Layer, config=config), layers_key, config.num_layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = normal(head_key, (config.vocab_size, config.hidden_size), INIT_STD, ("vocab", "embed"))
+        self.config = config
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output matrix; logits = hidden @ head.T."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+
+    def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        return self.embed_tokens[...][tokens].astype(dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        remat: str = "none",
+        constrain: Callable[[Array], Array] = lambda x: x,
+    ) -> Float[Array, "B T D"]:
+        """Embeddings to final hidden states. `constrain` places the activations between layers (train/sharding.py)."""
+        mask = causal_segment_mask(segment_ids, positions, segment_ids, positions)
+        rope = rope_table(positions, self.config)
+
+        def apply(x, layer):
+            return constrain(layer(x, rope, mask)[0]), None
+
+        x, _ = jax.lax.scan(remat_layer(apply, remat), constrain(x), self.layers)
+        return self.norm(x)
+
+    def extend(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], is_real: Bool[Array, "B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Runs T more tokens of each row against the cache and writes them into slot = position.
+
+        A padded token (is_real False) is written too, but its slot stays unfilled until a real one takes it.
+        """
+        rows = jnp.arange(x.shape[0])[:, None]
+        is_filled = cache.is_filled.at[rows, positions].max(is_real)
+        slots = jnp.broadcast_to(jnp.arange(is_filled.shape[1]), is_filled.shape)
+        ones = jnp.ones_like(positions)
+        mask = causal_segment_mask(ones, positions, is_filled.astype(jnp.int32), slots)
+        rope = rope_table(positions, self.config)
+
+        def apply(x, layer_and_cache):
+            layer, k, v = layer_and_cache
+            return layer(x, rope, mask, (k, v), positions)
+
+        x, (k, v) = jax.lax.scan(apply, x, (self.layers, cache.k, cache.v))
+        return self.norm(x), KVCache(k, v, is_filled)
+
+
+def init_cache(config: DecoderConfig, batch: int, num_slots: int, dtype: jnp.dtype) -> KVCache:
+    zeros = jnp.zeros((config.num_layers, batch, num_slots, config.num_kv_heads, config.head_dim), dtype)
+    return KVCache(zeros, zeros, jnp.zeros((batch, num_slots), bool))
+
+
+def rope_table(positions: Int[Array, "B T"], config: DecoderConfig):
+    """(cos, sin), each float32 [B, T, H / 2]. The angle of pair i at position p is p * theta ** (-2 i / H)."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    inv_freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    inv_freq = jnp.asarray(inv_freq, config.rope_inv_freq).astype(jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]):
+    """Rotates pairs (i, i + H / 2), the half-split layout of Hugging Face; float32 inside."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,48 @@
+"""python -m oq2vl_jax.train CONFIG [--optimizer.learning-rate 3e-4 ...]: trains, or resumes, one run."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.errors import UserError, run_command
+
+PROG = "python -m oq2vl_jax.train"
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Trains an Open-Qwen2VL. CONFIG is a file of configs/ or a resolved config.json; flags override its values.
+    The same command with the same run_dir resumes where the last checkpoint was made."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print the resolved configuration, parameter counts and bytes per device, and exit."""
+
+
+def parse(args: list[str]) -> TrainCommand:
+    """CONFIG comes first and supplies the defaults of all flags."""
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: {PROG} CONFIG [OPTIONS]\n\n{TrainCommand.__doc__}\n")
+        print(f"  {PROG} configs/tiny.py --num-steps 20\n  {PROG} configs/tiny.py --help     all options with their values")
+        raise SystemExit(0 if args else 2)
+    if args[0].startswith("-"):
+        raise UserError(f"the first argument is the config file, got {args[0]!r}. Usage: {PROG} CONFIG [OPTIONS]")
+    default = TrainCommand(load_config(args[0]))
+    return tyro.cli(TrainCommand, prog=f"{PROG} {args[0]}", args=args[1:], default=default)
+
+
+def main() -> None:
+    command = parse(sys.argv[1:])
+    from oq2vl_jax.train.run import describe, run
+
+    if command.dry_run:
+        print(describe(command.config))
+    else:
+        run(command.config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,69 @@
+"""AdamW, the schedule, what is decayed and what is trained.
+
+Frozen parts take no gradient and hold no optimizer state: `split_trainable` cuts the model in two before
+differentiation, and the optimizer only ever sees the trainable half.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from oq2vl_jax.config import OptimizerConfig, TrainableConfig
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Linear from 0 over warmup_fraction of the steps, then cosine to 0 (the Hugging Face schedule of the same name)."""
+    warmup_steps = int(config.warmup_fraction * num_steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=max(num_steps, warmup_steps + 1),
+        end_value=0.0,
+    )
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, Adam, decoupled decay on matrices only, the schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            make_schedule(config, num_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def decay_mask(parameters: Any) -> Any:
+    """True for matrices; False for biases and norm scales, whose stacked form [layers, dim] has two axes as well."""
+
+    def is_matrix(node):
+        if not isinstance(node, nnx.Param):
+            return node
+        if node.get_value() is None:  # a part that split_trainable left out
+            return node
+        return node.replace(sum(name != "layers" for name in node.axes) > 1)
+
+    return jax.tree.map(is_matrix, parameters, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+def split_trainable(model: Any, trainable: TrainableConfig) -> tuple[Any, Any]:
+    """(trained, frozen): the model twice, each with None where the other has the parameter."""
+
+    def part_of(path) -> str:
+        return path[0].name
+
+    trained = jax.tree_util.tree_map_with_path(lambda path, x: x if part_of(path) in trainable.parts else None, model)
+    frozen = jax.tree_util.tree_map_with_path(lambda path, x: None if part_of(path) in trainable.parts else x, model)
+    return trained, frozen
+
+
+def merge_parts(trained: Any, frozen: Any) -> Any:
+    """Inverse of split_trainable."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)

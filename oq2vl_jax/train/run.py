@@ -1,0 +1,220 @@
+"""One training run: assemble, then loop. Restarting the same command resumes it; on CPU the result is the same bits."""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from oq2vl_jax.config import OPERATIONAL_FIELDS, DataConfig, TrainConfig, flatten, load_config, to_json
+from oq2vl_jax.data.loader import make_loader
+from oq2vl_jax.data.text import tokenizer_sha256
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays
+from oq2vl_jax.train.metrics import MetricsLog, Progress, Throughput
+from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
+from oq2vl_jax.train.step import TrainState, compile_train_step, init_train_state, state_shardings
+
+
+def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
+    """Trains to config.num_steps and returns parameters_sha256; None if stopped before (SIGTERM or stop_at_step).
+
+    Raises UserError for what the user caused, a NaN loss included.
+    """
+    mesh = make_mesh(config.mesh)
+    check_config(config, mesh.size)
+    run_dir = open_run_dir(config)
+    data = with_synthetic_source(config, run_dir)
+    tokenizer = Path(next(iter(data.sources))) / "tokenizer"
+    loader = make_loader(
+        data, config.model, config.global_batch_size, config.seed, jax.process_index(), jax.process_count()
+    )
+    checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
+    state = start_state(config, mesh, checkpointer, loader, tokenizer)
+    start_step = int(state.step)
+    train_step = compile_train_step(config, mesh)
+    metrics_log = MetricsLog(run_dir, start_step)
+    throughput = Throughput(config.model.image_token_id, config.model.num_visual_tokens, jax.process_count())
+    progress = Progress(config.num_steps, start_step)
+    batches = iter(loader)
+    last_step = min(config.num_steps, stop_at_step or config.num_steps)
+    saved_step, record = checkpointer.latest_step(), {}
+
+    def finish_step(step: int, metrics) -> dict[str, Any]:
+        """Waits for a step's numbers, checks and reports them."""
+        numbers = {name: float(value) for name, value in metrics._asdict().items()}
+        if not math.isfinite(numbers["loss"]):
+            good = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint was saved yet"
+            raise UserError(
+                f"the loss is {numbers['loss']} at step {step}; {good}. Lower optimizer.learning_rate, or look at the data."
+            )
+        progress.advance(step, numbers["loss"])
+        record = {"step": step, **numbers}
+        if step % config.log_every == 0 or step == config.num_steps:
+            record |= throughput.report()
+            metrics_log.write(record)
+            progress.log(record)
+        return record
+
+    try:
+        with terminate_flag() as is_terminated:
+            pending = None  # the step under way: its numbers are read one step later, so that the device never waits
+            for step in range(start_step + 1, last_step + 1):
+                wait_start = time.monotonic()
+                batch = next(batches)
+                throughput.add(batch, time.monotonic() - wait_start)
+                state, metrics = train_step(state, to_global_batch(batch, mesh))
+                if pending:
+                    record = finish_step(*pending)
+                pending = (step, metrics)
+                is_last = step == last_step or is_terminated()
+                if is_last or step % config.checkpoint.every_num_steps == 0:
+                    record, pending = finish_step(*pending), None  # a state with a NaN is never saved
+                    checkpointer.save(state, loader.get_state(), config, tokenizer)
+                    saved_step = step
+                if is_last:
+                    break
+    finally:
+        progress.close()
+        checkpointer.close()
+        loader.close()
+    if int(state.step) < config.num_steps:
+        metrics_log.close()
+        print(f"stopped at step {int(state.step)}; checkpoint saved, the same command goes on from here")
+        return None
+    digest = parameters_sha256(state.model)
+    metrics_log.write({**record, "step": config.num_steps, "parameters_sha256": digest})
+    metrics_log.close()
+    print(f"done: step {config.num_steps}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}")
+    return digest
+
+
+def check_config(config: TrainConfig, num_devices: int) -> None:
+    """What can be wrong with a configuration on these devices; every problem is reported."""
+    problems = []
+    rows = config.global_batch_size
+    if rows < 1 or rows % num_devices:
+        problems.append(
+            f"global_batch_size = {rows} cannot be divided over {num_devices} devices; use a multiple of {num_devices}"
+        )
+    elif config.rows_per_device is not None and (
+        config.rows_per_device < 1 or rows % (config.rows_per_device * num_devices)
+    ):
+        problems.append(
+            f"rows_per_device = {config.rows_per_device} on {num_devices} devices does not divide global_batch_size = {rows}"
+        )
+    if config.num_steps < 1:
+        problems.append(f"num_steps = {config.num_steps}, expected at least 1")
+    if not config.trainable.parts:
+        problems.append("trainable: nothing is trained; set one of vision, projector, decoder")
+    if config.checkpoint.every_num_steps < 1 or config.checkpoint.keep < 1 or config.log_every < 1:
+        problems.append("checkpoint.every_num_steps, checkpoint.keep and log_every must be at least 1")
+    if not config.data.sources and not config.data.synthetic_documents:
+        problems.append("data.sources is empty")
+    if problems:
+        raise UserError("; ".join(problems) + ".")
+
+
+def open_run_dir(config: TrainConfig) -> Path:
+    """Creates the run directory, or checks that the run in it is this one."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / "config.json"
+    if file.exists():
+        there, here = flatten(load_config(str(file))), flatten(config)
+        changed = [
+            f"{key}: {there.get(key)} there, {value} now"
+            for key, value in here.items()
+            if key not in OPERATIONAL_FIELDS and there.get(key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"run_dir {run_dir} holds a run of another configuration ({'; '.join(changed)}); choose another --run-dir."
+            )
+    partial = file.with_suffix(".partial")
+    partial.write_text(to_json(config))
+    partial.replace(file)
+    return run_dir
+
+
+def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
+    """The data configuration, with data.synthetic_documents made and packed if it asks for them."""
+    if not config.data.synthetic_documents:
+        return config.data
+    from oq2vl_jax.data.synthetic import make_synthetic_source
+
+    return dataclasses.replace(config.data, sources={make_synthetic_source(run_dir / "data", config): 1.0})
+
+
+def start_state(config: TrainConfig, mesh, checkpointer: Checkpointer, loader, tokenizer: Path) -> TrainState:
+    """The newest checkpoint of the run if there is one (the loader is set to it as well), else a fresh state."""
+    shardings = state_shardings(config, mesh)
+    step = checkpointer.latest_step()
+    if step is not None:
+        state, loader_state = checkpointer.restore(step, shapes_with(config, shardings))
+        loader.set_state(loader_state)
+        print(f"resuming from step {step}")
+        return state
+    state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
+    if config.init_from is None:
+        return state
+    source = find_checkpoint(config.init_from)
+    if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(tokenizer):
+        raise UserError(f"init_from {source}: its tokenizer is not the one the data was packed with ({tokenizer}).")
+    return state._replace(model=load_weights(source, shapes_with(config, shardings).model))
+
+
+def shapes_with(config: TrainConfig, shardings: TrainState) -> TrainState:
+    """The train state as shapes with shardings, which is what Orbax restores into."""
+    shapes = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+@contextlib.contextmanager
+def terminate_flag():
+    """Yields a function that tells whether SIGTERM has arrived; the loop then saves and leaves."""
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def parameters_sha256(model: Any) -> str:
+    """SHA-256 over the names and bytes of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(named_arrays(model).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(jax.device_get(array)).tobytes())
+    return digest.hexdigest()
+
+
+def describe(config: TrainConfig) -> str:
+    """What --dry-run prints: the resolved configuration, parameters per part, bytes per device."""
+    mesh = make_mesh(config.mesh)
+    check_config(config, mesh.size)
+    shardings = state_shardings(config, mesh)
+    state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
+    lines = [to_json(config).rstrip(), ""]
+    for part in ("vision", "projector", "decoder"):
+        count = sum(x.size for x in jax.tree.leaves(getattr(state.model, part)))
+        status = "trained" if part in config.trainable.parts else "frozen"
+        lines.append(f"{part:10s} {count:>15,} parameters, {status}")
+    size, data = config.model.vision.image_size, config.data
+    row_bytes = data.num_tokens * 4 * 4 + data.max_images * size * size * 3
+    sizes = {
+        "parameters (float32)": bytes_per_device(state.model, shardings.model),
+        "optimizer": bytes_per_device(state.opt_state, shardings.opt_state),
+        "batch": config.global_batch_size // mesh.size * row_bytes,
+    }
+    lines.append(f"per device, {mesh.size} x {jax.devices()[0].device_kind}, mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}:")
+    lines += [f"  {name:22s} {num_bytes / 2**30:9.3f} GiB" for name, num_bytes in sizes.items()]
+    lines.append("  (activations and gradients come on top)")
+    return "\n".join(lines)
