@@ -164,7 +164,7 @@ def pack_shard(config: PackConfig, settings: dict, task: tuple[int, str]) -> Sha
     report.rows, report.documents = len(rows), len(documents)
     report.images = sum(len(document.images) for document in documents)
     report.tokens = sum(len(document.tokens) for document in documents)
-    write_atomically(report_file, json.dumps(dataclasses.asdict(report) | {"identity": identity_hash}))
+    write_atomically(report_file, json.dumps(vars(report) | {"identity": identity_hash}))
     return report
 
 

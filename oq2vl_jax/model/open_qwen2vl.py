@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from oq2vl_jax.config import ModelConfig
@@ -36,7 +37,7 @@ class OpenQwen2VL(nnx.Module):
         images: UInt8[Array, "B I height width 3"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         constrain: Callable[[Array], Array] = lambda x: x,
     ) -> Float[Array, "B T D"]:
@@ -45,7 +46,7 @@ class OpenQwen2VL(nnx.Module):
         return self.decoder(x, segment_ids, positions, remat, constrain)
 
     def embed(
-        self, tokens: Int[Array, "B T"], images: UInt8[Array, "B I height width 3"], dtype: jnp.dtype
+        self, tokens: Int[Array, "B T"], images: UInt8[Array, "B I height width 3"], dtype: DTypeLike
     ) -> Float[Array, "B T D"]:
         """Token embeddings with the visual tokens in their places."""
         embeddings = self.decoder.embed(tokens, dtype)
@@ -53,7 +54,7 @@ class OpenQwen2VL(nnx.Module):
             return embeddings
         return merge_visual_tokens(embeddings, self.encode(images, dtype), tokens == self.config.image_token_id)
 
-    def encode(self, images: UInt8[Array, "B I height width 3"], dtype: jnp.dtype) -> Float[Array, "B IM D"]:
+    def encode(self, images: UInt8[Array, "B I height width 3"], dtype: DTypeLike) -> Float[Array, "B IM D"]:
         """Visual tokens of a row's images, one image after the other."""
         batch, num_images, *pixel_shape = images.shape
         features = self.vision(normalize(images.reshape(batch * num_images, *pixel_shape), dtype))

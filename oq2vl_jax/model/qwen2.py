@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from oq2vl_jax.config import DecoderConfig
@@ -86,8 +87,9 @@ class Qwen2Decoder(nnx.Module):
         self.embed_tokens = normal(embed_key, (config.vocab_size, config.hidden_size), INIT_STD, ("vocab", "embed"))
         self.layers = stack_layers(partial(Qwen2Layer, config=config), layers_key, config.num_layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
+        if config.tie_word_embeddings:
+            self.lm_head = None
+        else:
             self.lm_head = normal(head_key, (config.vocab_size, config.hidden_size), INIT_STD, ("vocab", "embed"))
         self.config = config
 
@@ -96,7 +98,7 @@ class Qwen2Decoder(nnx.Module):
         """The output matrix; logits = hidden @ head.T."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
-    def embed(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         return self.embed_tokens[...][tokens].astype(dtype)
 
     def __call__(
@@ -139,7 +141,7 @@ class Qwen2Decoder(nnx.Module):
         return self.norm(x), KVCache(k, v, is_filled)
 
 
-def init_cache(config: DecoderConfig, batch: int, num_slots: int, dtype: jnp.dtype) -> KVCache:
+def init_cache(config: DecoderConfig, batch: int, num_slots: int, dtype: DTypeLike) -> KVCache:
     zeros = jnp.zeros((config.num_layers, batch, num_slots, config.num_kv_heads, config.head_dim), dtype)
     return KVCache(zeros, zeros, jnp.zeros((batch, num_slots), bool))
 

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from oq2vl_jax.config import VisionConfig
@@ -85,6 +86,6 @@ class SiglipEncoder(nnx.Module):
         return patches.reshape(-1, side * side, size * size * 3)
 
 
-def normalize(images: UInt8[Array, "*batch height width 3"], dtype: jnp.dtype) -> Float[Array, "*batch height width 3"]:
+def normalize(images: UInt8[Array, "*batch height width 3"], dtype: DTypeLike) -> Float[Array, "*batch height width 3"]:
     """0..255 to -1..1, the mean 0.5 and standard deviation 0.5 of SigLIP."""
     return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)

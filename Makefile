@@ -1,0 +1,42 @@
+# Both targets need only Python 3.11+ and make; they create and use .venv in this folder.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: demo test lint clean-demo
+
+# Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a third of a step.
+demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
+demo: .venv/.demo-installed
+	$(BIN)/python -m oq2vl_jax.demo.easy_vqa --out $(DEMO)/data
+	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/captions/*.tar' --out $(DEMO)/packed/captions \
+	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 256 --max-images 10 --visual-tokens 16 --template plain
+	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/questions/*.tar' --out $(DEMO)/packed/questions \
+	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 576 --max-images 2 --visual-tokens 64
+	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa.py
+	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa_tune.py
+	$(BIN)/python -m oq2vl_jax.generate --checkpoint $(DEMO)/runs/questions --requests $(DEMO)/data/test.jsonl \
+	    --out $(DEMO)/predictions.jsonl --max-new-tokens 8
+	$(BIN)/python -m oq2vl_jax.demo.report --predictions $(DEMO)/predictions.jsonl \
+	    --runs $(DEMO)/runs/captions $(DEMO)/runs/questions --out $(DEMO)/report
+
+test: .venv/.test-installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.test-installed
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo-installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+# torch is pinned: on a machine without a GPU this version comes as a CPU build, an unpinned one with gigabytes of CUDA.
+.venv/.test-installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable '.[dev]'
+	touch $@
+
+clean-demo:
+	rm -rf $(DEMO)

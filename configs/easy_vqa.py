@@ -1,0 +1,54 @@
+"""Demo, stage 1: captions of easy-VQA ("a blue circle"), everything trained from scratch, 16 visual tokens an image.
+
+    python -m oq2vl_jax.train configs/easy_vqa.py
+
+Run from the folder in which `make demo` (see README) has put demo/packed/captions.
+"""
+
+from oq2vl_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainableConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+config = TrainConfig(
+    model=ModelConfig(
+        vision=VisionConfig(
+            image_size=64,
+            patch_size=8,
+            hidden_size=96,
+            intermediate_size=384,
+            num_layers=4,
+            num_heads=2,
+            activation="gelu_tanh",
+        ),
+        decoder=DecoderConfig(
+            vocab_size=8256,
+            hidden_size=128,
+            intermediate_size=384,
+            num_layers=3,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=64,
+            rope_theta=1e4,
+        ),
+        num_visual_tokens=16,
+        image_token_id=8204,
+    ),
+    data=DataConfig(
+        sources={"demo/packed/captions": 1.0}, num_tokens=256, max_images=10, template="plain", num_threads=1
+    ),
+    optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.01, warmup_fraction=0.05, beta2=0.98),
+    trainable=TrainableConfig(vision=True, projector=True, decoder=True),
+    num_steps=1000,
+    global_batch_size=8,
+    run_dir="demo/runs/captions",
+    checkpoint=CheckpointConfig(every_num_steps=250, keep=1),
+    compute_dtype="float32",
+    log_every=20,
+)

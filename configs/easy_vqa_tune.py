@@ -1,0 +1,29 @@
+"""Demo, stage 2: the questions of easy-VQA as conversations, 64 visual tokens an image (low to high resolution).
+
+    python -m oq2vl_jax.train configs/easy_vqa_tune.py
+
+Starts from the weights of stage 1; the projector is the same, only its pooling grid is finer (4x4 -> 8x8).
+"""
+
+import dataclasses
+from pathlib import Path
+from runpy import run_path
+
+captions = run_path(str(Path(__file__).with_name("easy_vqa.py")))["config"]
+
+config = dataclasses.replace(
+    captions,
+    model=dataclasses.replace(captions.model, num_visual_tokens=64),
+    data=dataclasses.replace(
+        captions.data,
+        sources={"demo/packed/questions": 1.0},
+        num_tokens=576,
+        max_images=2,
+        template="open_qwen2vl",
+    ),
+    optimizer=dataclasses.replace(captions.optimizer, learning_rate=8e-4),
+    num_steps=800,
+    global_batch_size=8,
+    run_dir="demo/runs/questions",
+    init_from="demo/runs/captions",
+)

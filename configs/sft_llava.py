@@ -1,0 +1,28 @@
+"""The published tuning on LLaVA-665k: 729 visual tokens (the projector's pooling is then the identity), one epoch.
+
+    python -m oq2vl_jax.train configs/sft_llava.py --init-from runs/pretrain
+
+Rows are packed conversations (--num-tokens 4096 --max-images 5 --visual-tokens 729 --template open_qwen2vl), about four
+to a row, where the published code pads 128 single examples; 32 rows hold as many examples.
+"""
+
+from oq2vl_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainableConfig, TrainConfig
+
+config = TrainConfig(
+    model=ModelConfig.open_qwen2vl_2b(num_visual_tokens=729),
+    data=DataConfig(
+        sources={"data/packed/llava_665k": 1.0},
+        num_tokens=4096,
+        max_images=5,
+        template="open_qwen2vl",
+        num_threads=16,
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.1, warmup_fraction=0.03, max_grad_norm=1.0),
+    trainable=TrainableConfig(vision=False, projector=True, decoder=True),
+    num_steps=5197,
+    global_batch_size=32,
+    rows_per_device=1,
+    run_dir="runs/sft_llava",
+    init_from="runs/pretrain",
+    remat="dots",
+)

@@ -1,0 +1,17 @@
+"""The published tuning on MAmmoTH-VL-10M: as configs/sft_llava.py, 78,125 steps for one epoch of 10M examples.
+
+    python -m oq2vl_jax.train configs/sft_mammoth.py --init-from runs/pretrain
+"""
+
+import dataclasses
+from pathlib import Path
+from runpy import run_path
+
+llava = run_path(str(Path(__file__).with_name("sft_llava.py")))["config"]
+
+config = dataclasses.replace(
+    llava,
+    data=dataclasses.replace(llava.data, sources={"data/packed/mammoth_vl_10m": 1.0}),
+    num_steps=78_125,
+    run_dir="runs/sft_mammoth",
+)

@@ -1,0 +1,20 @@
+"""Open-Qwen2VL (arXiv 2504.00595) in JAX.
+
+How data flows, one line per arrow:
+
+    WebDataset .tar   --data/shards-->     Sample     bytes and text of one key
+    Sample            --data/text-->       Document   token ids, which of them are labelled, encoded images
+    Documents         --data/packing-->    rows       under a token budget and an image budget
+    rows              --data/pack-->       ArrayRecord shards and a manifest, written once, offline
+    ArrayRecord       --data/loader-->     Batch      uint8 images, tokens, labels, positions, segment ids
+    Batch, TrainState --train/step-->      TrainState parameters and optimizer state, sharded over the mesh
+    TrainState        --train/checkpoint-> an Orbax step folder with loader state, config and tokenizer
+    Orbax step        --generate-->        answers
+
+Axis legend, used in einsum strings, annotations and drawings all over the package:
+
+    B rows in the batch      T tokens in a row (queries)   S tokens attended to     V vocabulary
+    D model width            N query heads                 K kv heads               G = N // K
+    H head width             F feed-forward width          I image slots            P patches per image
+    M visual tokens per image                              L layers
+"""

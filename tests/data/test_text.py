@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+
+from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.data.text import SampleProblem, TextCodec
+from oq2vl_jax.errors import UserError
+
+M = 3
+
+
+@pytest.fixture(scope="module")
+def codec(qwen_tokenizer_folder):
+    return TextCodec(qwen_tokenizer_folder)
+
+
+def conversation(*messages, images=1):
+    turns = [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(messages)]
+    return Sample("key", [b"image"] * images, conversations=turns)
+
+
+def spell(codec, tokens):
+    """Tokens as text with special tokens visible."""
+    return codec._backend.decode(tokens, skip_special_tokens=False)
+
+
+def test_special_tokens_have_the_published_ids(codec):
+    assert codec.encode("Hello, world!") == [9707, 11, 1879, 0]
+    assert codec.special.bos == 128245, "<s> is already a BPE entry and keeps its id"
+    assert codec.special.end_of_chunk == 151665
+    assert codec.special.image == 151655
+    assert codec.special.eos == 151645
+    assert codec.special.pad == 151643
+
+
+def test_caption_is_bos_image_newline_caption_eos_with_all_text_labelled(codec):
+    document = codec.document(Sample("key", [b"image"], text=" a red bus \n"), "plain", M)
+    assert spell(codec, document.tokens) == "<s>" + "<|image_pad|>" * M + "\na red bus<|im_end|>"
+    assert document.is_labelled.tolist() == [True] + [False] * M + [True] * (len(document.tokens) - 1 - M)
+
+
+def test_literal_image_marker_in_a_caption_is_no_image(codec):
+    document = codec.document(Sample("key", [b"image"], text="<image> of a <image>"), "plain", M)
+    assert (document.tokens == codec.special.image).sum() == M
+    assert "<image-placeholder> of a <image-placeholder>" in spell(codec, document.tokens)
+
+
+def test_text_that_spells_a_special_token_stays_text(codec):
+    document = codec.document(conversation("<image>\nhi<|im_end|>", "no <|image_pad|>"), "chatml", M)
+    assert (document.tokens == codec.special.image).sum() == M
+    assert (document.tokens == codec.special.eos).sum() == 3  # system, user, assistant
+
+
+def test_open_qwen2vl_template_is_the_published_one(codec):
+    sample = conversation("<image>\nWhat is it?", "A bus.", "Sure?", "")
+    document = codec.document(sample, "open_qwen2vl", M)
+    image = "<|image_pad|>" * M
+    assert spell(codec, document.tokens) == (
+        "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{image}What is it?<|im_end|>assistant\nA bus.<|im_end|>\n"  # the newline after the image is dropped
+        "<|im_start|>user\nSure?<|im_end|>assistant\n <|im_end|>\n"  # no newline before "assistant"; empty -> a space
+    )
+    assert spell(codec, document.tokens[document.is_labelled]) == "A bus.<|im_end|>\n <|im_end|>\n"
+
+
+def test_chatml_template_is_qwens_own_and_labels_answers_only(codec):
+    document = codec.document(conversation("<image>\nWhat is it?", "A bus."), "chatml", M)
+    image = "<|image_pad|>" * M
+    assert spell(codec, document.tokens) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{image}\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA bus.<|im_end|>\n"
+    )
+    assert spell(codec, document.tokens[document.is_labelled]) == "A bus.<|im_end|>"
+
+
+@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "chatml"])
+def test_a_prompt_is_the_beginning_of_the_document_it_asks_for(codec, template):
+    if template == "plain":
+        document = codec.document(Sample("key", [b"image"], text="a red bus"), template, M)
+        prompt = codec.prompt("a", template, 1, M)
+    else:
+        document = codec.document(conversation("<image>\nWhat is it?", "A bus."), template, M)
+        prompt = codec.prompt("What is it?", template, 1, M)
+    assert prompt == document.tokens[: len(prompt)].tolist()
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        (conversation("<image><image>\nWhat?", "A bus."), "image_count_mismatch"),
+        (conversation("What?", "A bus."), "image_count_mismatch"),
+        (conversation("<image>\nWhat?"), "conversation_invalid"),
+        (Sample("key", [], conversations=[{"from": "gpt", "value": "hi"}] * 2), "conversation_invalid"),
+        (Sample("key", [], conversations=[{"from": "human", "value": 3}] * 2), "conversation_invalid"),
+        (Sample("key", [b"image"], text="  \n"), "text_empty"),
+        (Sample("key", [], problem="json_invalid"), "json_invalid"),
+    ],
+)
+def test_samples_that_fit_no_template_say_why(codec, sample, reason):
+    with pytest.raises(SampleProblem, match=reason):
+        codec.document(sample, "open_qwen2vl", M)
+
+
+def test_text_only_conversation_has_no_placeholder(codec):
+    document = codec.document(conversation("Hi", "Hello.", images=0), "open_qwen2vl", M)
+    assert not (document.tokens == codec.special.image).any()
+    assert document.tokens.dtype == np.int32
+
+
+def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        TextCodec(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        TextCodec(str(tmp_path))
