@@ -120,16 +120,15 @@ def load_weights(checkpoint: Path, like: Any) -> Any:
     Raises UserError that lists every missing, unexpected and mis-shaped parameter.
     """
     expected = named_arrays(like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        item = checkpoint / "model"
-        metadata = checkpointer.metadata(item)
-        saved = metadata.item_metadata.tree if hasattr(metadata, "item_metadata") else metadata
-        check_names_and_shapes(
-            {name: tuple(array.shape) for name, array in saved.items()},
-            {name: tuple(array.shape) for name, array in expected.items()},
-            str(checkpoint),
-        )
-        return from_named_arrays(like, checkpointer.restore(item, expected))
+    handler = ocp.StandardCheckpointHandler()
+    saved = handler.metadata(checkpoint / "model").tree
+    check_names_and_shapes(
+        {name: tuple(array.shape) for name, array in saved.items()},
+        {name: tuple(array.shape) for name, array in expected.items()},
+        str(checkpoint),
+    )
+    arrays = handler.restore(checkpoint / "model", args=ocp.args.StandardRestore(expected))
+    return from_named_arrays(like, arrays)
 
 
 def check_names_and_shapes(saved: dict[str, tuple], expected: dict[str, tuple], where: str) -> None:

@@ -1,0 +1,128 @@
+"""Configurations: every file of configs/ loads and shapes up, and every typo is met with a hint."""
+
+import ast
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from oq2vl_jax.config import TrainConfig, VisionConfig, flatten, from_dict, load_config, to_json
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.step import init_train_state
+
+CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.py"))
+COMMANDS = ("oq2vl_jax.train", "oq2vl_jax.data.pack", "oq2vl_jax.generate", "oq2vl_jax.demo.easy_vqa", "oq2vl_jax.demo.report")
+MAX_HELP_SECONDS = 2.0  # measured 0.3
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_loads_and_eval_shapes(path):
+    config = load_config(path)
+    state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
+    assert sum(x.size for x in jax.tree.leaves(state.model)) > 0
+    assert from_dict(TrainConfig, json.loads(to_json(config)), where="json") == config
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_config_opens_with_its_command_and_holds_values_only(path):
+    tree = ast.parse(Path(path).read_text())
+    assert f"python -m oq2vl_jax.train {path}" in ast.get_docstring(tree)
+    allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
+    assert all(isinstance(node, allowed) for node in tree.body)
+
+
+def test_published_stages_are_three_settings_of_what_is_trained():
+    parts = {name: load_config(f"configs/{name}.py").trainable.parts for name in ("pretrain", "full_pretrain", "sft_llava")}
+    assert parts == {
+        "pretrain": ("projector", "decoder"),
+        "full_pretrain": ("vision", "projector", "decoder"),
+        "sft_llava": ("projector", "decoder"),
+    }
+
+
+def test_misspelt_keys_get_a_hint(tmp_path):
+    values = dataclasses.asdict(load_config("configs/tiny.py"))
+    values["optimizer"]["learning_rte"] = values["optimizer"].pop("learning_rate")
+    with pytest.raises(UserError, match=r"unknown key 'learning_rte' Did you mean 'learning_rate'\?"):
+        from_dict(TrainConfig, values, where="config.json")
+    file = tmp_path / "typo.py"
+    file.write_text("from oq2vl_jax.config import OptimizerConfig\nconfig = OptimizerConfig(learning_rte=1)\n")
+    with pytest.raises(UserError, match=r"OptimizerConfig has no field 'learning_rte'\. Did you mean 'learning_rate'\?"):
+        load_config(str(file))
+    with pytest.raises(UserError, match=r"no such config file\. Did you mean 'configs/tiny.py'\?"):
+        load_config("configs/tiney.py")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("seed", "seven", "seed: expected int, got 'seven'"), ("compute_dtype", "fp16", "compute_dtype: expected")],
+)
+def test_values_of_another_type_are_refused(key, value, message):
+    values = dataclasses.asdict(load_config("configs/tiny.py")) | {key: value}
+    with pytest.raises(UserError, match=message):
+        from_dict(TrainConfig, values, where="config.json")
+
+
+def test_a_number_of_visual_tokens_that_is_no_square_names_the_nearest():
+    model = load_config("configs/tiny.py").model
+    with pytest.raises(UserError, match="num_visual_tokens = 143 is no square number.*121 or 144"):
+        dataclasses.replace(model, num_visual_tokens=143)
+
+
+def test_flatten_names_every_leaf():
+    assert flatten(VisionConfig(32, 8, 16, 32, 2, 2))["patch_size"] == 8
+    assert flatten(load_config("configs/tiny.py"))["optimizer.learning_rate"] == 3e-3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick_and_imports_neither_jax_nor_torch(command):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{command}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('{command}', run_name='__main__')\n"
+        "except SystemExit as e:\n"
+        "    assert e.code in (0, None), e.code\n"
+        "assert not {'jax', 'torch', 'flax', 'grain', 'transformers'} & set(sys.modules)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+    assert time.monotonic() - start < MAX_HELP_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["oq2vl_jax.train", "configs/tiny.py", "--optimizer.learning-rte", "1"], "--optimizer.learning-rate"),
+        (["oq2vl_jax.train", "configs/nothing.py"], "configs/nothing.py: no such config file"),
+        (["oq2vl_jax.train", "--num-steps", "3"], "the first argument is the config file"),
+        (["oq2vl_jax.data.pack", "--shards", "x.tar", "--out", "o", "--tokeniser", "t"], "--tokenizer"),
+        (["oq2vl_jax.generate", "--checkpoint", "nowhere", "--prompt", "hi"], "nowhere: no whole checkpoint here"),
+        (["oq2vl_jax.generate", "--checkpoint", "nowhere"], "give either --prompt"),
+        (["oq2vl_jax.generate", "--checkpoint", "x", "--image", "no.png", "--prompt", "p"], "--image no.png: no such file"),
+    ],
+)
+def test_what_the_user_caused_is_exit_code_2_without_a_traceback(arguments, message):
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_dry_run_prints_configuration_parameters_and_bytes(tmp_path):
+    command = [sys.executable, "-m", "oq2vl_jax.train", "configs/pretrain.py", "--dry-run", "--init-from", "None"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert '"learning_rate": 5e-05' in done.stdout
+    assert "1,543,714,304 parameters, trained" in done.stdout
+    assert "397,745,440 parameters, frozen" in done.stdout
+    assert "GiB" in done.stdout
+    assert not Path("runs/pretrain").exists()
