@@ -31,7 +31,7 @@ config = TrainConfig(
             vocab_size=8256,
             hidden_size=128,
             intermediate_size=384,
-            num_layers=3,
+            num_layers=2,
             num_heads=2,
             num_kv_heads=1,
             head_dim=64,
@@ -43,7 +43,7 @@ config = TrainConfig(
     data=DataConfig(
         sources={"demo/packed/captions": 1.0}, num_tokens=256, max_images=10, template="plain", num_threads=1
     ),
-    optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.01, warmup_fraction=0.05, beta2=0.98),
+    optimizer=OptimizerConfig(learning_rate=1.2e-3, weight_decay=0.01, warmup_fraction=0.05, beta2=0.98),
     trainable=TrainableConfig(vision=True, projector=True, decoder=True),
     num_steps=1000,
     global_batch_size=8,

@@ -1,5 +1,6 @@
 """What a user caused, and how a command says it: one sentence on stderr, exit code 2, no traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -9,12 +10,24 @@ class UserError(ValueError):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main and turns UserError into one line and exit 2, Ctrl-C into exit 130."""
+    """Runs a command's main; turns UserError, a full disk and a folder one may not write to into one line and exit 2."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not is_full_or_forbidden(error):
+            raise
+        print(f"error: {error}; what was whole before is still whole.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def is_full_or_forbidden(error: Exception) -> bool:
+    """A full disk or missing permission; libraries below Python's own files say so in text only."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    return "No space left on device" in str(error)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from oq2vl_jax.data.text import IMAGE
 from oq2vl_jax.errors import UserError, run_command
 
 PROMPT_BUCKET = 32
@@ -63,6 +64,9 @@ class Generator:
         self.model = load_weights(folder, like)
 
     def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
+        """Token ids with the images before the text. Raises UserError for a text that names images of its own."""
+        if IMAGE in prompt:
+            raise UserError(f"the prompt {prompt!r} contains {IMAGE}; images are put before the prompt, in order.")
         return self.codec.prompt(prompt, self.template, num_images, self.model_config.num_visual_tokens)
 
     def reply(self, prompts: list[list[int]], images: list[list[str]], max_new_tokens: int) -> list[str]:

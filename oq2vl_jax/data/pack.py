@@ -142,11 +142,10 @@ def pack_shard(config: PackConfig, settings: dict, task: tuple[int, str]) -> Sha
     index, shard = task
     report = ShardReport(shard, f"rows-{index:05d}.array_record")
     target, report_file = Path(config.out) / report.file, Path(config.out) / f"rows-{index:05d}.json"
-    identity = {"settings": settings, "shard": os.path.abspath(shard), "bytes": os.path.getsize(shard), "broken_shards": config.broken_shards}
-    identity_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    identity = task_identity(config, settings, shard)
     if report_file.exists() and target.exists():
         finished = json.loads(report_file.read_text())
-        if finished.pop("identity") == identity_hash:
+        if finished.pop("identity") == identity:
             return ShardReport(**finished | {"skipped": Counter(finished["skipped"])})
     documents = read_documents(config, shard, report)
     rows = first_fit_decreasing(
@@ -164,8 +163,15 @@ def pack_shard(config: PackConfig, settings: dict, task: tuple[int, str]) -> Sha
     report.rows, report.documents = len(rows), len(documents)
     report.images = sum(len(document.images) for document in documents)
     report.tokens = sum(len(document.tokens) for document in documents)
-    write_atomically(report_file, json.dumps(vars(report) | {"identity": identity_hash}))
+    write_atomically(report_file, json.dumps(vars(report) | {"identity": identity}))
     return report
+
+
+def task_identity(config: PackConfig, settings: dict, shard: str) -> str:
+    """Changes whenever a finished shard has to be packed again."""
+    status = os.stat(shard)
+    parts = [settings, os.path.abspath(shard), status.st_size, status.st_mtime_ns, config.broken_shards]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def read_documents(config: PackConfig, shard: str, report: ShardReport) -> list:

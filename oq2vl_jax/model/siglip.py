@@ -18,6 +18,9 @@ from oq2vl_jax.model.layers import LayerNorm, Linear, normal, stack_layers
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
+PATCH_INIT_GAIN = 3.0
+"""Of a fresh patch embedding. On easy-VQA shapes, 28k pictures: gain 1/4 reaches 48 %, 1 75 %, 3 89 % (experiments.md)."""
+
 
 class SiglipAttention(nnx.Module):
     def __init__(self, key: Array, config: VisionConfig):
@@ -66,7 +69,8 @@ class SiglipEncoder(nnx.Module):
     def __init__(self, key: Array, config: VisionConfig):
         patch_key, position_key, layers_key = jax.random.split(key, 3)
         patch_dim = 3 * config.patch_size**2
-        self.patch_embedding = Linear(patch_key, patch_dim, config.hidden_size, ("patch", "embed"), patch_dim**-0.5)
+        std = PATCH_INIT_GAIN * patch_dim**-0.5
+        self.patch_embedding = Linear(patch_key, patch_dim, config.hidden_size, ("patch", "embed"), std)
         self.position_embedding = normal(
             position_key, (config.num_patches, config.hidden_size), config.hidden_size**-0.5, ("position", "embed")
         )

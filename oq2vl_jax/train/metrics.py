@@ -44,13 +44,18 @@ class Throughput:
 
 
 class MetricsLog:
-    """metrics.jsonl of a run directory. On resumption, records of steps that will run again are dropped."""
+    """metrics.jsonl of a run directory. On resumption, records of steps that will run again are dropped.
+
+    `last` is the newest record kept, or {}. The closing record of a finished run is dropped too: the run writes it anew.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int):
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
+        records = [json.loads(line) for line in _whole_lines(path)]
+        kept = [record for record in records if record["step"] <= resume_step and "parameters_sha256" not in record]
+        self.last = kept[-1] if kept else {}
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(path)
         self._file = path.open("a")
 

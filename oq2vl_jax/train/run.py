@@ -44,7 +44,7 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
     progress = Progress(config.num_steps, start_step)
     batches = iter(loader)
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
-    saved_step, record = checkpointer.latest_step(), {}
+    saved_step, record = checkpointer.latest_step(), metrics_log.last
 
     def finish_step(step: int, metrics) -> dict[str, Any]:
         """Waits for a step's numbers, checks and reports them."""
