@@ -45,7 +45,7 @@ config = TrainConfig(
     ),
     optimizer=OptimizerConfig(learning_rate=1.2e-3, weight_decay=0.01, warmup_fraction=0.05, beta2=0.98),
     trainable=TrainableConfig(vision=True, projector=True, decoder=True),
-    num_steps=1000,
+    num_steps=700,
     global_batch_size=8,
     run_dir="demo/runs/captions",
     checkpoint=CheckpointConfig(every_num_steps=250, keep=1),

@@ -1,6 +1,6 @@
 """The published "full-pretrain": as configs/pretrain.py with the vision encoder trained as well.
 
-    python -m oq2vl_jax.train configs/full_pretrain.py --init-from checkpoints/siglip_qwen
+python -m oq2vl_jax.train configs/full_pretrain.py --init-from checkpoints/siglip_qwen
 """
 
 import dataclasses

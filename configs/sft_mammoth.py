@@ -1,6 +1,6 @@
 """The published tuning on MAmmoTH-VL-10M: as configs/sft_llava.py, 78,125 steps for one epoch of 10M examples.
 
-    python -m oq2vl_jax.train configs/sft_mammoth.py --init-from runs/pretrain
+python -m oq2vl_jax.train configs/sft_mammoth.py --init-from runs/pretrain
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The whole path in seconds on a CPU, on a little data it makes itself. No quality is expected of it.
 
-    python -m oq2vl_jax.train configs/tiny.py --run-dir runs/tiny
+python -m oq2vl_jax.train configs/tiny.py --run-dir runs/tiny
 """
 
 from oq2vl_jax.config import (

@@ -20,7 +20,7 @@ from oq2vl_jax.errors import UserError
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP encoder. Features are the output of the second-to-last block, so the last of `num_layers` is never held."""
+    """SigLIP encoder. Features leave the second-to-last block; the last of `num_layers` is never held."""
 
     image_size: int
     patch_size: int
@@ -78,7 +78,8 @@ class ModelConfig:
         check_square("model.num_visual_tokens", self.num_visual_tokens)
         if self.vision.hidden_size % self.vision.num_heads:
             raise UserError(
-                f"model.vision.num_heads = {self.vision.num_heads} does not divide hidden_size = {self.vision.hidden_size}."
+                f"model.vision.num_heads = {self.vision.num_heads} does not divide "
+                f"hidden_size = {self.vision.hidden_size}."
             )
         if self.decoder.num_heads % self.decoder.num_kv_heads:
             raise UserError(
@@ -210,7 +211,8 @@ def check_square(name: str, number: int) -> None:
     side = math.isqrt(max(number, 0))
     if number < 1 or side * side != number:
         raise UserError(
-            f"{name} = {number} is no square number; the pooling grid is square. Nearest: {side**2 or 1} or {(side + 1) ** 2}."
+            f"{name} = {number} is no square number; the pooling grid is square. "
+            f"Nearest: {side**2 or 1} or {(side + 1) ** 2}."
         )
 
 
@@ -238,7 +240,7 @@ def load_config(path: str) -> TrainConfig:
     return config
 
 
-def from_dict(cls: type, values: Any, where: str) -> Any:
+def from_dict(cls: Any, values: Any, where: str) -> Any:
     """Strict inverse of dataclasses.asdict: an unknown or missing key, or a value of another type, is an error."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected an object for {cls.__name__}, got {values!r}.")

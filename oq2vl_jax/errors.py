@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main; turns UserError, a full disk and a folder one may not write to into one line and exit 2."""
+    """Runs a command's main; a UserError, a full disk or a forbidden folder become one line and exit 2."""
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -116,7 +116,8 @@ def read_requests(path: str) -> list[dict]:
         try:
             request = json.loads(line)
             images = [request["image"]] if isinstance(request["image"], str) else list(request["image"])
-            request["prompt"] + ""
+            if not isinstance(request["prompt"], str):
+                raise TypeError("prompt is not a string")
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"line {number}: {type(error).__name__}: {error}")
             continue
@@ -124,7 +125,9 @@ def read_requests(path: str) -> list[dict]:
         problems += [f"line {number}: no image {image}" for image in images if not Path(image).is_file()]
         requests.append({**request, "image": images})
     if problems or not requests:
-        raise UserError(f"--requests {path}: {'; '.join(problems[:3]) or 'the file is empty'} ({len(problems)} problems).")
+        raise UserError(
+            f"--requests {path}: {'; '.join(problems[:3]) or 'the file is empty'} ({len(problems)} problems)."
+        )
     return requests
 
 
@@ -141,7 +144,7 @@ def main() -> None:
     missing = [image for image in config.image if not Path(image).is_file()]
     if missing:
         raise UserError(f"--image {missing[0]}: no such file.")
-    from oq2vl_jax.data.images import ImageProblem
+    from oq2vl_jax.data.images import ImageError
 
     requests = read_requests(config.requests) if config.requests else None
     generator = Generator(config.checkpoint, config.template)
@@ -151,7 +154,7 @@ def main() -> None:
             print(generator.reply([prompt], [list(config.image)], config.max_new_tokens)[0])
         else:
             write_predictions(generator, requests, config)
-    except ImageProblem as problem:
+    except ImageError as problem:
         raise UserError(f"an image cannot be used: {problem}.") from problem
 
 

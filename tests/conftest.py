@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, shapes of public signatures checked, nnx graph mode off, warnings of our own as errors."""
+"""Eight simulated CPU devices, shapes of signatures checked, nnx graph mode off."""
 
 import os
 

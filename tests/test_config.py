@@ -16,7 +16,13 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.step import init_train_state
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.py"))
-COMMANDS = ("oq2vl_jax.train", "oq2vl_jax.data.pack", "oq2vl_jax.generate", "oq2vl_jax.demo.easy_vqa", "oq2vl_jax.demo.report")
+COMMANDS = (
+    "oq2vl_jax.train",
+    "oq2vl_jax.data.pack",
+    "oq2vl_jax.generate",
+    "oq2vl_jax.demo.easy_vqa",
+    "oq2vl_jax.demo.report",
+)
 MAX_HELP_SECONDS = 2.0  # measured 0.3
 
 
@@ -37,7 +43,9 @@ def test_every_config_opens_with_its_command_and_holds_values_only(path):
 
 
 def test_published_stages_are_three_settings_of_what_is_trained():
-    parts = {name: load_config(f"configs/{name}.py").trainable.parts for name in ("pretrain", "full_pretrain", "sft_llava")}
+    parts = {
+        name: load_config(f"configs/{name}.py").trainable.parts for name in ("pretrain", "full_pretrain", "sft_llava")
+    }
     assert parts == {
         "pretrain": ("projector", "decoder"),
         "full_pretrain": ("vision", "projector", "decoder"),
@@ -52,7 +60,9 @@ def test_misspelt_keys_get_a_hint(tmp_path):
         from_dict(TrainConfig, values, where="config.json")
     file = tmp_path / "typo.py"
     file.write_text("from oq2vl_jax.config import OptimizerConfig\nconfig = OptimizerConfig(learning_rte=1)\n")
-    with pytest.raises(UserError, match=r"OptimizerConfig has no field 'learning_rte'\. Did you mean 'learning_rate'\?"):
+    with pytest.raises(
+        UserError, match=r"OptimizerConfig has no field 'learning_rte'\. Did you mean 'learning_rate'\?"
+    ):
         load_config(str(file))
     with pytest.raises(UserError, match=r"no such config file\. Did you mean 'configs/tiny.py'\?"):
         load_config("configs/tiney.py")
@@ -70,7 +80,7 @@ def test_values_of_another_type_are_refused(key, value, message):
 
 def test_a_number_of_visual_tokens_that_is_no_square_names_the_nearest():
     model = load_config("configs/tiny.py").model
-    with pytest.raises(UserError, match="num_visual_tokens = 143 is no square number.*121 or 144"):
+    with pytest.raises(UserError, match=r"num_visual_tokens = 143 is no square number.*121 or 144"):
         dataclasses.replace(model, num_visual_tokens=143)
 
 
@@ -106,7 +116,10 @@ def test_help_is_quick_and_imports_neither_jax_nor_torch(command):
         (["oq2vl_jax.data.pack", "--shards", "x.tar", "--out", "o", "--tokeniser", "t"], "--tokenizer"),
         (["oq2vl_jax.generate", "--checkpoint", "nowhere", "--prompt", "hi"], "nowhere: no whole checkpoint here"),
         (["oq2vl_jax.generate", "--checkpoint", "nowhere"], "give either --prompt"),
-        (["oq2vl_jax.generate", "--checkpoint", "x", "--image", "no.png", "--prompt", "p"], "--image no.png: no such file"),
+        (
+            ["oq2vl_jax.generate", "--checkpoint", "x", "--image", "no.png", "--prompt", "p"],
+            "--image no.png: no such file",
+        ),
     ],
 )
 def test_what_the_user_caused_is_exit_code_2_without_a_traceback(arguments, message):

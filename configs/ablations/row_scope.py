@@ -1,6 +1,6 @@
 """Ablation: the published attention, where packed documents see each other and positions run through the row.
 
-    python -m oq2vl_jax.train configs/ablations/row_scope.py
+python -m oq2vl_jax.train configs/ablations/row_scope.py
 """
 
 import dataclasses

@@ -12,9 +12,7 @@ With attention_scope "row" segment_ids are 1 on everything but padding, position
 token of a document predicts the first of the next one, as in the published code.
 """
 
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 IGNORE = -100
 """Label of a position that carries no loss: images, padding, questions, the last token of a document."""
@@ -27,11 +25,11 @@ class Batch(NamedTuple):
     labels: int32 [B, T], already shifted: labels[b, t] is the target of position t, or IGNORE.
     positions: int32 [B, T], >= 0.
     segment_ids: int32 [B, T], 0 = padding.
-    images: uint8 [B, I, height, width, 3], RGB 0..255; the k-th image of a row belongs to its k-th run of M placeholders.
+    images: uint8 [B, I, height, width, 3], RGB 0..255; the k-th image of a row fills its k-th M placeholders.
     """
 
-    tokens: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    images: np.ndarray
+    tokens: Any
+    labels: Any
+    positions: Any
+    segment_ids: Any
+    images: Any

@@ -33,7 +33,8 @@ def save_bpe_tokenizer(ranks: dict[bytes, int], folder: str) -> None:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     converter = TikTokenConverter(vocab_file=folder, pattern=PATTERN, extra_special_tokens=list(ADDED_TOKENS))
-    converter.load_tiktoken_bpe = lambda _: ranks  # tiktoken's own reader keeps a cache by path
+    # tiktoken's own reader keeps a cache by path, so that a rewritten file would be read as it was
+    converter.load_tiktoken_bpe = lambda _: ranks  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = converter.converted()
     tokenizer.normalizer = normalizers.NFC()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")

@@ -14,7 +14,7 @@ MAX_PIXELS = 50_000_000
 """An image with more pixels is refused from its header, before it is decoded (decompression bombs)."""
 
 
-class ImageProblem(ValueError):
+class ImageError(ValueError):
     """An image that cannot be used. `reason` is the name it is counted under."""
 
     def __init__(self, reason: str, detail: str):
@@ -23,7 +23,7 @@ class ImageProblem(ValueError):
 
 
 def check_image(data: bytes) -> None:
-    """Raises ImageProblem unless `data` decodes to the end, is larger than 1x1 and at most MAX_PIXELS.
+    """Raises ImageError unless `data` decodes to the end, is larger than 1x1 and at most MAX_PIXELS.
 
     JPEGs are decoded at an eighth of their size (`draft`), which still reads every coded bit.
     """
@@ -34,7 +34,7 @@ def check_image(data: bytes) -> None:
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]. Raises ImageProblem for what check_image would have refused."""
+    """uint8 [size, size, 3]. Raises ImageError for what check_image would have refused."""
     image = _open(data)
     _load(image)
     image = image.convert("RGB")
@@ -49,14 +49,14 @@ def _open(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageProblem("image_too_large", str(error)) from error
+        raise ImageError("image_too_large", str(error)) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise ImageProblem("image_undecodable", str(error)) from error
+        raise ImageError("image_undecodable", str(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageProblem("image_too_large", f"{width}x{height}, at most {MAX_PIXELS} pixels")
+        raise ImageError("image_too_large", f"{width}x{height}, at most {MAX_PIXELS} pixels")
     if width <= 1 or height <= 1:
-        raise ImageProblem("image_too_small", f"{width}x{height}")
+        raise ImageError("image_too_small", f"{width}x{height}")
     return image
 
 
@@ -64,4 +64,4 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for truncated and corrupt files
-        raise ImageProblem("image_undecodable", str(error)) from error
+        raise ImageError("image_undecodable", str(error)) from error

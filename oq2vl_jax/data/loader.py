@@ -14,9 +14,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
-from oq2vl_jax.data.images import ImageProblem, decode_image
+from oq2vl_jax.data.images import ImageError, decode_image
 from oq2vl_jax.data.rows import PackedRow, decode_row
-from oq2vl_jax.data.text import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 
 NUM_PREFETCHED_BATCHES = 4
@@ -39,7 +38,8 @@ def make_loader(
     sources = []
     for i, path in enumerate(data.sources):
         files = [str(Path(path) / entry["file"]) for entry in manifests[path]["files"] if entry["rows"]]
-        sources.append(grain.MapDataset.source(ArrayRecordDataSource(files)).seed(seed + i).shuffle().repeat())
+        rows: Any = ArrayRecordDataSource(files)
+        sources.append(grain.MapDataset.source(rows).seed(seed + i).shuffle().repeat())
     mixed = grain.MapDataset.mix(sources, weights=list(data.sources.values())) if len(sources) > 1 else sources[0]
     pad_id = manifests[next(iter(data.sources))]["pad_id"]
     workers = None
@@ -111,12 +111,14 @@ class RowDecoder(grain.transforms.Map):
         for slot, image in enumerate(row.images):
             try:
                 images[slot] = decode_image(image, size)
-            except ImageProblem as problem:
-                raise UserError(f"image {slot} of the row of {row.keys[0]}: {problem}; pack the shards again.") from problem
+            except ImageError as problem:
+                raise UserError(
+                    f"image {slot} of the row of {row.keys[0]}: {problem}; pack the shards again."
+                ) from problem
         return images
 
 
-def row_arrays(row: PackedRow, data: DataConfig, pad_id: int) -> tuple[np.ndarray, ...]:
+def row_arrays(row: PackedRow, data: DataConfig, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """tokens, labels, positions, segment_ids of one row, each int32 [num_tokens]; see data/batch.py for a drawing."""
     num_real, lengths = len(row.tokens), np.array(row.lengths)
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)

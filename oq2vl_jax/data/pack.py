@@ -105,9 +105,13 @@ def check_out_is_ours(out: Path, settings: dict) -> None:
     """A folder packed with other settings is neither mixed with nor overwritten."""
     if (out / "settings.json").exists():
         there = json.loads((out / "settings.json").read_text())
-        changed = [f"{key}: {there.get(key)} there, {value} now" for key, value in settings.items() if there.get(key) != value]
+        changed = [
+            f"{key}: {there.get(key)} there, {value} now" for key, value in settings.items() if there.get(key) != value
+        ]
         if changed:
-            raise UserError(f"--out {out} holds rows packed with other settings ({'; '.join(changed)}); choose another folder.")
+            raise UserError(
+                f"--out {out} holds rows packed with other settings ({'; '.join(changed)}); choose another folder."
+            )
 
 
 def run_tasks(function, tasks, num_workers: int):
@@ -128,7 +132,10 @@ def show_progress(reports, total: int):
         yield from track(reports, description="packing", total=total, console=Console(stderr=True))
         return
     for i, report in enumerate(reports):
-        print(f"packed {i + 1}/{total}: {report.shard}: {report.documents} documents in {report.rows} rows", file=sys.stderr)
+        print(
+            f"packed {i + 1}/{total}: {report.shard}: {report.documents} documents in {report.rows} rows",
+            file=sys.stderr,
+        )
         yield report
 
 
@@ -176,9 +183,9 @@ def task_identity(config: PackConfig, settings: dict, shard: str) -> str:
 
 def read_documents(config: PackConfig, shard: str, report: ShardReport) -> list:
     """The documents of a tar that fit a row; every other sample is counted in report.skipped."""
-    from oq2vl_jax.data.images import ImageProblem, check_image
+    from oq2vl_jax.data.images import ImageError, check_image
     from oq2vl_jax.data.shards import read_shard
-    from oq2vl_jax.data.text import SampleProblem
+    from oq2vl_jax.data.text import SampleError
 
     codec = load_codec(config.tokenizer)
     documents = []
@@ -190,7 +197,7 @@ def read_documents(config: PackConfig, shard: str, report: ShardReport) -> list:
                 check_fits(document, config)
                 for image in sample.images:
                     check_image(image)
-            except (SampleProblem, ImageProblem) as problem:
+            except (SampleError, ImageError) as problem:
                 report.skipped[problem.reason] += 1
                 continue
             documents.append(document)
@@ -202,14 +209,14 @@ def read_documents(config: PackConfig, shard: str, report: ShardReport) -> list:
 
 
 def check_fits(document, config: PackConfig) -> None:
-    from oq2vl_jax.data.text import SampleProblem
+    from oq2vl_jax.data.text import SampleError
 
     if len(document.tokens) > config.num_tokens:
-        raise SampleProblem("too_many_tokens")
+        raise SampleError("too_many_tokens")
     if len(document.images) > config.max_images:
-        raise SampleProblem("too_many_images")
+        raise SampleError("too_many_images")
     if not document.is_labelled.any():
-        raise SampleProblem("nothing_labelled")
+        raise SampleError("nothing_labelled")
 
 
 @functools.lru_cache(maxsize=1)
@@ -221,7 +228,10 @@ def load_codec(folder: str):
 
 
 def make_manifest(settings: dict, reports: list[ShardReport]) -> dict:
-    totals = {name: sum(getattr(report, name) for report in reports) for name in ("rows", "documents", "images", "tokens", "samples")}
+    totals = {
+        name: sum(getattr(report, name) for report in reports)
+        for name in ("rows", "documents", "images", "tokens", "samples")
+    }
     skipped = sum((report.skipped for report in reports), Counter())
     if not totals["rows"]:
         raise UserError(f"no sample could be packed; skipped: {dict(skipped)}.")

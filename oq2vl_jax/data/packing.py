@@ -8,10 +8,11 @@ row in turn takes as many as fit, which is what placing them one by one would do
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def first_fit_decreasing(
-    document_tokens: np.ndarray, document_images: np.ndarray, num_tokens: int, max_images: int
+    document_tokens: ArrayLike, document_images: ArrayLike, num_tokens: int, max_images: int
 ) -> list[np.ndarray]:
     """Rows as arrays of document indices, each ascending. Raises ValueError for a document larger than a row."""
     tokens, images = np.asarray(document_tokens, np.int64), np.asarray(document_images, np.int64)
@@ -33,11 +34,11 @@ def assign_rows(tokens: np.ndarray, images: np.ndarray, num_tokens: int, max_ima
     open_rows, num_rows = np.zeros(0, np.int64), 0
     smallest = tokens.min()
     for start, end in zip(group_starts, [*group_starts[1:], len(order)], strict=True):
-        size, count = tokens[order[start]], images[order[start]]
+        size, count = int(tokens[order[start]]), int(images[order[start]])
         room = free_tokens // size
         if count:
             room = np.minimum(room, free_images // count)
-        wanted = end - start
+        wanted = int(end - start)
         per_row = num_tokens // size if not count else min(num_tokens // size, max_images // count)
         num_new = max(0, -(-(wanted - int(room.sum())) // per_row))
         if num_new:

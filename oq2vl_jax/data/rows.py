@@ -41,7 +41,7 @@ def pack_documents(documents: list[Document]) -> PackedRow:
 
 
 def encode_row(row: PackedRow) -> bytes:
-    return msgpack.packb(
+    packed = msgpack.packb(
         {
             "version": FORMAT_VERSION,
             "tokens": row.tokens.astype("<i4").tobytes(),
@@ -51,6 +51,8 @@ def encode_row(row: PackedRow) -> bytes:
             "keys": row.keys,
         }
     )
+    assert packed is not None
+    return packed
 
 
 def decode_row(data: bytes) -> PackedRow:

@@ -27,11 +27,11 @@ class Sample(NamedTuple):
 
 def expand_shards(pattern: str) -> list[str]:
     """'DIR/{00000..00009}.tar', a glob or a path, to existing files. Raises UserError naming what is missing."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # its UnbalancedBracesError
         raise UserError(f"--shards {pattern!r}: unbalanced braces.") from error
     found = {name: sorted(glob.glob(name, recursive=True)) for name in names}
     missing = [name for name, files in found.items() if not files]
@@ -48,14 +48,15 @@ def read_shard(path: str) -> Iterator[Sample]:
     num_samples = 0
     try:
         with open(path, "rb") as file:
-            members = ({**member, "__url__": path} for member in tar_file_iterator(file))
+            members = ({**member, "__url__": path} for member in tar_file_iterator(file))  # pyright: ignore[reportArgumentType] (it wants a stream)
             for fields in group_by_keys(members):
                 yield parse_sample(fields)
                 num_samples += 1
         _check_end_of_archive(path)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(
-            f"{path}: the tar is broken or cut off after {num_samples} whole samples ({error.args[0] if error.args else error}); "
+            f"{path}: the tar is broken or cut off after {num_samples} whole samples "
+            f"({error.args[0] if error.args else error}); "
             "fetch it again, or pass --broken-shards keep to use what is whole."
         ) from error
     except ValueError as error:

@@ -15,7 +15,7 @@ COLORS = ("red", "green", "blue", "yellow")
 
 def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
     """Makes and packs data.synthetic_documents documents under `folder`, once; returns the packed directory."""
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     packed = folder / "packed"
     if (packed / "manifest.json").exists():

@@ -25,7 +25,7 @@ IMAGE = "<image>"
 HUMAN, ASSISTANT = "human", "gpt"
 
 
-class SampleProblem(ValueError):
+class SampleError(ValueError):
     """A sample that cannot become a document. `reason` is the name it is counted under."""
 
     def __init__(self, reason: str):
@@ -53,7 +53,9 @@ class TextCodec:
         ids = {name: self._backend.token_to_id(name) for name in (BOS, EOS, PAD, END_OF_CHUNK, TURN_START, IMAGE_PAD)}
         missing = [name for name, token in ids.items() if token is None]
         if missing:
-            raise UserError(f"{folder}: the tokenizer lacks {', '.join(missing)}; Qwen2.5's has all but <|endofchunk|>.")
+            raise UserError(
+                f"{folder}: the tokenizer lacks {', '.join(missing)}; Qwen2.5's has all but <|endofchunk|>."
+            )
         self.special = SpecialTokens(*ids.values())
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
 
@@ -67,15 +69,15 @@ class TextCodec:
         self._tokenizer.save_pretrained(folder)
 
     def document(self, sample: Sample, template: str, num_visual_tokens: int) -> Document:
-        """Raises SampleProblem for a sample that does not fit the template."""
+        """Raises SampleError for a sample that does not fit the template."""
         if sample.problem:
-            raise SampleProblem(sample.problem)
+            raise SampleError(sample.problem)
         if sample.text is not None:
             turns = [self._caption_turn(sample.text)]
         else:
             turns = self._conversation_turns(sample.conversations, template)
         if sum(turn.count(None) for turn, _ in turns) != len(sample.images):
-            raise SampleProblem("image_count_mismatch")
+            raise SampleError("image_count_mismatch")
         tokens, is_labelled = [], []
         for turn, turn_labelled in turns:
             for token in turn:
@@ -96,21 +98,21 @@ class TextCodec:
     def _caption_turn(self, caption: str) -> "tuple[Turn, bool]":
         caption = caption.strip().replace(IMAGE, "<image-placeholder>")
         if not caption:
-            raise SampleProblem("text_empty")
+            raise SampleError("text_empty")
         return self._encode_items([self.special.bos, None, f"\n{caption}", self.special.eos]), True
 
     def _conversation_turns(self, conversations: Any, template: str) -> "list[tuple[Turn, bool]]":
         if template == "plain":
-            raise SampleProblem("conversation_needs_a_template")
+            raise SampleError("conversation_needs_a_template")
         if not isinstance(conversations, list) or len(conversations) < 2:
-            raise SampleProblem("conversation_invalid")
+            raise SampleError("conversation_invalid")
         turns = []
         for i, message in enumerate(conversations):
             speaker = HUMAN if i % 2 == 0 else ASSISTANT
             if not isinstance(message, dict) or message.get("from") != speaker:
-                raise SampleProblem("conversation_invalid")
+                raise SampleError("conversation_invalid")
             if not isinstance(message.get("value"), str):
-                raise SampleProblem("conversation_invalid")
+                raise SampleError("conversation_invalid")
             text = message["value"].strip()
             if speaker == HUMAN:
                 turns.append((self._human_turn(text, template, is_first=i == 0), False))
@@ -131,7 +133,10 @@ class TextCodec:
 
     def _assistant_turns(self, text: str, template: str) -> "list[tuple[Turn, bool]]":
         if template == "chatml":
-            return [(self._encode_items([*split_at_images(text), self.special.eos]), True), (self.encode("\n"), False)]
+            return [
+                (self._encode_items([*split_at_images(text), self.special.eos]), True),
+                (self._encode_items(["\n"]), False),
+            ]
         return [(self._encode_items([*split_at_images(text or " "), self.special.eos, "\n"]), True)]
 
     def _encode_items(self, items: "list[str | int | None]") -> "Turn":

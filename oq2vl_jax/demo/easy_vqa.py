@@ -121,7 +121,7 @@ def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str
 
 
 def write_shards(folder: Path, samples: Iterator[dict], samples_per_shard: int) -> None:
-    from webdataset import ShardWriter
+    from webdataset.writer import ShardWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     with ShardWriter(str(folder / "%05d.tar"), maxcount=samples_per_shard, mtime=0, verbose=0) as writer:

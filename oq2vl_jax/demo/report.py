@@ -114,6 +114,7 @@ def draw_answers(predictions: list[Prediction], path: Path) -> None:
     figure, axes = plt.subplots(
         GRID_ROWS, GRID_COLUMNS, figsize=(2.25 * GRID_COLUMNS, 2.75 * GRID_ROWS), layout="constrained"
     )
+    figure.get_layout_engine().set(h_pad=0.14, w_pad=0.06)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, prediction in zip(axes.flat, predictions, strict=False):
@@ -123,7 +124,7 @@ def draw_answers(predictions: list[Prediction], path: Path) -> None:
         axis.set_title(question, fontsize=8.5, color=INK)
         mark, color = ("✓", GOOD) if prediction.is_right else ("✗", BAD)
         text = f"{mark} {prediction.reply}" + ("" if prediction.is_right else f"   (answer: {prediction.answer})")
-        axis.text(0.5, -0.1, text, transform=axis.transAxes, ha="center", color=color, fontsize=10, fontweight="bold")
+        axis.text(0.5, -0.11, text, transform=axis.transAxes, ha="center", color=color, fontsize=10, fontweight="bold")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -147,7 +148,9 @@ def write_page(path: Path, figures: list[Path], predictions: list[Prediction], q
         f"<tr><td>{html.escape(answer)}</td><td>{html.escape(reply)}</td><td>{count}</td></tr>"
         for (answer, reply), count in confusions
     )
-    images = [f'<img alt="{f.stem}" src="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}">' for f in figures]
+    images = [
+        f'<img alt="{f.stem}" src="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}">' for f in figures
+    ]
     path.write_text(f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>oq2vl_jax: easy-VQA demo</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -62,7 +62,7 @@ class OpenQwen2VL(nnx.Module):
         return visual_tokens.reshape(batch, -1, visual_tokens.shape[-1])
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """float32 logits of every given position; for training use train/cross_entropy.py, which needs far less memory."""
+        """float32 logits of every given position; training uses train/cross_entropy.py, which needs far less memory."""
         return jnp.einsum("BTD,VD->BTV", hidden, self.decoder.head.astype(hidden.dtype)).astype(jnp.float32)
 
 

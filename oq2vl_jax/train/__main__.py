@@ -26,7 +26,7 @@ def parse(args: list[str]) -> TrainCommand:
     """CONFIG comes first and supplies the defaults of all flags."""
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: {PROG} CONFIG [OPTIONS]\n\n{TrainCommand.__doc__}\n")
-        print(f"  {PROG} configs/tiny.py --num-steps 20\n  {PROG} configs/tiny.py --help     all options with their values")
+        print(f"  {PROG} configs/tiny.py --num-steps 20\n  {PROG} configs/tiny.py --help     all options")
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise UserError(f"the first argument is the config file, got {args[0]!r}. Usage: {PROG} CONFIG [OPTIONS]")

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from oq2vl_jax.config import TrainConfig, from_dict, hint, to_json
 from oq2vl_jax.errors import UserError
@@ -85,12 +86,12 @@ class Checkpointer:
             ),
         )
         step_array = jax.device_put(jax.numpy.int32(step), like.step.sharding)
-        model = from_named_arrays(like.model, saved.model)
-        return TrainState(step_array, model, from_named_arrays(like.opt_state, saved.optimizer)), saved.loader
+        model = from_named_arrays(like.model, saved["model"])
+        return TrainState(step_array, model, from_named_arrays(like.opt_state, saved["optimizer"])), saved["loader"]
 
     def saved_config(self, step: int) -> TrainConfig:
         saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        return from_dict(TrainConfig, saved.config, where=f"checkpoint {step}: config")
+        return from_dict(TrainConfig, saved["config"], where=f"checkpoint {step}: config")
 
     def close(self) -> None:
         """Waits for a save under way."""
@@ -111,7 +112,9 @@ def find_checkpoint(path: str) -> Path:
 
 
 def load_checkpoint_config(checkpoint: Path) -> TrainConfig:
-    return from_dict(TrainConfig, json.loads((checkpoint / "config" / "metadata").read_text()), where=f"{checkpoint}: config")
+    return from_dict(
+        TrainConfig, json.loads((checkpoint / "config" / "metadata").read_text()), where=f"{checkpoint}: config"
+    )
 
 
 def load_weights(checkpoint: Path, like: Any) -> Any:
@@ -121,13 +124,14 @@ def load_weights(checkpoint: Path, like: Any) -> Any:
     """
     expected = named_arrays(like)
     handler = ocp.StandardCheckpointHandler()
-    saved = handler.metadata(checkpoint / "model").tree
+    folder = epath.Path(checkpoint / "model")
+    saved = handler.metadata(folder).tree
     check_names_and_shapes(
         {name: tuple(array.shape) for name, array in saved.items()},
         {name: tuple(array.shape) for name, array in expected.items()},
         str(checkpoint),
     )
-    arrays = handler.restore(checkpoint / "model", args=ocp.args.StandardRestore(expected))
+    arrays = handler.restore(folder, args=ocp.args.StandardRestore(expected))
     return from_named_arrays(like, arrays)
 
 

@@ -50,9 +50,7 @@ def _loss_and_gradients(hidden, head, labels, chunk_size, with_gradients):
     order = jnp.argsort(~is_labelled, axis=1, stable=True)
     sorted_hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
     sorted_hidden = jnp.pad(sorted_hidden, ((0, 0), (0, padding), (0, 0)))
-    sorted_labels = jnp.pad(
-        jnp.take_along_axis(labels, order, axis=1), ((0, 0), (0, padding)), constant_values=IGNORE
-    )
+    sorted_labels = jnp.pad(jnp.take_along_axis(labels, order, axis=1), ((0, 0), (0, padding)), constant_values=IGNORE)
     compute_head = head.astype(hidden.dtype)
     num_chunks = -(-is_labelled.sum(axis=1).max() // chunk_size)
 

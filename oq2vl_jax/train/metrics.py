@@ -46,7 +46,7 @@ class Throughput:
 class MetricsLog:
     """metrics.jsonl of a run directory. On resumption, records of steps that will run again are dropped.
 
-    `last` is the newest record kept, or {}. The closing record of a finished run is dropped too: the run writes it anew.
+    `last` is the newest record kept, or {}. The closing record of a finished run is written anew.
     """
 
     def __init__(self, run_dir: Path, resume_step: int):
@@ -87,7 +87,9 @@ class Progress:
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
                 TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn(),
             )  # fmt: skip
-            self._task = self._bar.add_task("training", total=num_steps, completed=start_step, loss=float("nan"), rate=0)
+            self._task = self._bar.add_task(
+                "training", total=num_steps, completed=start_step, loss=float("nan"), rate=0
+            )
             self._bar.start()
 
     def advance(self, step: int, loss: float) -> None:

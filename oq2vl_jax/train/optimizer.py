@@ -14,7 +14,7 @@ from oq2vl_jax.config import OptimizerConfig, TrainableConfig
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear from 0 over warmup_fraction of the steps, then cosine to 0 (the Hugging Face schedule of the same name)."""
+    """Linear from 0 over warmup_fraction of the steps, then cosine to 0 (Hugging Face's cosine schedule)."""
     warmup_steps = int(config.warmup_fraction * num_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else config.learning_rate,

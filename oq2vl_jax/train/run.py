@@ -52,7 +52,8 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
         if not math.isfinite(numbers["loss"]):
             good = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint was saved yet"
             raise UserError(
-                f"the loss is {numbers['loss']} at step {step}; {good}. Lower optimizer.learning_rate, or look at the data."
+                f"the loss is {numbers['loss']} at step {step}; {good}. "
+                "Lower optimizer.learning_rate, or look at the data."
             )
         progress.advance(step, numbers["loss"])
         record = {"step": step, **numbers}
@@ -107,7 +108,8 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         config.rows_per_device < 1 or rows % (config.rows_per_device * num_devices)
     ):
         problems.append(
-            f"rows_per_device = {config.rows_per_device} on {num_devices} devices does not divide global_batch_size = {rows}"
+            f"rows_per_device = {config.rows_per_device} on {num_devices} devices does not divide "
+            f"global_batch_size = {rows}"
         )
     if config.num_steps < 1:
         problems.append(f"num_steps = {config.num_steps}, expected at least 1")
@@ -135,7 +137,8 @@ def open_run_dir(config: TrainConfig) -> Path:
         ]
         if changed:
             raise UserError(
-                f"run_dir {run_dir} holds a run of another configuration ({'; '.join(changed)}); choose another --run-dir."
+                f"run_dir {run_dir} holds a run of another configuration ({'; '.join(changed)}); "
+                "choose another --run-dir."
             )
     partial = file.with_suffix(".partial")
     partial.write_text(to_json(config))
@@ -170,7 +173,7 @@ def start_state(config: TrainConfig, mesh, checkpointer: Checkpointer, loader, t
     return state._replace(model=load_weights(source, shapes_with(config, shardings).model))
 
 
-def shapes_with(config: TrainConfig, shardings: TrainState) -> TrainState:
+def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:
     """The train state as shapes with shardings, which is what Orbax restores into."""
     shapes = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -214,7 +217,8 @@ def describe(config: TrainConfig) -> str:
         "optimizer": bytes_per_device(state.opt_state, shardings.opt_state),
         "batch": config.global_batch_size // mesh.size * row_bytes,
     }
-    lines.append(f"per device, {mesh.size} x {jax.devices()[0].device_kind}, mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}:")
+    device = jax.devices()[0].device_kind
+    lines.append(f"per device, {mesh.size} x {device}, mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}:")
     lines += [f"  {name:22s} {num_bytes / 2**30:9.3f} GiB" for name, num_bytes in sizes.items()]
     lines.append("  (activations and gradients come on top)")
     return "\n".join(lines)

@@ -52,13 +52,16 @@ def parameter_shardings(model: Any, mesh: Mesh) -> Any:
         axes = [LOGICAL_TO_MESH[name] for name in node.axes]
         matrix = sum(name != "layers" for name in node.axes) > 1
         sizes = [mesh.shape[axis] if axis else 1 for axis in axes]
-        spec = [axis if matrix and dim % size == 0 else None for axis, dim, size in zip(axes, value.shape, sizes, strict=True)]
+        spec = [
+            axis if matrix and dim % size == 0 else None
+            for axis, dim, size in zip(axes, value.shape, sizes, strict=True)
+        ]
         return node.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(shardings, model, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> Any:
     return NamedSharding(mesh, PartitionSpec())
 
 

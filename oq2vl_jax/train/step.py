@@ -45,8 +45,8 @@ def init_train_state(key: jax.Array, config: TrainConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), model, opt_state)
 
 
-def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """A sharding for every array of the train state; optimizer moments lie where their parameter lies."""
+def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
+    """A TrainState with a sharding for every array; optimizer moments lie where their parameter lies."""
     state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
     trained, _ = split_trainable(state.model, config.trainable)
     trained_shardings = parameter_shardings(trained, mesh)

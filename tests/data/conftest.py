@@ -17,7 +17,11 @@ def png(width=24, height=20, seed=0, image_format="PNG"):
 
 
 def caption_sample(i, text=None, image=None):
-    return {"__key__": f"{i:06d}", "png": png(seed=i) if image is None else image, "txt": (text or f"picture number {i}").encode()}
+    return {
+        "__key__": f"{i:06d}",
+        "png": png(seed=i) if image is None else image,
+        "txt": (text or f"picture number {i}").encode(),
+    }
 
 
 def conversation_sample(i, question="<image>\nWhat?", answer="That.", images=1):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from oq2vl_jax.data.images import ImageProblem, check_image
+from oq2vl_jax.data.images import ImageError, check_image
 from oq2vl_jax.data.pack import PackConfig, pack_shards
 from oq2vl_jax.data.rows import decode_row
 from oq2vl_jax.data.shards import expand_shards, read_shard
@@ -97,7 +97,7 @@ def test_a_hundred_megapixels_are_refused_from_the_header():
 
     buffer = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(buffer, "PNG")
-    with pytest.raises(ImageProblem, match="image_too_large: 10000x10000"):
+    with pytest.raises(ImageError, match="image_too_large: 10000x10000"):
         check_image(buffer.getvalue())
 
 
@@ -105,7 +105,7 @@ def test_a_hundred_megapixels_are_refused_from_the_header():
 def test_a_truncated_image_of_any_format_is_found(image_format):
     data = png(200, 150, image_format=image_format)
     check_image(data)
-    with pytest.raises(ImageProblem, match="image_undecodable"):
+    with pytest.raises(ImageError, match="image_undecodable"):
         check_image(data[: int(len(data) * 0.7)])
 
 
@@ -145,7 +145,7 @@ def test_missing_shards_are_named(tmp_path, write_shard):
 
 
 def test_nothing_to_pack_is_an_error_that_says_why(tmp_path, write_shard, pack):
-    with pytest.raises(UserError, match="no sample could be packed.*image_missing"):
+    with pytest.raises(UserError, match=r"no sample could be packed.*image_missing"):
         pack(write_shard(tmp_path / "0.tar", [{"__key__": "0", "txt": b"x"}]))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.data.shards import Sample
-from oq2vl_jax.data.text import SampleProblem, TextCodec
+from oq2vl_jax.data.text import SampleError, TextCodec
 from oq2vl_jax.errors import UserError
 
 M = 3
@@ -96,7 +96,7 @@ def test_a_prompt_is_the_beginning_of_the_document_it_asks_for(codec, template):
     ],
 )
 def test_samples_that_fit_no_template_say_why(codec, sample, reason):
-    with pytest.raises(SampleProblem, match=reason):
+    with pytest.raises(SampleError, match=reason):
         codec.document(sample, "open_qwen2vl", M)
 
 

@@ -47,7 +47,9 @@ def run(model, tokens, images, segments, positions):
 
 def test_published_model_has_the_published_sizes():
     shapes = jax.eval_shape(lambda key: OpenQwen2VL(key, ModelConfig.open_qwen2vl_2b()), jax.random.key(0))
-    counts = {part: sum(x.size for x in jax.tree.leaves(getattr(shapes, part))) for part in ("vision", "projector", "decoder")}
+    counts = {
+        part: sum(x.size for x in jax.tree.leaves(getattr(shapes, part))) for part in ("vision", "projector", "decoder")
+    }
     block = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
     assert counts["vision"] == 26 * block + (14 * 14 * 3 + 1) * 1152 + 729 * 1152
     assert counts["projector"] == (1152 + 1) * 1536 + (1536 + 1) * 1536
@@ -159,7 +161,12 @@ def test_remat_changes_nothing(model):
 
 def test_a_wrong_shape_is_named(model):
     with pytest.raises(Exception, match="segment_ids"):
-        model(jnp.zeros((1, 8), int), jnp.zeros((1, 0, 16, 16, 3), jnp.uint8), jnp.ones((1, 7), int), jnp.zeros((1, 8), int))
+        model(
+            jnp.zeros((1, 8), int),
+            jnp.zeros((1, 0, 16, 16, 3), jnp.uint8),
+            jnp.ones((1, 7), int),
+            jnp.zeros((1, 8), int),
+        )
 
 
 def test_untied_decoder_has_its_own_head():

@@ -86,9 +86,7 @@ def test_vision_features_equal_hidden_states_minus_two_of_siglip(ours, theirs):
         for name in ("layer_norm1", "layer_norm2"):
             set_norm(getattr(layer, name), layer_state, name)
 
-    encoder.layers = load_stacked(
-        encoder.layers, [with_prefix(state, f"encoder.layers.{i}.") for i in range(3)], fill
-    )
+    encoder.layers = load_stacked(encoder.layers, [with_prefix(state, f"encoder.layers.{i}.") for i in range(3)], fill)
     pixels = np.random.default_rng(2).normal(size=(2, 30, 30, 3)).astype(np.float32)
     with torch.no_grad():
         expected = torch_model(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)

@@ -74,7 +74,9 @@ def test_loss_on_a_4x2_mesh_equals_1x1():
 
 def test_parameters_and_moments_are_really_sharded():
     mesh = make_mesh(MeshConfig(1, 8))
-    state = jax.jit(lambda key: init_train_state(key, TINY), out_shardings=state_shardings(TINY, mesh))(jax.random.key(0))
+    state = jax.jit(lambda key: init_train_state(key, TINY), out_shardings=state_shardings(TINY, mesh))(
+        jax.random.key(0)
+    )
     for tree in (state.model, state.opt_state):
         total = sum(x.nbytes for x in jax.tree.leaves(tree))
         here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
@@ -283,7 +285,9 @@ def test_killed_by_sigkill_and_started_again_ends_in_the_same_bits(tmp_path):
 
 def test_sigterm_saves_and_exits_zero(tmp_path):
     flags = ("--num-steps", "100000", "--log-every", "1", "--checkpoint.every-num-steps", "100000")
-    process = subprocess.Popen(train_command(tmp_path / "run", *flags), env=ONE_DEVICE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        train_command(tmp_path / "run", *flags), env=ONE_DEVICE, stdout=subprocess.PIPE, text=True
+    )
     wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
