@@ -40,9 +40,7 @@ config = TrainConfig(
         num_visual_tokens=16,
         image_token_id=8204,
     ),
-    data=DataConfig(
-        sources={"demo/packed/captions": 1.0}, num_tokens=256, max_images=10, template="plain", num_threads=1
-    ),
+    data=DataConfig(sources=("demo/packed/captions",), num_tokens=256, max_images=10, template="plain", num_threads=1),
     optimizer=OptimizerConfig(learning_rate=1.2e-3, weight_decay=0.01, warmup_fraction=0.05, beta2=0.98),
     trainable=TrainableConfig(vision=True, projector=True, decoder=True),
     num_steps=700,

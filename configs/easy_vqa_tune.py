@@ -16,7 +16,7 @@ config = dataclasses.replace(
     model=dataclasses.replace(captions.model, num_visual_tokens=64),
     data=dataclasses.replace(
         captions.data,
-        sources={"demo/packed/questions": 1.0},
+        sources=("demo/packed/questions",),
         num_tokens=576,
         max_images=2,
         template="open_qwen2vl",

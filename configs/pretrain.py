@@ -13,7 +13,7 @@ from oq2vl_jax.config import DataConfig, ModelConfig, OptimizerConfig, Trainable
 config = TrainConfig(
     model=ModelConfig.open_qwen2vl_2b(num_visual_tokens=144),
     data=DataConfig(
-        sources={"data/packed/ccs": 1.0, "data/packed/datacomp": 2.3},
+        sources=("data/packed/pretrain",),
         num_tokens=4096,
         max_images=28,
         template="plain",

@@ -11,7 +11,7 @@ from oq2vl_jax.config import DataConfig, ModelConfig, OptimizerConfig, Trainable
 config = TrainConfig(
     model=ModelConfig.open_qwen2vl_2b(num_visual_tokens=729),
     data=DataConfig(
-        sources={"data/packed/llava_665k": 1.0},
+        sources=("data/packed/llava_665k",),
         num_tokens=4096,
         max_images=5,
         template="open_qwen2vl",

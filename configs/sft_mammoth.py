@@ -11,7 +11,7 @@ llava = run_path(str(Path(__file__).with_name("sft_llava.py")))["config"]
 
 config = dataclasses.replace(
     llava,
-    data=dataclasses.replace(llava.data, sources={"data/packed/mammoth_vl_10m": 1.0}),
+    data=dataclasses.replace(llava.data, sources=("data/packed/mammoth_vl_10m",)),
     num_steps=78_125,
     run_dir="runs/sft_mammoth",
 )

@@ -116,12 +116,14 @@ class ModelConfig:
 class DataConfig:
     """What is read, and the budgets it was packed with (checked against each source's manifest)."""
 
-    sources: dict[str, float]
-    """Packed directory -> weight in the mixture."""
+    sources: tuple[str, ...]
+    """Packed directories."""
     num_tokens: int
     """Tokens in a packed row."""
     max_images: int
     """Image slots in a packed row."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in the mixture; empty: equal shares."""
     template: Literal["plain", "open_qwen2vl", "chatml"] = "open_qwen2vl"
     """How conversations were written out by the packer; generation asks in the same form."""
     attention_scope: Literal["document", "row"] = "document"
@@ -225,7 +227,7 @@ def load_config(path: str) -> TrainConfig:
     if file.suffix == ".json":
         try:
             return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid JSON: {error}.") from error
     if file.suffix != ".py":
         raise UserError(f"{path}: a config is a .py of configs/ or a resolved config.json.")
@@ -235,9 +237,11 @@ def load_config(path: str) -> TrainConfig:
         raise UserError(f"{path}: {error}") from error
     except TypeError as error:  # a dataclass called with a wrong keyword
         raise UserError(f"{path}: {_explain_keyword(error)}") from error
+    except Exception as error:  # a config is the user's own code
+        raise UserError(f"{path}: {type(error).__name__}: {error}.") from error
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path}: must bind `config = TrainConfig(...)`, found {type(config).__name__}.")
-    return config
+    return from_dict(TrainConfig, dataclasses.asdict(config), where=path)  # Python checks no types
 
 
 def from_dict(cls: Any, values: Any, where: str) -> Any:
@@ -262,7 +266,7 @@ def to_json(config: Any) -> str:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """{"optimizer.learning_rate": 0.001, ...}; mixtures such as data.sources stay one value."""
+    """{"optimizer.learning_rate": 0.001, ...}; lists such as data.sources stay one value."""
     flat = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -284,8 +288,10 @@ def _from_value(kind: Any, value: Any, where: str) -> Any:
         return from_dict(kind, value, where)
     if get_origin(kind) is Literal:
         is_valid = value in get_args(kind)
-    elif get_origin(kind) is dict:
-        is_valid = isinstance(value, dict)
+    elif get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_from_value(get_args(kind)[0], item, where) for item in value)
     else:
         allowed = get_args(kind) or (kind,)
         allowed += (int,) if float in allowed else ()

@@ -29,5 +29,14 @@ def run_command(main: Callable[[], int | None]) -> None:
 def is_full_or_forbidden(error: Exception) -> bool:
     """A full disk or missing permission; libraries below Python's own files say so in text only."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+        return error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.EEXIST,
+            errno.ENOTDIR,
+            errno.EISDIR,
+        )
     return "No space left on device" in str(error)

@@ -112,7 +112,7 @@ def read_requests(path: str) -> list[dict]:
     if not file.is_file():
         raise UserError(f"--requests {path}: no such file.")
     requests, problems = [], []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
         try:
             request = json.loads(line)
             images = [request["image"]] if isinstance(request["image"], str) else list(request["image"])
@@ -139,6 +139,12 @@ def main() -> None:
         raise UserError("give either --prompt (with --image) or --requests.")
     if config.requests is not None and config.out is None:
         raise UserError("--requests needs --out, the file to write the predictions to.")
+    if config.requests is not None and config.image:
+        raise UserError("--image goes with --prompt; the images of --requests stand in the file.")
+    if config.prompt is not None and config.out is not None:
+        raise UserError("--out goes with --requests; a single reply is printed.")
+    if config.out is not None and not Path(config.out).absolute().parent.is_dir():
+        raise UserError(f"--out {config.out}: its folder does not exist.")
     if config.max_new_tokens < 1 or config.batch_size < 1:
         raise UserError("--max-new-tokens and --batch-size must be at least 1.")
     missing = [image for image in config.image if not Path(image).is_file()]

@@ -29,7 +29,7 @@ def check_image(data: bytes) -> None:
     """
     image = _open(data)
     if image.format == "JPEG":
-        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
     _load(image)
 
 
@@ -63,5 +63,5 @@ def _open(data: bytes) -> Image.Image:
 def _load(image: Image.Image) -> None:
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for truncated and corrupt files
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL raises for truncated and corrupt files
         raise ImageError("image_undecodable", str(error)) from error

@@ -11,15 +11,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from oq2vl_jax.errors import UserError, run_command
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class PackConfig:
     @property
     def settings(self) -> dict:
         """What the written bytes depend on, next to the input."""
+        from oq2vl_jax.data.rows import FORMAT_VERSION
+
         names = ("num_tokens", "max_images", "visual_tokens", "template")
         return {"format": FORMAT_VERSION} | {name: getattr(self, name) for name in names}
 
@@ -73,16 +76,22 @@ def pack_shards(config: PackConfig) -> dict:
     check_config(config)
     shards = expand_shards(config.shards)
     out = Path(config.out)
-    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     codec = TextCodec(config.tokenizer)
-    codec.save(out / "tokenizer")
+    saved_tokenizer = out / f"tokenizer.{os.getpid()}.partial"
+    codec.save(saved_tokenizer)
     settings = config.settings | {
-        "tokenizer_sha256": tokenizer_sha256(out / "tokenizer"),
+        "tokenizer_sha256": tokenizer_sha256(saved_tokenizer),
         "vocab_size": codec.vocab_size,
         "pad_id": codec.special.pad,
         "image_id": codec.special.image,
     }
-    check_out_is_ours(out, settings)
+    try:
+        check_out_is_ours(out, settings)
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        os.rename(saved_tokenizer, out / "tokenizer")
+    finally:
+        shutil.rmtree(saved_tokenizer, ignore_errors=True)
+    (out / "manifest.json").unlink(missing_ok=True)  # a manifest says that everything is whole
     write_atomically(out / "settings.json", json.dumps(settings, indent=2) + "\n")
     tasks = list(enumerate(shards))
     pack = functools.partial(pack_shard, config, settings)
@@ -119,8 +128,13 @@ def run_tasks(function, tasks, num_workers: int):
     if num_workers <= 1:
         yield from map(function, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        yield from pool.imap(function, tasks)
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(function, tasks)
+        except BrokenProcessPool as error:
+            raise UserError("a worker was killed, perhaps for want of memory; try fewer --num-workers.") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def show_progress(reports, total: int):
@@ -184,7 +198,7 @@ def task_identity(config: PackConfig, settings: dict, shard: str) -> str:
 def read_documents(config: PackConfig, shard: str, report: ShardReport) -> list:
     """The documents of a tar that fit a row; every other sample is counted in report.skipped."""
     from oq2vl_jax.data.images import ImageError, check_image
-    from oq2vl_jax.data.shards import read_shard
+    from oq2vl_jax.data.shards import CutOffError, read_shard
     from oq2vl_jax.data.text import SampleError
 
     codec = load_codec(config.tokenizer)
@@ -201,7 +215,7 @@ def read_documents(config: PackConfig, shard: str, report: ShardReport) -> list:
                 report.skipped[problem.reason] += 1
                 continue
             documents.append(document)
-    except UserError:
+    except CutOffError:
         if config.broken_shards == "stop":
             raise
         report.skipped["shard_cut_off"] += 1

@@ -4,6 +4,7 @@ Several images of a conversation are KEY.0.jpg, KEY.1.jpg, ... in the order of t
 """
 
 import glob
+import gzip
 import json
 import tarfile
 import zlib
@@ -13,6 +14,10 @@ from typing import NamedTuple
 from oq2vl_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+class CutOffError(UserError):
+    """A tar that ends before its end-of-archive mark, or is none."""
 
 
 class Sample(NamedTuple):
@@ -42,7 +47,7 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def read_shard(path: str) -> Iterator[Sample]:
-    """Samples in the order of the tar. Raises UserError for a tar that is cut off or is none."""
+    """Samples in the order of the tar. Raises CutOffError for a tar that is cut off or is none."""
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
     num_samples = 0
@@ -53,10 +58,10 @@ def read_shard(path: str) -> Iterator[Sample]:
                 yield parse_sample(fields)
                 num_samples += 1
         _check_end_of_archive(path)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CutOffError(
             f"{path}: the tar is broken or cut off after {num_samples} whole samples "
-            f"({error.args[0] if error.args else error}); "
+            f"({error}); "
             "fetch it again, or pass --broken-shards keep to use what is whole."
         ) from error
     except ValueError as error:
@@ -67,7 +72,7 @@ def read_shard(path: str) -> Iterator[Sample]:
 
 def parse_sample(fields: dict) -> Sample:
     """One WebDataset sample ({"__key__": ..., suffix: bytes}) to a Sample; problems are named, not raised."""
-    key = fields["__key__"]
+    key = fields["__key__"].encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
     image_names = [name for name in fields if name.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
     images = [fields[name] for name in sorted(image_names, key=_image_order)]
     try:

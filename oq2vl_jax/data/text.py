@@ -60,6 +60,12 @@ class TextCodec:
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
+        """Raises SampleError for text with lone surrogates, which JSON can spell and UTF-8 cannot."""
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise SampleError("text_not_utf8") from error
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:

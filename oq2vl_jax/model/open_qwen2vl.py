@@ -42,22 +42,28 @@ class OpenQwen2VL(nnx.Module):
         constrain: Callable[[Array], Array] = lambda x: x,
     ) -> Float[Array, "B T D"]:
         """Final hidden states of packed rows; fields as in data/batch.py, computed in `dtype`."""
-        x = self.embed(tokens, images, dtype)
+        x = self.embed(tokens, images, dtype, remat)
         return self.decoder(x, segment_ids, positions, remat, constrain)
 
     def embed(
-        self, tokens: Int[Array, "B T"], images: UInt8[Array, "B I height width 3"], dtype: DTypeLike
+        self,
+        tokens: Int[Array, "B T"],
+        images: UInt8[Array, "B I height width 3"],
+        dtype: DTypeLike,
+        remat: str = "none",
     ) -> Float[Array, "B T D"]:
         """Token embeddings with the visual tokens in their places."""
         embeddings = self.decoder.embed(tokens, dtype)
         if images.shape[1] == 0:
             return embeddings
-        return merge_visual_tokens(embeddings, self.encode(images, dtype), tokens == self.config.image_token_id)
+        return merge_visual_tokens(embeddings, self.encode(images, dtype, remat), tokens == self.config.image_token_id)
 
-    def encode(self, images: UInt8[Array, "B I height width 3"], dtype: DTypeLike) -> Float[Array, "B IM D"]:
+    def encode(
+        self, images: UInt8[Array, "B I height width 3"], dtype: DTypeLike, remat: str = "none"
+    ) -> Float[Array, "B IM D"]:
         """Visual tokens of a row's images, one image after the other."""
         batch, num_images, *pixel_shape = images.shape
-        features = self.vision(normalize(images.reshape(batch * num_images, *pixel_shape), dtype))
+        features = self.vision(normalize(images.reshape(batch * num_images, *pixel_shape), dtype), remat)
         visual_tokens = self.projector(features)
         return visual_tokens.reshape(batch, -1, visual_tokens.shape[-1])
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from oq2vl_jax.config import VisionConfig
 from oq2vl_jax.model.attention import attention
-from oq2vl_jax.model.layers import LayerNorm, Linear, normal, stack_layers
+from oq2vl_jax.model.layers import LayerNorm, Linear, normal, remat_layer, stack_layers
 
 ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -77,10 +77,12 @@ class SiglipEncoder(nnx.Module):
         self.layers = stack_layers(partial(SiglipBlock, config=config), layers_key, config.num_layers - 1)
         self.config = config
 
-    def __call__(self, pixels: Float[Array, "I height width 3"]) -> Float[Array, "I P D"]:
+    def __call__(self, pixels: Float[Array, "I height width 3"], remat: str = "none") -> Float[Array, "I P D"]:
+        """Features of the second-to-last block; `remat` as in config.TrainConfig."""
         x = self.patch_embedding(self.patchify(pixels))
         x = x + self.position_embedding[...].astype(x.dtype)
-        return jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)[0]
+        apply = remat_layer(lambda x, layer: (layer(x), None), remat)
+        return jax.lax.scan(apply, x, self.layers)[0]
 
     def patchify(self, pixels: Float[Array, "I height width 3"]) -> Float[Array, "I P patch_dim"]:
         """Cuts images into patches, row by row; a margin that does not fill a patch is dropped (6 px at 384/14)."""

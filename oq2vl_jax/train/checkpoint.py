@@ -89,10 +89,6 @@ class Checkpointer:
         model = from_named_arrays(like.model, saved["model"])
         return TrainState(step_array, model, from_named_arrays(like.opt_state, saved["optimizer"])), saved["loader"]
 
-    def saved_config(self, step: int) -> TrainConfig:
-        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        return from_dict(TrainConfig, saved["config"], where=f"checkpoint {step}: config")
-
     def close(self) -> None:
         """Waits for a save under way."""
         self._manager.wait_until_finished()
@@ -102,13 +98,11 @@ class Checkpointer:
 def find_checkpoint(path: str) -> Path:
     """A step folder: `path` itself, or the newest one of a run directory. Raises UserError if there is none."""
     root = Path(path)
-    if (root / "model").is_dir() and (root / "config").is_dir():
-        return root.absolute()
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    steps = sorted(p for p in folder.glob("*") if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+    steps = [p for p in (root, *folder.glob("*")) if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()]
     if not steps:
         raise UserError(f"{path}: no whole checkpoint here; expected a run directory or one of its checkpoints/NNNNNN.")
-    return steps[-1].absolute()
+    return max(steps, key=lambda p: int(p.name)).absolute()
 
 
 def load_checkpoint_config(checkpoint: Path) -> TrainConfig:

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-IGNORE = -100
-"""Label of a position that carries no loss."""
+from oq2vl_jax.data.batch import IGNORE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

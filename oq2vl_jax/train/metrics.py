@@ -4,43 +4,52 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.data.batch import Batch
 
 
-class Throughput:
-    """Counts real tokens and images since the last report; padding never counts."""
+class BatchCounts(NamedTuple):
+    """Real tokens and images of a batch (padding never counts), its slots, and the seconds it was waited for."""
 
-    def __init__(self, image_token_id: int, num_visual_tokens: int, num_processes: int):
-        self._image_token_id, self._num_visual_tokens = image_token_id, num_visual_tokens
+    tokens: int
+    images: int
+    slots: int
+    wait_seconds: float
+
+
+def count_batch(batch: Batch, model: ModelConfig, wait_seconds: float) -> BatchCounts:
+    placeholders = int(np.count_nonzero(batch.tokens == model.image_token_id))
+    tokens = int(np.count_nonzero(batch.segment_ids))
+    return BatchCounts(tokens, placeholders // model.num_visual_tokens, batch.tokens.size, wait_seconds)
+
+
+class Throughput:
+    """Rates over the batches added since the last report, for all processes together."""
+
+    def __init__(self, num_processes: int):
         self._num_processes = num_processes
         self._reset()
 
     def _reset(self) -> None:
-        self._start, self._wait_seconds = time.monotonic(), 0.0
-        self._tokens = self._images = self._slots = 0
+        self._start, self._counts = time.monotonic(), []
 
-    def add(self, batch: Batch, wait_seconds: float) -> None:
-        self._wait_seconds += wait_seconds
-        self._tokens += int(np.count_nonzero(batch.segment_ids)) * self._num_processes
-        placeholders = int(np.count_nonzero(batch.tokens == self._image_token_id))
-        self._images += placeholders // self._num_visual_tokens * self._num_processes
-        self._slots += batch.tokens.size * self._num_processes
+    def add(self, counts: BatchCounts) -> None:
+        self._counts.append(counts)
 
     def report(self) -> dict[str, float]:
-        """Rates since the last report."""
         seconds = time.monotonic() - self._start
-        rates = {
-            "tokens_per_second": self._tokens / seconds,
-            "images_per_second": self._images / seconds,
-            "fill": self._tokens / max(self._slots, 1),
-            "data_wait_seconds": self._wait_seconds,
-        }
+        tokens, images, slots, wait_seconds = (sum(values) for values in zip(*self._counts, strict=True))
         self._reset()
-        return rates
+        return {
+            "tokens_per_second": tokens * self._num_processes / seconds,
+            "images_per_second": images * self._num_processes / seconds,
+            "fill": tokens / slots,
+            "data_wait_seconds": wait_seconds,
+        }
 
 
 class MetricsLog:
@@ -110,3 +119,30 @@ class Progress:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+class StepReporter:
+    """Takes the numbers of each finished step to metrics.jsonl and to the screen."""
+
+    def __init__(self, run_dir: Path, start_step: int, num_steps: int, log_every: int, num_processes: int):
+        self._log, self._progress = MetricsLog(run_dir, start_step), Progress(num_steps, start_step)
+        self._throughput = Throughput(num_processes)
+        self._num_steps, self._log_every = num_steps, log_every
+        self._record = self._log.last
+
+    def finish(self, step: int, numbers: dict[str, float], counts: BatchCounts) -> None:
+        """numbers: loss, grad_norm, learning_rate of the step."""
+        self._throughput.add(counts)
+        self._progress.advance(step, numbers["loss"])
+        self._record = {"step": step, **numbers}
+        if step % self._log_every == 0 or step == self._num_steps:
+            self._record |= self._throughput.report()
+            self._log.write(self._record)
+            self._progress.log(self._record)
+
+    def close(self, parameters_sha256: str | None = None) -> None:
+        """Ends the bar; the digest of a finished run becomes its last record."""
+        self._progress.close()
+        if parameters_sha256:
+            self._log.write({**self._record, "step": self._num_steps, "parameters_sha256": parameters_sha256})
+        self._log.close()

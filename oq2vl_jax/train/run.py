@@ -6,6 +6,7 @@ import hashlib
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import jax
 import numpy as np
 
 from oq2vl_jax.config import OPERATIONAL_FIELDS, DataConfig, TrainConfig, flatten, load_config, to_json
-from oq2vl_jax.data.loader import make_loader
+from oq2vl_jax.data.loader import data_fingerprint, make_loader
 from oq2vl_jax.data.text import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays
-from oq2vl_jax.train.metrics import MetricsLog, Progress, Throughput
+from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
-from oq2vl_jax.train.step import TrainState, compile_train_step, init_train_state, state_shardings
+from oq2vl_jax.train.step import StepMetrics, TrainState, compile_train_step, init_train_state, state_shardings
 
 
 def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
@@ -27,73 +28,71 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
 
     Raises UserError for what the user caused, a NaN loss included.
     """
+    with terminate_flag() as is_terminated:
+        return train(config, stop_at_step, is_terminated)
+
+
+def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[], bool]) -> str | None:
+    """See run; leaves after a checkpoint when is_terminated() says so."""
     mesh = make_mesh(config.mesh)
     check_config(config, mesh.size)
-    run_dir = open_run_dir(config)
+    run_dir = Path(config.run_dir)
     data = with_synthetic_source(config, run_dir)
-    tokenizer = Path(next(iter(data.sources))) / "tokenizer"
+    tokenizer = Path(data.sources[0]) / "tokenizer"
     loader = make_loader(
         data, config.model, config.global_batch_size, config.seed, jax.process_index(), jax.process_count()
     )
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
-    state = start_state(config, mesh, checkpointer, loader, tokenizer)
-    start_step = int(state.step)
+    check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
+    fingerprint = data_fingerprint(data)
+    state = start_state(config, mesh, checkpointer, loader, fingerprint, tokenizer)
+    write_config(config, run_dir)
     train_step = compile_train_step(config, mesh)
-    metrics_log = MetricsLog(run_dir, start_step)
-    throughput = Throughput(config.model.image_token_id, config.model.num_visual_tokens, jax.process_count())
-    progress = Progress(config.num_steps, start_step)
-    batches = iter(loader)
+    start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
-    saved_step, record = checkpointer.latest_step(), metrics_log.last
-
-    def finish_step(step: int, metrics) -> dict[str, Any]:
-        """Waits for a step's numbers, checks and reports them."""
-        numbers = {name: float(value) for name, value in metrics._asdict().items()}
-        if not math.isfinite(numbers["loss"]):
-            good = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint was saved yet"
-            raise UserError(
-                f"the loss is {numbers['loss']} at step {step}; {good}. "
-                "Lower optimizer.learning_rate, or look at the data."
-            )
-        progress.advance(step, numbers["loss"])
-        record = {"step": step, **numbers}
-        if step % config.log_every == 0 or step == config.num_steps:
-            record |= throughput.report()
-            metrics_log.write(record)
-            progress.log(record)
-        return record
-
+    reporter = StepReporter(run_dir, start_step, config.num_steps, config.log_every, jax.process_count())
+    batches, digest = iter(loader), None
     try:
-        with terminate_flag() as is_terminated:
-            pending = None  # the step under way: its numbers are read one step later, so that the device never waits
-            for step in range(start_step + 1, last_step + 1):
-                wait_start = time.monotonic()
-                batch = next(batches)
-                throughput.add(batch, time.monotonic() - wait_start)
-                state, metrics = train_step(state, to_global_batch(batch, mesh))
-                if pending:
-                    record = finish_step(*pending)
-                pending = (step, metrics)
-                is_last = step == last_step or is_terminated()
-                if is_last or step % config.checkpoint.every_num_steps == 0:
-                    record, pending = finish_step(*pending), None  # a state with a NaN is never saved
-                    checkpointer.save(state, loader.get_state(), config, tokenizer)
-                    saved_step = step
-                if is_last:
-                    break
+        pending = None  # the step under way: its numbers are read one step later, so that the device never waits
+        for step in range(start_step + 1, last_step + 1):
+            wait_start = time.monotonic()
+            batch = next(batches)
+            counts = count_batch(batch, config.model, time.monotonic() - wait_start)
+            state, metrics = train_step(state, to_global_batch(batch, mesh))
+            if pending:
+                reporter.finish(*checked(*pending, saved_step))
+            pending = (step, metrics, counts)
+            is_last = step == last_step or is_terminated()
+            if is_last or step % config.checkpoint.every_num_steps == 0:
+                reporter.finish(*checked(*pending, saved_step))  # a state with a NaN is never saved
+                loader_state = {"position": loader.get_state(), "data": fingerprint}
+                checkpointer.save(state, loader_state, config, tokenizer)
+                pending, saved_step = None, step
+            if is_last:
+                break
+        if int(state.step) == config.num_steps:
+            digest = parameters_sha256(state.model)
     finally:
-        progress.close()
         checkpointer.close()
         loader.close()
-    if int(state.step) < config.num_steps:
-        metrics_log.close()
+        reporter.close(digest)
+    if digest is None:
         print(f"stopped at step {int(state.step)}; checkpoint saved, the same command goes on from here")
-        return None
-    digest = parameters_sha256(state.model)
-    metrics_log.write({**record, "step": config.num_steps, "parameters_sha256": digest})
-    metrics_log.close()
-    print(f"done: step {config.num_steps}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}")
+    else:
+        print(f"done: step {config.num_steps}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}")
     return digest
+
+
+def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):
+    """Waits for a step's numbers. Raises UserError if one of them has spoilt the parameters."""
+    numbers = {name: float(value) for name, value in metrics._asdict().items()}
+    if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
+        good = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint was saved yet"
+        raise UserError(
+            f"the loss is {numbers['loss']}, the gradient norm {numbers['grad_norm']} at step {step}; {good}. "
+            "Lower optimizer.learning_rate, or look at the data."
+        )
+    return step, numbers, counts
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
@@ -123,27 +122,28 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         raise UserError("; ".join(problems) + ".")
 
 
-def open_run_dir(config: TrainConfig) -> Path:
-    """Creates the run directory, or checks that the run in it is this one."""
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = run_dir / "config.json"
-    if file.exists():
-        there, here = flatten(load_config(str(file))), flatten(config)
-        changed = [
-            f"{key}: {there.get(key)} there, {value} now"
-            for key, value in here.items()
-            if key not in OPERATIONAL_FIELDS and there.get(key) != value
-        ]
-        if changed:
-            raise UserError(
-                f"run_dir {run_dir} holds a run of another configuration ({'; '.join(changed)}); "
-                "choose another --run-dir."
-            )
-    partial = file.with_suffix(".partial")
+def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
+    """A run with a checkpoint can only be resumed with its own configuration; one without has nothing to lose."""
+    file = Path(config.run_dir) / "config.json"
+    if not has_checkpoint or not file.exists():
+        return
+    there, here = flatten(load_config(str(file))), flatten(config)
+    changed = [
+        f"{key}: {there.get(key)} there, {value} now"
+        for key, value in here.items()
+        if key not in OPERATIONAL_FIELDS and there.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"run_dir {config.run_dir} holds a run of another configuration ({'; '.join(changed)}); "
+            "choose another --run-dir."
+        )
+
+
+def write_config(config: TrainConfig, run_dir: Path) -> None:
+    partial = run_dir / "config.json.partial"
     partial.write_text(to_json(config))
-    partial.replace(file)
-    return run_dir
+    partial.replace(run_dir / "config.json")
 
 
 def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
@@ -152,16 +152,23 @@ def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
         return config.data
     from oq2vl_jax.data.synthetic import make_synthetic_source
 
-    return dataclasses.replace(config.data, sources={make_synthetic_source(run_dir / "data", config): 1.0})
+    return dataclasses.replace(config.data, sources=(make_synthetic_source(run_dir / "data", config),))
 
 
-def start_state(config: TrainConfig, mesh, checkpointer: Checkpointer, loader, tokenizer: Path) -> TrainState:
+def start_state(
+    config: TrainConfig, mesh, checkpointer: Checkpointer, loader, fingerprint: str, tokenizer: Path
+) -> TrainState:
     """The newest checkpoint of the run if there is one (the loader is set to it as well), else a fresh state."""
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
     if step is not None:
         state, loader_state = checkpointer.restore(step, shapes_with(config, shardings))
-        loader.set_state(loader_state)
+        if loader_state["data"] != fingerprint:
+            raise UserError(
+                f"the packed data is not what checkpoint {step} of {config.run_dir} was trained on; put the old rows "
+                "back, or start another run with --init-from."
+            )
+        loader.set_state(loader_state["position"])
         print(f"resuming from step {step}")
         return state
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))

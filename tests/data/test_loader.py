@@ -38,7 +38,7 @@ def packed(tmp_path_factory, byte_tokenizer_folder):
 
 
 def data_config(sources, **overrides):
-    return DataConfig(**{"sources": sources, "num_tokens": 64, "max_images": 3, "template": "plain"} | overrides)
+    return DataConfig(**{"sources": tuple(sources), "num_tokens": 64, "max_images": 3, "template": "plain"} | overrides)
 
 
 def take(loader, count):
@@ -56,7 +56,7 @@ def assert_equal(left, right):
 
 
 def test_a_batch_keeps_its_contract(packed):
-    (batch,) = take(make_loader(data_config({packed[0]: 1.0}), MODEL, 4, seed=0), 1)
+    (batch,) = take(make_loader(data_config([packed[0]]), MODEL, 4, seed=0), 1)
     assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == batch.segment_ids.shape == (4, 64)
     assert batch.images.shape == (4, 3, 16, 16, 3)
     assert batch.images.dtype == np.uint8
@@ -77,12 +77,12 @@ def test_labels_are_the_next_token_of_the_same_document_as_drawn():
         lengths=[7, 4], images=[b""], keys=["x", "y"],
     )  # fmt: skip
     i = IGNORE
-    tokens, labels, positions, segments = row_arrays(row, data_config({}, num_tokens=12), pad_id=7)
+    tokens, labels, positions, segments = row_arrays(row, data_config((), num_tokens=12), pad_id=7)
     assert tokens.tolist() == [s, image, image, image, image, a, e, s, b, c, e, 7]
     assert labels.tolist() == [i, i, i, i, a, e, i, i, c, e, i, i]
     assert positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 0]
     assert segments.tolist() == [1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0]
-    _, labels, positions, segments = row_arrays(row, data_config({}, num_tokens=12, attention_scope="row"), pad_id=7)
+    _, labels, positions, segments = row_arrays(row, data_config((), num_tokens=12, attention_scope="row"), pad_id=7)
     assert labels.tolist() == [i, i, i, i, a, e, s, i, c, e, i, i]
     assert positions.tolist() == [*range(11), 0]
     assert segments.tolist() == [1] * 11 + [0]
@@ -97,7 +97,7 @@ def test_a_row_survives_its_bytes():
 
 
 def test_batches_depend_on_the_seed_and_not_on_threads_or_workers(packed):
-    config = data_config({packed[0]: 2.0, packed[1]: 1.0})
+    config = data_config(packed, weights=(2.0, 1.0))
     batches = take(make_loader(config, MODEL, 4, seed=3), 6)
     assert_equal(batches, take(make_loader(dataclasses.replace(config, num_threads=1), MODEL, 4, seed=3), 6))
     assert_equal(batches, take(make_loader(dataclasses.replace(config, num_workers=2), MODEL, 4, seed=3), 6))
@@ -106,7 +106,7 @@ def test_batches_depend_on_the_seed_and_not_on_threads_or_workers(packed):
 
 
 def test_restored_state_goes_on_exactly_on_another_number_of_workers(packed):
-    config = data_config({packed[0]: 1.0})
+    config = data_config([packed[0]])
     undisturbed = take(make_loader(config, MODEL, 4, seed=0), 9)
     loader = make_loader(config, MODEL, 4, seed=0)
     iterator = iter(loader)
@@ -121,7 +121,7 @@ def test_restored_state_goes_on_exactly_on_another_number_of_workers(packed):
 
 
 def test_processes_share_a_global_batch_between_them(packed):
-    config = data_config({packed[0]: 1.0})
+    config = data_config([packed[0]])
     whole = take(make_loader(config, MODEL, 4, seed=0), 3)
     halves = [take(make_loader(config, MODEL, 4, 0, index, 2), 3) for index in (0, 1)]
     for step in range(3):
@@ -134,7 +134,7 @@ def test_an_epoch_holds_every_row_once_and_the_next_is_in_another_order(packed):
     from pathlib import Path
 
     rows = json.loads((Path(packed[0]) / "manifest.json").read_text())["rows"]
-    batches = take(make_loader(data_config({packed[0]: 1.0}), MODEL, 1, seed=0), 2 * rows)
+    batches = take(make_loader(data_config([packed[0]]), MODEL, 1, seed=0), 2 * rows)
     first, second = ([b.tokens.tobytes() for b in batches[i : i + rows]] for i in (0, rows))
     assert sorted(first) == sorted(second)
     assert len(set(first)) == rows
@@ -142,15 +142,38 @@ def test_an_epoch_holds_every_row_once_and_the_next_is_in_another_order(packed):
 
 
 def test_the_mixture_follows_its_weights(packed):
-    batches = take(make_loader(data_config({packed[0]: 3.0, packed[1]: 1.0}), MODEL, 4, seed=0), 20)
+    batches = take(make_loader(data_config(packed, weights=(3.0, 1.0)), MODEL, 4, seed=0), 20)
     from_a = sum((row == ord("a")).any() for batch in batches for row in batch.tokens)
     assert from_a == 60
 
 
 def test_sources_that_do_not_fit_are_explained_together(packed):
     with pytest.raises(UserError, match=r"num_tokens is 64, the config says 128.*max_images is 3, the config says 5"):
-        make_loader(data_config({packed[0]: 1.0}, num_tokens=128, max_images=5), MODEL, 4, seed=0)
+        make_loader(data_config([packed[0]], num_tokens=128, max_images=5), MODEL, 4, seed=0)
     with pytest.raises(UserError, match="visual_tokens is 4, the config says 1"):
-        make_loader(data_config({packed[0]: 1.0}), dataclasses.replace(MODEL, num_visual_tokens=1), 4, seed=0)
+        make_loader(data_config([packed[0]]), dataclasses.replace(MODEL, num_visual_tokens=1), 4, seed=0)
     with pytest.raises(UserError, match=r"no manifest\.json; pack it with"):
-        make_loader(data_config({"/nowhere": 1.0}), MODEL, 4, seed=0)
+        make_loader(data_config(["/nowhere"]), MODEL, 4, seed=0)
+
+
+def test_a_row_whose_image_does_not_decode_names_the_sample(tmp_path, packed):
+    import json
+    import shutil
+    from pathlib import Path
+
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    from oq2vl_jax.data.rows import WRITER_OPTIONS
+
+    broken = tmp_path / "broken"
+    shutil.copytree(packed[0], broken)
+    row = PackedRow(np.array([1, *[268] * 4, 5], np.int32), np.ones(6, bool), [6], [b"no picture"], ["sample-17"])
+    writer = ArrayRecordWriter(str(broken / "rows-00000.array_record"), WRITER_OPTIONS)
+    writer.write(encode_row(row))
+    writer.close()
+    manifest = json.loads((Path(broken) / "manifest.json").read_text())
+    manifest["files"][0]["rows"] = 1
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"image 0 of the row of sample-17: image_undecodable"):
+            take(make_loader(data_config([str(broken)], num_workers=workers), MODEL, 1, seed=0), 1)

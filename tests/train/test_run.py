@@ -223,7 +223,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(tiny_config):
         ({"mesh": MeshConfig(3, -1)}, "mesh.data = 3 times mesh.fsdp = -1 does not fit 8 devices"),
         ({"num_steps": 0}, "num_steps = 0, expected at least 1"),
         ({"trainable": TrainableConfig(False, False, False)}, "nothing is trained"),
-        ({"data": DataConfig({}, 128, 8)}, "data.sources is empty"),
+        ({"data": DataConfig((), 128, 8)}, "data.sources is empty"),
     ],
 )
 def test_impossible_configurations_are_one_sentence(tiny_config, overrides, message):
@@ -241,7 +241,7 @@ def test_a_nan_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny_config
         return real(model, batch, config, mesh) + poisoned
 
     monkeypatch.setattr(step_module, "loss_sum", loss_sum)
-    with pytest.raises(UserError, match=r"the loss is nan at step \d; no checkpoint was saved yet"):
+    with pytest.raises(UserError, match=r"the loss is nan, .* at step \d; no checkpoint was saved yet"):
         run(config)
     assert not list((Path(config.run_dir) / "checkpoints").glob("0*"))
 
