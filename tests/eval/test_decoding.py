@@ -48,13 +48,20 @@ def generate(model, rows, padded_length, stop=STOP):
     return np.asarray(generate_greedy(model, tokens, lengths, np.stack([i for _, i in rows]), NEW_TOKENS, stop))
 
 
+@jax.jit
+def plain_logits(model, tokens, images, segments):
+    positions = jnp.arange(tokens.shape[1])[None]
+    return model.logits(model(tokens, images, segments, positions))[0]
+
+
 def generate_without_cache(model, prompt, images):
-    tokens = prompt.copy()
-    for _ in range(NEW_TOKENS):
-        inputs = jnp.asarray(tokens[None])
-        hidden = model(inputs, jnp.asarray(images[None]), jnp.ones_like(inputs), jnp.arange(len(tokens))[None])
-        tokens = np.append(tokens, int(model.logits(hidden)[0, -1].argmax()))
-    return tokens[len(prompt) :]
+    """One whole forward pass per new token; positions after the last token are padding of segment 0."""
+    tokens = np.zeros((1, 40), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for length in range(len(prompt), len(prompt) + NEW_TOKENS):
+        segments = (np.arange(40) < length).astype(np.int32)[None]
+        tokens[0, length] = plain_logits(model, tokens, images[None], segments)[length - 1].argmax()
+    return tokens[0, len(prompt) : len(prompt) + NEW_TOKENS]
 
 
 def test_cached_batched_decoding_equals_the_plain_forward_pass_one_by_one(model, prompts):

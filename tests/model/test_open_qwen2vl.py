@@ -12,7 +12,7 @@ from oq2vl_jax.model.attention import causal_segment_mask
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL, merge_visual_tokens
 from oq2vl_jax.model.qwen2 import Qwen2Decoder, rope_table
 
-ALONE_TOLERANCE = 2e-5  # of the largest hidden value; measured 1e-6
+ALONE_TOLERANCE = 2e-5  # of the largest hidden value; measured 0 on this CPU
 IMAGE = 60
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=3, num_heads=2),

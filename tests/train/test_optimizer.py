@@ -12,7 +12,7 @@ from oq2vl_jax.train.checkpoint import named_arrays
 from oq2vl_jax.train.optimizer import decay_mask, make_optimizer, make_schedule, merge_parts, split_trainable
 from tests.train.conftest import tiny_model
 
-ADAMW_TOLERANCE = 2e-6  # absolute, on parameters of size 1 after 20 steps; measured 2e-7
+ADAMW_TOLERANCE = 2e-6  # absolute, on parameters of size 1 after 20 steps; measured 9.5e-7
 
 
 def test_schedule_warms_up_linearly_and_ends_at_zero():

@@ -25,8 +25,8 @@ from oq2vl_jax.train.step import compile_train_step, init_train_state, state_sha
 from tests.train.conftest import TINY, tiny_model
 
 LOSS_TOLERANCE = 2e-6  # relative, 4x2 mesh against 1x1; measured 1e-7
-PARAMETER_TOLERANCE = 5e-5  # absolute after 3 Adam steps at 3e-3, 4x2 against 1x1; measured 6e-6
-ACCUMULATION_TOLERANCE = 2e-6  # relative, gradient norm; measured 2e-7
+PARAMETER_TOLERANCE = 2e-6  # absolute after 3 Adam steps at 3e-3, 4x2 against 1x1; measured 6e-8
+ACCUMULATION_TOLERANCE = 2e-6  # relative, loss and gradient norm; measured 8e-8
 
 
 def random_batch(rows=8, seed=0):
@@ -61,9 +61,11 @@ def train_steps(config, mesh, num_steps=3):
 
 
 def test_loss_on_a_4x2_mesh_equals_1x1():
-    losses, norms, parameters = train_steps(TINY, one_device_mesh())
-    for data, fsdp in ((4, 2), (1, 8), (8, 1)):
-        config = dataclasses.replace(TINY, mesh=MeshConfig(data, fsdp))
+    # a large eps: with Adam's 1e-8 a gradient of 1e-9 moves a parameter by its sign, which rounding decides
+    smooth = dataclasses.replace(TINY, optimizer=dataclasses.replace(TINY.optimizer, eps=1e-2))
+    losses, norms, parameters = train_steps(smooth, one_device_mesh())
+    for data, fsdp in ((4, 2), (1, 8)):
+        config = dataclasses.replace(smooth, mesh=MeshConfig(data, fsdp))
         mesh_losses, mesh_norms, mesh_parameters = train_steps(config, make_mesh(config.mesh))
         worst = max(np.abs(mesh_parameters[name] - value).max() for name, value in parameters.items())
         print(f"{data}x{fsdp}: loss {np.abs(mesh_losses / losses - 1).max():.1e}, parameters {worst:.1e}")
@@ -120,7 +122,7 @@ def test_bfloat16_compute_gives_nearly_the_same_loss():
 def test_frozen_parts_do_not_move():
     config = dataclasses.replace(TINY, trainable=TrainableConfig(vision=False, projector=True, decoder=False))
     _, _, after = train_steps(config, one_device_mesh(), num_steps=2)
-    before = named_arrays(init_train_state(jax.random.key(0), config).model)
+    _, _, before = train_steps(config, one_device_mesh(), num_steps=0)
     for name, value in before.items():
         assert np.array_equal(after[name], value) != name.startswith("projector"), name
 
