@@ -5,7 +5,7 @@ DEMO := demo
 
 .PHONY: demo test lint clean-demo
 
-# Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a third of a step.
+# Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
 demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
 demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.demo.easy_vqa --out $(DEMO)/data
