@@ -31,14 +31,21 @@ def attention(
     Scores and softmax are float32. A query that sees nothing (padding) gets a finite, meaningless value.
     """
     batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    grouped = q.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    scores *= head_dim**-0.5
+    num_kv_heads, num_keys = k.shape[2], k.shape[1]
+    groups = num_heads // num_kv_heads
+    # One matrix product per kv head, the queries of its group below each other: XLA's CPU backend takes 0.5 (forward)
+    # and 0.8 (with backward) of the time that it takes for one product per query head.
+    grouped = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, num_kv_heads, groups * num_queries, head_dim)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", grouped, k, preferred_element_type=jnp.float32)
+    scores = head_dim**-0.5 * scores.reshape(batch, num_kv_heads, groups, num_queries, num_keys)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
+    attended = jnp.einsum("BKQS,BKSH->BKQH", weights.reshape(batch, num_kv_heads, groups * num_queries, num_keys), v)
+    attended = attended.reshape(batch, num_kv_heads, groups, num_queries, head_dim)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def causal_segment_mask(
