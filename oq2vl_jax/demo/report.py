@@ -109,12 +109,11 @@ def draw_answers(predictions: list[Prediction], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from PIL import Image
 
-    figure, axes = plt.subplots(
-        GRID_ROWS, GRID_COLUMNS, figsize=(2.25 * GRID_COLUMNS, 2.75 * GRID_ROWS), layout="constrained"
-    )
-    figure.get_layout_engine().set(h_pad=0.14, w_pad=0.06)
+    layout = ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.06)
+    figure, axes = plt.subplots(GRID_ROWS, GRID_COLUMNS, figsize=(2.25 * GRID_COLUMNS, 2.75 * GRID_ROWS), layout=layout)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, prediction in zip(axes.flat, predictions, strict=False):
