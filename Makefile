@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test bridge-full-size lint clean-demo
 
 # Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
 demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
@@ -17,8 +17,16 @@ demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa_tune.py
 	$(BIN)/python -m oq2vl_jax.generate --checkpoint $(DEMO)/runs/questions --requests $(DEMO)/data/test.jsonl \
 	    --out $(DEMO)/predictions.jsonl --max-new-tokens 8
+	rm -rf $(DEMO)/exported
+	$(BIN)/python -m convert.to_hf $(DEMO)/runs/questions --out $(DEMO)/exported --dtype float32 --native
+	$(BIN)/python -m convert.ask_hf $(DEMO)/exported --image $(DEMO)/data/test/0.png --prompt "what is the blue shape?" \
+	    --same-as $(DEMO)/runs/questions
 	$(BIN)/python -m oq2vl_jax.demo.report --predictions $(DEMO)/predictions.jsonl \
 	    --runs $(DEMO)/runs/captions $(DEMO)/runs/questions --out $(DEMO)/report
+
+# The 2B model through the bridge: 24 GB of memory, 45 GB of disk, about 15 minutes on two cores.
+bridge-full-size: .venv/.test-installed
+	$(BIN)/python -m pytest -m slow tests/convert/test_full_size.py -s
 
 test: .venv/.test-installed
 	$(BIN)/python -m pytest
@@ -29,11 +37,11 @@ lint: .venv/.test-installed
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
+# torch is pinned: on a machine without a GPU this version comes as a CPU build, an unpinned one with gigabytes of CUDA.
 .venv/.demo-installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable '.[demo]'
 	touch $@
 
-# torch is pinned: on a machine without a GPU this version comes as a CPU build, an unpinned one with gigabytes of CUDA.
 .venv/.test-installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable '.[dev]'
 	touch $@

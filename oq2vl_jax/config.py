@@ -17,6 +17,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from oq2vl_jax.errors import UserError
 
+Template = Literal["plain", "open_qwen2vl", "chatml"]
+"""How text is written around images and turns; see data/text.py."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -124,7 +127,7 @@ class DataConfig:
     """Image slots in a packed row."""
     weights: tuple[float, ...] = ()
     """Share of each source in the mixture; empty: equal shares."""
-    template: Literal["plain", "open_qwen2vl", "chatml"] = "open_qwen2vl"
+    template: Template = "open_qwen2vl"
     """How conversations were written out by the packer; generation asks in the same form."""
     attention_scope: Literal["document", "row"] = "document"
     """document: packed documents do not see each other, positions restart. row: the published behaviour."""
@@ -200,6 +203,16 @@ class TrainConfig:
     """Decoder activations kept for the backward pass: all, matmul outputs, or block inputs only."""
     seed: int = 7
     log_every: int = 10
+
+
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """What one needs to know of weights to run or export them, wherever they come from."""
+
+    model: ModelConfig
+    template: Template
+    origin: str
+    """"trained", or what they were converted from."""
 
 
 OPERATIONAL_FIELDS = (

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from oq2vl_jax.config import Template
 from oq2vl_jax.data.text import IMAGE
 from oq2vl_jax.errors import UserError, run_command
 
@@ -36,7 +36,7 @@ class GenerateConfig:
     """jsonl file of requests, instead of --image and --prompt."""
     out: str | None = None
     """jsonl file for the predictions of --requests."""
-    template: Literal["plain", "open_qwen2vl", "chatml"] | None = None
+    template: Template | None = None
     """How the question is written; default: as the checkpoint's data was."""
     max_new_tokens: int = 64
     batch_size: int = 64
@@ -51,14 +51,14 @@ class Generator:
         from oq2vl_jax.config import MeshConfig
         from oq2vl_jax.data.text import TextCodec
         from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-        from oq2vl_jax.train.checkpoint import find_checkpoint, load_checkpoint_config, load_weights
+        from oq2vl_jax.train.checkpoint import find_checkpoint, load_description, load_weights
         from oq2vl_jax.train.sharding import make_mesh, parameter_shardings
 
         folder = find_checkpoint(checkpoint)
-        config = load_checkpoint_config(folder)
-        self.model_config, self.template = config.model, template or config.data.template
+        description = load_description(folder)
+        self.model_config, self.template = description.model, template or description.template
         self.codec = TextCodec(str(folder / "tokenizer"))
-        shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), config.model))
+        shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), description.model))
         shardings = parameter_shardings(shapes, make_mesh(MeshConfig()))
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         self.model = load_weights(folder, like)
@@ -71,6 +71,10 @@ class Generator:
 
     def reply(self, prompts: list[list[int]], images: list[list[str]], max_new_tokens: int) -> list[str]:
         """Replies to tokenised prompts, whose i-th placeholder run is the i-th of the images (paths)."""
+        return [self.codec.decode(tokens).strip() for tokens in self.reply_tokens(prompts, images, max_new_tokens)]
+
+    def reply_tokens(self, prompts: list[list[int]], images: list[list[str]], max_new_tokens: int) -> list[list[int]]:
+        """The same as token ids, without the stop token."""
         import numpy as np
 
         from oq2vl_jax.data.images import decode_image
@@ -85,7 +89,7 @@ class Generator:
             for slot, path in enumerate(paths):
                 pixels[row, slot] = decode_image(Path(path).read_bytes(), size)
         new_tokens = np.asarray(generate_greedy(self.model, tokens, lengths, pixels, max_new_tokens, eos))
-        return [self.codec.decode(cut_at(row.tolist(), eos)).strip() for row in new_tokens]
+        return [cut_at(row.tolist(), eos) for row in new_tokens]
 
 
 def cut_at(tokens: list[int], stop: int) -> list[int]:

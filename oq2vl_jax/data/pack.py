@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
 
 
@@ -39,7 +40,7 @@ class PackConfig:
     """Image budget of a row."""
     visual_tokens: int = 144
     """Tokens an image takes; the model's num_visual_tokens."""
-    template: Literal["plain", "open_qwen2vl", "chatml"] = "open_qwen2vl"
+    template: Template = "open_qwen2vl"
     """How conversations are written; captions are always plain."""
     num_workers: int = os.cpu_count() or 1
     broken_shards: Literal["stop", "keep"] = "stop"

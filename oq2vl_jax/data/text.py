@@ -9,6 +9,7 @@ Conversations are labelled on assistant turns only.
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,5 +188,12 @@ def load_tokenizer(folder: str):
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Identity of a saved tokenizer: packed rows and model must come from the same one."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    """Identity of a saved tokenizer: packed rows and model must come from the same one.
+
+    Over what decides the ids (vocabulary, merges, added tokens), not over the bytes of the file: transformers writes
+    the same tokenizer in more than one way, for example when a model's config.json stands beside it.
+    """
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    added = [(token["id"], token["content"]) for token in saved["added_tokens"]]
+    identity = [saved["model"]["vocab"], saved["model"]["merges"], added, saved["normalizer"], saved["pre_tokenizer"]]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

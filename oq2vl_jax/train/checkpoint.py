@@ -7,6 +7,7 @@
         config/      the resolved configuration
         tokenizer/   tokenizer.json and its companions, ready for transformers
 
+A converted checkpoint (convert/) has model/ and tokenizer/ as well, and description/ in place of the rest.
 Orbax writes beside and renames, so a step folder is whole or it is not there. Config and tokenizer are plain files.
 """
 
@@ -21,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from oq2vl_jax.config import TrainConfig, from_dict, hint, to_json
+from oq2vl_jax.config import CheckpointDescription, TrainConfig, from_dict, hint, to_json
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.step import TrainState
 
@@ -95,6 +96,10 @@ class Checkpointer:
         self._manager.close()
 
 
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"{step:0{STEP_DIGITS}d}"
+
+
 def find_checkpoint(path: str) -> Path:
     """A step folder: `path` itself, or the newest one of a run directory. Raises UserError if there is none."""
     root = Path(path)
@@ -105,10 +110,20 @@ def find_checkpoint(path: str) -> Path:
     return max(steps, key=lambda p: int(p.name)).absolute()
 
 
-def load_checkpoint_config(checkpoint: Path) -> TrainConfig:
-    return from_dict(
-        TrainConfig, json.loads((checkpoint / "config" / "metadata").read_text()), where=f"{checkpoint}: config"
-    )
+def load_train_config(checkpoint: Path) -> TrainConfig | None:
+    """The configuration a checkpoint was trained with; None for a converted one."""
+    file = checkpoint / "config" / "metadata"
+    return from_dict(TrainConfig, json.loads(file.read_text()), where=str(file)) if file.exists() else None
+
+
+def load_description(checkpoint: Path) -> CheckpointDescription:
+    config = load_train_config(checkpoint)
+    if config is not None:
+        return CheckpointDescription(config.model, config.data.template, origin="trained")
+    file = checkpoint / "description" / "metadata"
+    if not file.exists():
+        raise UserError(f"{checkpoint}: has neither config nor description; it is no checkpoint of this project.")
+    return from_dict(CheckpointDescription, json.loads(file.read_text()), where=str(file))
 
 
 def load_weights(checkpoint: Path, like: Any) -> Any:

@@ -125,8 +125,12 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
 def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
     """A run with a checkpoint can only be resumed with its own configuration; one without has nothing to lose."""
     file = Path(config.run_dir) / "config.json"
-    if not has_checkpoint or not file.exists():
+    if not has_checkpoint:
         return
+    if not file.exists():
+        raise UserError(
+            f"run_dir {config.run_dir} holds converted weights; name it in --init-from, and choose another --run-dir."
+        )
     there, here = flatten(load_config(str(file))), flatten(config)
     changed = [
         f"{key}: {there.get(key)} there, {value} now"

@@ -1,0 +1,81 @@
+"""python -m convert.ask_hf: asks an exported model with plain transformers, and compares with the checkpoint it is of.
+
+    python -m convert.ask_hf exported --image cat.png --prompt "what is the blue shape?" --same-as runs/sft_llava
+
+Nothing of this project runs the exported model: AutoProcessor, AutoModelForImageTextToText and generate do, in float32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from oq2vl_jax.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class AskHFConfig:
+    """Asks an exported model one question with plain transformers, by greedy decoding."""
+
+    model: tyro.conf.Positional[str]
+    """Folder that convert.to_hf wrote."""
+    prompt: str
+    """The question; the images are put before it."""
+    image: tuple[str, ...] = ()
+    """Images of the question, in order."""
+    same_as: str | None = None
+    """A checkpoint of this project: ask it as well, and fail if its reply is another one."""
+    trust_remote_code: bool = False
+    """Needed for models with modeling_open_qwen2vl.py; it runs the code in the folder."""
+    max_new_tokens: int = 64
+
+
+def ask(config: AskHFConfig) -> str:
+    """The reply of the exported model. Raises UserError where the folder cannot be loaded."""
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not (Path(config.model) / "config.json").is_file():
+        raise UserError(f"{config.model}: no config.json there; convert.to_hf writes such a folder.")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+        )
+    except ValueError as error:
+        raise UserError(f"{config.model}: {str(error).strip().splitlines()[0]}") from error
+    processor = AutoProcessor.from_pretrained(config.model)
+    content = [{"type": "image"}] * len(config.image) + [{"type": "text", "text": config.prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    images = [Image.open(path) for path in config.image] or None
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    with torch.no_grad():
+        tokens = model.eval().generate(**inputs, max_new_tokens=config.max_new_tokens)  # pyright: ignore[reportAttributeAccessIssue]
+    return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def ask_checkpoint(config: AskHFConfig) -> str:
+    from oq2vl_jax.generate import Generator
+
+    generator = Generator(str(config.same_as))
+    prompt = generator.encode_prompt(config.prompt, len(config.image))
+    return generator.reply([prompt], [list(config.image)], config.max_new_tokens)[0]
+
+
+def main() -> int:
+    config = tyro.cli(AskHFConfig, prog="python -m convert.ask_hf")
+    missing = [image for image in config.image if not Path(image).is_file()]
+    if missing:
+        raise UserError(f"--image {missing[0]}: no such file.")
+    reply = ask(config)
+    print(f"transformers: {reply}")
+    if config.same_as is None:
+        return 0
+    ours = ask_checkpoint(config)
+    print(f"oq2vl_jax:    {ours}")
+    print("the same reply" if ours == reply else "NOT the same reply")
+    return 0 if ours == reply else 1
+
+
+if __name__ == "__main__":
+    run_command(main)

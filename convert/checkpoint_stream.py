@@ -1,0 +1,125 @@
+"""Orbax checkpoints written and read one parameter at a time, so that a conversion never holds a whole model.
+
+Orbax asks a type handler for the values of a tree; LazyArray is a leaf whose value is made when its turn comes, and
+let go when it is on disk. What comes out is an ordinary checkpoint: train and generate read it like any other.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import type_handlers
+
+from oq2vl_jax.config import CheckpointDescription
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.checkpoint import FilesHandler, SaveFiles, step_folder
+
+
+class LazyArray:
+    """A float32 parameter of a given shape that `make` computes when it is wanted."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, shape: tuple[int, ...], make: Callable[[], np.ndarray]):
+        self.shape, self.make = shape, make
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class LazyArrayHandler(type_handlers.NumpyHandler):
+    """Makes, writes and forgets one array after the other."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Any, infos, args=None):
+        args = args or [ocp.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args, strict=True):
+            array = value.make()
+            assert (array.shape, array.dtype) == (value.shape, value.dtype), (info.name, array.shape, array.dtype)
+            for written in await super().serialize([array], [info], [arg]):
+                written.result()
+            del array
+        return []
+
+
+def save_checkpoint(
+    out: Path, parameters: dict[str, LazyArray], description: CheckpointDescription, tokenizer: Path
+) -> None:
+    """OUT/checkpoints/000000 with the weights, what they are, and the tokenizer; `out` appears when it is whole."""
+    registry = type_handlers.create_type_handler_registry((LazyArray, LazyArrayHandler()))
+    handler = ocp.CompositeCheckpointHandler(
+        model=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        description=ocp.JsonCheckpointHandler(),
+        tokenizer=FilesHandler(),
+    )
+    with new_folder(out) as partial, ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(
+            step_folder(partial, 0).absolute(),
+            args=ocp.args.Composite(
+                model=ocp.args.PyTreeSave(parameters),
+                description=ocp.args.JsonSave(dataclasses.asdict(description)),
+                tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
+            ),
+        )
+
+
+class CheckpointReader:
+    """The weights of a checkpoint, one parameter at a time. `shapes`: parameter name -> shape."""
+
+    def __init__(self, checkpoint: Path):
+        self._folder = epath.Path(checkpoint / "model")
+        self._handler = ocp.PyTreeCheckpointHandler()
+        self.shapes = {name: tuple(array.shape) for name, array in self._handler.metadata(self._folder).tree.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.read_all([name])[0]
+
+    def read_all(self, names: list[str]) -> list[np.ndarray]:
+        args = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(names, 0),
+            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names},
+            partial_restore=True,
+        )
+        arrays: dict[str, Any] = self._handler.restore(self._folder, args=args)
+        return [arrays[name] for name in names]
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """The folder `out`.partial, which takes its name when the block ends well and is gone if it does not.
+
+    Raises UserError where something is in the way.
+    """
+    check_is_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if out.is_dir():
+            out.rmdir()
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_is_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out} exists and is not empty; choose another folder.")

@@ -1,0 +1,38 @@
+"""The parameters of a checkpoint through the weight table to someone's tensors, one stacked parameter at a time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from convert.checkpoint_stream import CheckpointReader
+from convert.weight_map import Shape, their_shape, unused_vision, weights_of
+
+
+def exported_shapes(layout: str, shapes: dict[str, Shape], filler: dict[str, Shape]) -> dict[str, Shape]:
+    """Every tensor of an export with its shape, in the order that `exported_tensors` gives them."""
+    return {weight.theirs: their_shape(weight, shapes) for weight in weights_of(layout, shapes)} | filler
+
+
+def vision_filler(layout: str, shapes: dict[str, Shape], has_pooling_head: bool) -> dict[str, Shape]:
+    """Weights behind the features that a layout cannot do without; they are written as zeros."""
+    unused = unused_vision(layout, shapes)
+    return {name: shape for name, shape in unused.items() if has_pooling_head or ".head." not in name}
+
+
+def exported_tensors(
+    layout: str, reader: CheckpointReader, dtype: np.dtype, filler: dict[str, Shape]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, contiguous tensor of type `dtype`): first what the model holds, then the filler."""
+    row = arrays = None
+    for weight in weights_of(layout, reader.shapes):
+        if weight.row is not row:
+            arrays = None  # let go before the next is read
+            row, arrays = weight.row, reader.read_all(list(weight.row.ours))
+        assert arrays is not None
+        parts = arrays if weight.layer is None else [array[weight.layer] for array in arrays]
+        yield (
+            weight.theirs,
+            np.ascontiguousarray(weight.row.transform.to_theirs([part.astype(dtype) for part in parts])),
+        )
+    for name, shape in filler.items():
+        yield name, np.zeros(shape, dtype)

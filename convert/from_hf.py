@@ -1,0 +1,173 @@
+"""python -m convert.from_hf: Hugging Face weights to an Orbax checkpoint that oq2vl_jax.train starts from.
+
+    python -m convert.from_hf --vision siglip-so400m-patch14-384 --decoder Qwen2.5-1.5B-Instruct --out siglip_qwen
+    python -m convert.from_hf --model exported_model --out checkpoints/back
+
+The first puts a freshly initialised projector between the two; the second reads a model that is whole already: an
+export of convert.to_hf, or any Llava checkpoint of SigLIP + linear/gelu/linear + Qwen2.
+"""
+
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from oq2vl_jax.config import Template
+from oq2vl_jax.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class FromHFConfig:
+    """Hugging Face weights (local folders; hub ids where there is a network) to an Orbax checkpoint."""
+
+    out: str
+    """Folder to write; it appears when the checkpoint is whole."""
+    vision: str | None = None
+    """SigLIP: the vision model alone or both towers."""
+    decoder: str | None = None
+    """Qwen2.5, with its tokenizer."""
+    model: str | None = None
+    """Instead of the two: a Llava-style model."""
+    visual_tokens: int = 144
+    """Visual tokens an image; with --model it comes from there."""
+    template: Template | None = None
+    """How prompts are written to this model. Default: what an export says, else plain with --vision and --decoder and
+    chatml with --model."""
+    seed: int = 0
+    """Of the fresh projector."""
+
+
+def convert(config: FromHFConfig) -> str:
+    """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
+    from convert.checkpoint_stream import check_is_free
+
+    check_is_free(Path(config.out))
+    if config.model is not None:
+        return convert_whole(config, local_folder(config.model))
+    assert config.vision is not None
+    assert config.decoder is not None
+    return convert_parts(config, local_folder(config.vision), local_folder(config.decoder))
+
+
+def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
+    from convert.hf_config import read_decoder_config, read_vision_config
+    from convert.import_weights import Import
+    from convert.tensor_files import Renamed, SafetensorsSource
+    from oq2vl_jax.config import CheckpointDescription, ModelConfig
+    from oq2vl_jax.data.text import TextCodec
+
+    sizes = read_vision_config(vision), read_decoder_config(decoder)  # before the tokenizer, which trips over a bad one
+    codec = TextCodec(str(decoder))
+    model = ModelConfig(*sizes, config.visual_tokens, codec.special.image)
+    importer = Import(model)
+    importer.add("siglip", Renamed(SafetensorsSource(vision), siglip_name), ("vision",), model.vision.num_layers)
+    importer.add("qwen2", SafetensorsSource(decoder), ("decoder",))
+    importer.add_arrays(fresh_projector(model, config.seed))
+    origin = f"{vision.name} + {decoder.name}, fresh projector (seed {config.seed})"
+    return write(config.out, importer, CheckpointDescription(model, config.template or "plain", origin), codec)
+
+
+def convert_whole(config: FromHFConfig, folder: Path) -> str:
+    from convert.hf_config import read_llava_config
+    from convert.import_weights import Import
+    from convert.tensor_files import Renamed, SafetensorsSource
+    from oq2vl_jax.config import CheckpointDescription
+    from oq2vl_jax.data.text import TextCodec
+
+    model, template, num_vision_blocks = read_llava_config(folder)
+    importer = Import(model)
+    importer.add("llava", Renamed(SafetensorsSource(folder), llava_name), num_vision_blocks=num_vision_blocks)
+    description = CheckpointDescription(model, config.template or template or "chatml", folder.name)
+    return write(config.out, importer, description, TextCodec(str(folder)))
+
+
+def write(out: str, importer, description, codec) -> str:
+    """What all importing commands end in: checks, then the checkpoint."""
+    from convert.checkpoint_stream import save_checkpoint
+    from convert.import_weights import summarize_left_out
+
+    check_tokenizer(codec, description.model)
+    parameters = importer.finish()
+    print(summarize_left_out(importer.left_out) or "every tensor is used", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        codec.save(Path(folder))
+        save_checkpoint(Path(out), parameters, description, Path(folder))
+    count = sum(parameter.size for parameter in parameters.values())
+    return (
+        f"{out}: {count:,} parameters, {description.model.num_visual_tokens} visual tokens an image, "
+        f"template {description.template}; from {description.origin}"
+    )
+
+
+def check_tokenizer(codec, model) -> None:
+    if codec.vocab_size > model.decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer has {codec.vocab_size} entries with its added tokens, the decoder's embedding "
+            f"{model.decoder.vocab_size}."
+        )
+    if codec.special.image != model.image_token_id:
+        raise UserError(
+            f"the image token is {model.image_token_id} in the model's config and <|image_pad|> is "
+            f"{codec.special.image} in its tokenizer."
+        )
+
+
+def fresh_projector(model, seed: int) -> dict:
+    """Parameters of a new projector, as in training."""
+    import jax
+    import numpy as np
+
+    from oq2vl_jax.model.projector import Projector
+    from oq2vl_jax.train.checkpoint import named_arrays
+
+    arrays = named_arrays(Projector(jax.random.key(seed), model))
+    return {f"projector.{name}": np.asarray(array) for name, array in arrays.items()}
+
+
+def siglip_name(name: str) -> str:
+    """Files of the vision model alone may leave its prefix out."""
+    if name.startswith(("embeddings.", "encoder.", "post_layernorm.", "head.")):
+        return f"vision_model.{name}"
+    return name
+
+
+def llava_name(name: str) -> str:
+    """The names that transformers 4.52 and later has inside, and 5 writes for a new model, to those of the files on
+    the hub, which it reads and other software expects."""
+    name = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", name)
+    name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
+    name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
+def local_folder(path_or_id: str) -> Path:
+    """The folder itself, or the hub's snapshot of an id such as Qwen/Qwen2.5-1.5B-Instruct."""
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_id):
+        raise UserError(f"{path_or_id}: no such folder.")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
+    except Exception as error:  # no network, no such id, no permission: its errors have no common kind
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path_or_id}: no such folder, and it could not be fetched from the hub ({reason})."
+        ) from error
+
+
+def main() -> None:
+    import tyro
+
+    config = tyro.cli(FromHFConfig, prog="python -m convert.from_hf")
+    parts = [config.vision, config.decoder]
+    if not ((config.model is None and None not in parts) or (config.model is not None and parts == [None, None])):
+        raise UserError("give either --vision and --decoder, or --model.")
+    print(convert(config))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,107 @@
+"""python -m convert.from_prismatic: a checkpoint of the published PyTorch code to an Orbax checkpoint.
+
+    python -m convert.from_prismatic Open-Qwen2VL --decoder Qwen2.5-1.5B-Instruct --vision siglip-so400m-patch14-384 \\
+        --out checkpoints/open_qwen2vl
+
+The file holds projector and decoder, and the vision encoder where that was trained; where it was not, --vision says
+which one it was. Exact GELU and bf16-rounded rotary inverse frequencies, which that code has, become part of the
+configuration.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from oq2vl_jax.config import Template
+from oq2vl_jax.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class FromPrismaticConfig:
+    """A run directory of the published code to an Orbax checkpoint."""
+
+    run_dir: tyro.conf.Positional[str]
+    """Folder with config.json and checkpoints/latest-checkpoint.pt."""
+    out: str
+    """Folder to write; it appears when the checkpoint is whole."""
+    vision: str | None = None
+    """SigLIP where the run did not train it: a Hugging Face folder, or a file with timm's names."""
+    decoder: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    """Qwen2.5 folder or hub id, for tokenizer and sizes; its weights are not read."""
+    file: str = "checkpoints/latest-checkpoint.pt"
+    """Which checkpoint of the run, relative to its folder."""
+    template: Template | None = None
+    """How prompts are written to this model. Default: plain for a pretrain stage, else open_qwen2vl."""
+
+
+def convert(config: FromPrismaticConfig) -> str:
+    """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
+    from convert.checkpoint_stream import check_is_free
+    from convert.from_hf import local_folder, write
+    from convert.import_weights import Import
+    from convert.prismatic import read_run
+    from convert.tensor_files import TorchSource
+    from oq2vl_jax.config import CheckpointDescription
+    from oq2vl_jax.data.text import TextCodec
+
+    check_is_free(Path(config.out))
+    run_dir, decoder = Path(config.run_dir), local_folder(config.decoder)
+    file = run_dir / config.file
+    if not file.is_file():
+        present = sorted(str(path.relative_to(run_dir)) for path in run_dir.glob("checkpoints/*.pt"))
+        raise UserError(f"{file}: no such file; there: {', '.join(present) or 'no checkpoints/*.pt'}.")
+    vision = local_vision(config.vision)
+    codec = TextCodec(str(decoder))
+    vision_folder = vision if vision and vision.is_dir() else None
+    model, template = read_run(run_dir, vision_folder, decoder, codec.special.image)
+    source = TorchSource(file, root="model")
+    importer = Import(model)
+    has_vision = any(name.startswith("vision_backbone.") for name in source.shapes)
+    if has_vision and vision:
+        raise UserError(f"{file} holds the vision encoder it was trained with; leave --vision out.")
+    if not has_vision and not vision:
+        raise UserError(f"{file} holds no vision encoder (it was not trained); say which it was with --vision.")
+    parts = ("vision", "projector", "decoder") if has_vision else ("projector", "decoder")
+    importer.add("prismatic", source, parts)
+    if vision:
+        add_vision(importer, vision)
+    description = CheckpointDescription(model, config.template or template, f"{run_dir.name}/{config.file}")
+    return write(config.out, importer, description, codec)
+
+
+def add_vision(importer, vision: Path) -> None:
+    """A Hugging Face SigLIP folder, or a state dict with timm's names."""
+    from convert.from_hf import siglip_name
+    from convert.hf_config import read_vision_config
+    from convert.tensor_files import Renamed, SafetensorsSource, open_source
+
+    if vision.is_dir():
+        num_blocks = read_vision_config(vision).num_layers
+        importer.add("siglip", Renamed(SafetensorsSource(vision), siglip_name), ("vision",), num_blocks)
+    else:
+        importer.add("timm", Renamed(open_source(vision), timm_name), ("vision",))
+
+
+def timm_name(name: str) -> str | None:
+    """timm's own name of a weight: prefixes of Prismatic and open_clip files go, the latter's text tower as well."""
+    for prefix in ("model.vision_backbone.featurizer.", "vision_backbone.featurizer.", "featurizer.", "visual.trunk."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return None if name.startswith("text.") or name in ("logit_scale", "logit_bias") else name
+
+
+def local_vision(path_or_id: str | None) -> Path | None:
+    from convert.from_hf import local_folder
+
+    if path_or_id is None or Path(path_or_id).is_file():
+        return Path(path_or_id) if path_or_id else None
+    return local_folder(path_or_id)
+
+
+def main() -> None:
+    print(convert(tyro.cli(FromPrismaticConfig, prog="python -m convert.from_prismatic")))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,265 @@
+"""Hugging Face config.json <-> ModelConfig. Everything a file says that our model cannot do is an error, said together.
+
+transformers' own configuration classes read and write the files: they know what an omitted key means.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from oq2vl_jax.config import DecoderConfig, ModelConfig, Template, VisionConfig
+from oq2vl_jax.data.text import SpecialTokens
+from oq2vl_jax.errors import UserError
+
+ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Theirs -> ours."""
+POOLED_MODEL_TYPE = "open_qwen2vl"
+EXTRA_KEY = "oq2vl_jax"
+"""In an exported config.json: what transformers has no word for, so that an export comes back as it was."""
+NO_LAST_BLOCK = -2
+"""vision_feature_layer of an export: the features leave the second-to-last block."""
+MEAN = STD = 0.5
+BICUBIC = 3
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises UserError naming the file where it is missing or no JSON object."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def read_vision_config(folder: Path, num_unused_blocks: int = 1) -> VisionConfig:
+    """From a SigLIP config.json, of the vision model alone or of both towers."""
+    values = read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    if values.get("model_type") == "siglip":
+        values = values.get("vision_config", {}) | {"model_type": "siglip_vision_model"}
+    return vision_config_from(values, where, num_unused_blocks)
+
+
+def vision_config_from(values: dict[str, Any], where: str, num_unused_blocks: int = 1) -> VisionConfig:
+    """num_unused_blocks: blocks behind the one the features leave (1 = they leave the second-to-last)."""
+    from transformers import SiglipVisionConfig
+
+    check_model_type(values, "siglip_vision_model", where)
+    theirs = parse(SiglipVisionConfig, values, where)
+    if theirs.hidden_act not in ACTIVATIONS:
+        raise UserError(f"{where}: hidden_act is {theirs.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    if theirs.num_channels != 3:
+        raise UserError(f"{where}: num_channels is {theirs.num_channels}, expected 3.")
+    return VisionConfig(
+        image_size=theirs.image_size,
+        patch_size=theirs.patch_size,
+        hidden_size=theirs.hidden_size,
+        intermediate_size=theirs.intermediate_size,
+        num_layers=theirs.num_hidden_layers - num_unused_blocks + 1,
+        num_heads=theirs.num_attention_heads,
+        activation=ACTIVATIONS[theirs.hidden_act],
+        layer_norm_eps=theirs.layer_norm_eps,
+    )
+
+
+def read_decoder_config(folder: Path) -> DecoderConfig:
+    return decoder_config_from(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def decoder_config_from(values: dict[str, Any], where: str) -> DecoderConfig:
+    from transformers import Qwen2Config
+
+    check_model_type(values, "qwen2", where)
+    theirs = parse(Qwen2Config, values, where)
+    rope = theirs.rope_parameters
+    problems = []
+    if theirs.hidden_act != "silu":
+        problems.append(f"hidden_act is {theirs.hidden_act!r}, expected 'silu'")
+    if theirs.use_sliding_window:
+        problems.append("use_sliding_window is true, which this model does not do")
+    if rope.get("rope_type", "default") != "default":
+        problems.append(f"rope_type is {rope['rope_type']!r}, expected 'default'")
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}.")
+    return DecoderConfig(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.hidden_size,
+        intermediate_size=theirs.intermediate_size,
+        num_layers=theirs.num_hidden_layers,
+        num_heads=theirs.num_attention_heads,
+        num_kv_heads=theirs.num_key_value_heads or theirs.num_attention_heads,
+        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        rope_theta=float(rope["rope_theta"]),
+        rms_norm_eps=theirs.rms_norm_eps,
+        tie_word_embeddings=bool(theirs.tie_word_embeddings),
+    )
+
+
+def read_llava_config(folder: Path) -> tuple[ModelConfig, Template | None, int]:
+    """A Llava-style model of our parts, or one of our exports.
+
+    Returns its ModelConfig, the template an export names, and the number of blocks in the vision encoder.
+    """
+    from transformers import LlavaConfig
+
+    file = folder / "config.json"
+    values = read_json(file)
+    if values.get("model_type") not in ("llava", POOLED_MODEL_TYPE):
+        raise UserError(
+            f"{file}: model_type is {values.get('model_type')!r}, expected 'llava' or '{POOLED_MODEL_TYPE}'; "
+            "SigLIP and Qwen2 alone come in by --vision and --decoder."
+        )
+    extra = values.get(EXTRA_KEY, {})
+    for part, expected in (("vision_config", "siglip_vision_model"), ("text_config", "qwen2")):
+        check_model_type(values.get(part, {}), expected, f"{file}: {part}")
+    theirs = parse(LlavaConfig, values | {"model_type": "llava"}, str(file))
+    check_llava_parts(theirs, str(file))
+    check_image_processor(folder, theirs.vision_config.image_size)
+    layers, leaves = theirs.vision_config.num_hidden_layers, theirs.vision_feature_layer
+    num_unused_blocks = -1 - leaves if leaves < 0 else layers - leaves
+    vision = vision_config_from(theirs.vision_config.to_dict(), f"{file}: vision_config", num_unused_blocks)
+    text = theirs.text_config.to_dict() | {"tie_word_embeddings": theirs.tie_word_embeddings}
+    decoder = decoder_config_from(text, f"{file}: text_config")
+    if "rope_inv_freq" in extra:
+        decoder = dataclasses.replace(decoder, rope_inv_freq=extra["rope_inv_freq"])
+    model = ModelConfig(
+        vision=vision,
+        decoder=decoder,
+        num_visual_tokens=values.get("num_visual_tokens", vision.num_patches),
+        image_token_id=theirs.image_token_index,
+    )
+    return model, extra.get("template"), layers
+
+
+def check_llava_parts(theirs: Any, where: str) -> None:
+    expected = {
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_select_strategy": "full",
+    }
+    problems = [
+        f"{key} is {getattr(theirs, key)!r}, expected {value!r}"
+        for key, value in expected.items()
+        if getattr(theirs, key) != value
+    ]
+    if not isinstance(theirs.vision_feature_layer, int):
+        problems.append(f"vision_feature_layer is {theirs.vision_feature_layer}, expected one layer")
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}.")
+
+
+def check_image_processor(folder: Path, image_size: int) -> None:
+    """Our preprocessing is fixed (square, bicubic, mean = std = 0.5); a model made for another one is refused."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        values = read_json(folder / name)
+        values = values.get("image_processor", values)
+        expected = {
+            "image_mean": [MEAN] * 3,
+            "image_std": [STD] * 3,
+            "resample": BICUBIC,
+            "size": {"height": image_size, "width": image_size},
+        }
+        problems = [
+            f"{key} is {values[key]!r}, expected {value!r}"
+            for key, value in expected.items()
+            if key in values and values[key] != value
+        ]
+        if problems:
+            raise UserError(f"{folder / name}: {'; '.join(problems)}.")
+
+
+def check_model_type(values: dict[str, Any], expected: str, where: str) -> None:
+    if values.get("model_type") != expected:
+        raise UserError(f"{where}: model_type is {values.get('model_type')!r}, expected {expected!r}.")
+
+
+def parse(config_class: Any, values: dict[str, Any], where: str) -> Any:
+    """transformers' reading of a config. Raises UserError where it refuses a value."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return config_class.from_dict(values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[-1].strip()}") from error
+
+
+def to_llava_config(model: ModelConfig, template: str, dtype: str, special: SpecialTokens) -> dict[str, Any]:
+    """config.json of an export: transformers' own Llava where it is exactly our model, else the pooled model's."""
+    from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig
+
+    theirs_of = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    vision = SiglipVisionConfig(
+        hidden_size=model.vision.hidden_size,
+        intermediate_size=model.vision.intermediate_size,
+        num_hidden_layers=model.vision.num_layers,
+        num_attention_heads=model.vision.num_heads,
+        image_size=model.vision.image_size,
+        patch_size=model.vision.patch_size,
+        hidden_act=theirs_of[model.vision.activation],
+        layer_norm_eps=model.vision.layer_norm_eps,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=model.decoder.vocab_size,
+        hidden_size=model.decoder.hidden_size,
+        intermediate_size=model.decoder.intermediate_size,
+        num_hidden_layers=model.decoder.num_layers,
+        num_attention_heads=model.decoder.num_heads,
+        num_key_value_heads=model.decoder.num_kv_heads,
+        rms_norm_eps=model.decoder.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.decoder.rope_theta},
+        tie_word_embeddings=model.decoder.tie_word_embeddings,
+        bos_token_id=special.bos,
+        eos_token_id=special.eos,
+        pad_token_id=special.pad,
+    )
+    if model.decoder.head_dim * model.decoder.num_heads != model.decoder.hidden_size:
+        text.head_dim = model.decoder.head_dim
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=model.image_token_id,
+        image_seq_length=model.num_visual_tokens,
+        projector_hidden_act="gelu",
+        vision_feature_layer=NO_LAST_BLOCK,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=model.decoder.tie_word_embeddings,
+    )
+    values = config.to_dict() | {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "dtype": dtype,
+        EXTRA_KEY: {"template": template, "rope_inv_freq": model.decoder.rope_inv_freq},
+    }
+    if why_not_native(model):
+        values |= {
+            "model_type": POOLED_MODEL_TYPE,
+            "architectures": ["OpenQwen2VLForConditionalGeneration"],
+            "num_visual_tokens": model.num_visual_tokens,
+            "rope_inv_freq": model.decoder.rope_inv_freq,
+            "auto_map": {
+                "AutoConfig": "modeling_open_qwen2vl.OpenQwen2VLConfig",
+                "AutoModelForImageTextToText": "modeling_open_qwen2vl.OpenQwen2VLForConditionalGeneration",
+            },
+        }
+    return values
+
+
+def why_not_native(model: ModelConfig) -> str | None:
+    """Why transformers' LlavaForConditionalGeneration is not this model; None where it is."""
+    reasons = []
+    if model.num_visual_tokens != model.vision.num_patches:
+        reasons.append(
+            f"it pools {model.vision.num_patches} patches to {model.num_visual_tokens} visual tokens, "
+            "and LlavaForConditionalGeneration has no pooling"
+        )
+    if model.decoder.rope_inv_freq != "float32":
+        reasons.append(
+            f"its rotary inverse frequencies are rounded to {model.decoder.rope_inv_freq}, and transformers' Qwen2 "
+            "keeps them in float32"
+        )
+    return "; ".join(reasons) or None

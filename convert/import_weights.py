@@ -1,0 +1,159 @@
+"""Someone's tensors through the weight table to the parameters of an Orbax checkpoint, every tensor accounted for."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from convert.checkpoint_stream import LazyArray
+from convert.tensor_files import TensorSource
+from convert.weight_map import LAYOUTS, Weight, their_shape, unused_vision, weights_of
+from oq2vl_jax.config import ModelConfig, hint
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.train.checkpoint import named_arrays
+
+MAX_PROBLEMS_SHOWN = 6
+ROWS_COMPARED_AT_ONCE = 8192
+
+OTHER_TOWER = re.compile(r"(text_model\.|logit_scale$|logit_bias$)")
+BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
+POOLING_HEAD = re.compile(r".*?\b(attn_pool|head)\.")
+BLOCK_NUMBER = re.compile(r".*?\b(?:blocks|encoder\.layers)\.(\d+)\.")
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of a model."""
+    model = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), config))
+    return {name: tuple(array.shape) for name, array in named_arrays(model).items()}
+
+
+class Import:
+    """Collects parameters from one or more sources; `finish` raises all problems of all of them together."""
+
+    def __init__(self, config: ModelConfig):
+        self.shapes = parameter_shapes(config)
+        self.parameters: dict[str, LazyArray] = {}
+        self.left_out: list[str] = []
+        self._problems: list[str] = []
+        self._tied_heads: list[tuple[TensorSource, str, str]] = []
+
+    def add(
+        self,
+        layout: str,
+        source: TensorSource,
+        parts: tuple[str, ...] = ("vision", "projector", "decoder"),
+        num_vision_blocks: int | None = None,
+    ) -> None:
+        """Takes every parameter that a layout has of `parts` from a source.
+
+        num_vision_blocks: blocks of the source's encoder; those behind the features are left out by name.
+        """
+        weights = [weight for weight in weights_of(layout, self.shapes) if weight.row.ours[0].startswith(parts)]
+        expected = {weight.theirs: their_shape(weight, self.shapes) for weight in weights}
+        unused = self._unused(layout, source, expected, num_vision_blocks)
+        unexpected = [name for name in source.shapes if name not in expected and name not in unused]
+        self.left_out += sorted(unused)
+        for name, shape in expected.items():
+            if name not in source.shapes:
+                self._problems.append(f"{source.where}: {name} is missing.{hint(name, unexpected)}")
+            elif source.shapes[name] != shape:
+                self._problems.append(f"{source.where}: {name} has shape {source.shapes[name]}, expected {shape}")
+        self._problems += [f"{source.where}: {name} has no place in this model" for name in unexpected]
+        by_parameter = defaultdict(list)
+        for weight in weights:
+            for part, name in enumerate(weight.row.ours):
+                by_parameter[name].append((weight, part))
+        for name, pieces in by_parameter.items():
+            self.parameters[name] = LazyArray(self.shapes[name], _maker(source, pieces, self.shapes[name]))
+
+    def add_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Parameters that are at hand, such as a fresh projector."""
+        for name, array in arrays.items():
+            self.parameters[name] = LazyArray(array.shape, lambda array=array: array)
+
+    def finish(self) -> dict[str, LazyArray]:
+        """Every parameter of the model. Raises UserError with all problems found."""
+        missing = sorted(set(self.shapes) - set(self.parameters))
+        assert not missing, missing
+        if self._problems:
+            shown = "; ".join(self._problems[:MAX_PROBLEMS_SHOWN])
+            more = len(self._problems) - MAX_PROBLEMS_SHOWN
+            raise UserError(f"the weights do not fit the model: {shown}" + (f"; and {more} more." if more > 0 else "."))
+        for source, head, embedding in self._tied_heads:
+            check_tied(source, head, embedding)
+        return self.parameters
+
+    def _unused(self, layout: str, source: TensorSource, expected: dict, num_vision_blocks: int | None) -> set[str]:
+        """Names of a source that are knowingly not used."""
+        unused = {name for name in source.shapes if BUFFERS.search(name)}
+        if layout == "siglip":
+            unused |= {name for name in source.shapes if OTHER_TOWER.match(name)}
+        if "decoder.lm_head" not in self.shapes:
+            tied = [row.theirs for row in LAYOUTS[layout] if row.ours[0] == "decoder.lm_head"]
+            embedding = next((row.theirs for row in LAYOUTS[layout] if row.ours[0] == "decoder.embed_tokens"), "")
+            for head in tied:
+                if head in source.shapes and source.shapes.get(embedding) == expected[embedding]:
+                    self._tied_heads.append((source, head, embedding))
+                    unused.add(head)
+        if any(row.ours[0].startswith("vision.") for row in LAYOUTS[layout]):
+            known = unused_vision(layout, self.shapes)
+            unused |= {name for name in source.shapes if name in known}
+            num_held = self.shapes["vision.layers.mlp.fc1.kernel"][0]
+            for name in source.shapes:
+                number = BLOCK_NUMBER.match(name)
+                if number and num_held <= int(number[1]) < (num_vision_blocks or num_held + 1):
+                    unused.add(name)
+        return unused
+
+
+def _maker(source: TensorSource, pieces: list[tuple[Weight, int]], shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    """Reads one parameter: each piece is a part of one of their tensors, at one layer."""
+
+    def make() -> np.ndarray:
+        array = np.empty(shape, np.float32)
+        with source.opened() as read:
+            for weight, part in pieces:
+                index = ... if weight.layer is None else weight.layer
+                array[index] = weight.row.transform.to_ours(read(weight.theirs))[part]
+        return array
+
+    return make
+
+
+def check_tied(source: TensorSource, head: str, embedding: str) -> None:
+    """A head stored beside the embedding it is tied to must be the same matrix."""
+    with source.opened() as read:
+        stored, expected = read(head), read(embedding)
+        same = stored.shape == expected.shape and all(
+            np.array_equal(stored[i : i + ROWS_COMPARED_AT_ONCE], expected[i : i + ROWS_COMPARED_AT_ONCE])
+            for i in range(0, len(stored), ROWS_COMPARED_AT_ONCE)
+        )
+    if not same:
+        raise UserError(
+            f"{source.where}: {head} differs from {embedding}, but the configuration says they are tied "
+            "(tie_word_embeddings); set it to false if the head is meant to be its own."
+        )
+
+
+def summarize_left_out(names: list[str]) -> str:
+    """'26 tensors not used: encoder.layers.26 (16), head (11), post_layernorm (2)'."""
+    if not names:
+        return ""
+    groups = defaultdict(int)
+    for name in names:
+        groups[_group(name)] += 1
+    parts = ", ".join(f"{group} ({count})" for group, count in sorted(groups.items()))
+    return f"{len(names)} tensors not used: {parts}"
+
+
+def _group(name: str) -> str:
+    """What a left-out tensor belongs to: the other tower, one block, the pooling head, or its own module."""
+    if OTHER_TOWER.match(name):
+        return "text tower"
+    number, head = BLOCK_NUMBER.match(name), POOLING_HEAD.match(name)
+    if number or head:
+        return (number or head)[0].rstrip(".")  # pyright: ignore[reportOptionalSubscript]
+    return name.rsplit(".", 1)[0]

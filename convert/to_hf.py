@@ -1,0 +1,116 @@
+"""python -m convert.to_hf: a checkpoint to a Hugging Face folder.
+
+    python -m convert.to_hf runs/sft_llava --out exported            # 729 tokens: transformers' own Llava classes
+    python -m convert.to_hf runs/pretrain --out exported             # pooled: the same files and one small module
+
+Where the number of visual tokens equals the number of patches, pooling is the identity and the model is exactly
+transformers' LlavaForConditionalGeneration: no remote code, and whatever reads Llava reads it.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from oq2vl_jax.errors import UserError, run_command
+
+MAX_SHARD_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class ToHFConfig:
+    """A checkpoint to a Hugging Face folder: safetensors, configuration, tokenizer, processor, model card."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Run directory (its newest checkpoint) or one checkpoint folder."""
+    out: str
+    """Folder to write; it appears when it is whole."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    native: bool = False
+    """Insist on transformers' own classes; refused, with the reason, where they are not this model."""
+
+
+def export(config: ToHFConfig) -> str:
+    """Writes the folder and returns a line about it."""
+    from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
+    from convert.hf_config import why_not_native
+    from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
+
+    check_is_free(Path(config.out))
+    checkpoint = find_checkpoint(config.checkpoint)
+    description = load_description(checkpoint)
+    reason = why_not_native(description.model)
+    if config.native and reason:
+        raise UserError(f"--native: this model is not transformers' LlavaForConditionalGeneration: {reason}.")
+    layout = "open_qwen2vl" if reason else "llava"
+    with new_folder(Path(config.out)) as folder:
+        write_text_side(folder, checkpoint, description, config.dtype)
+        if reason:
+            from convert.export_files import modeling_open_qwen2vl
+
+            shutil.copyfile(modeling_open_qwen2vl.__file__, folder / "modeling_open_qwen2vl.py")
+        write_weights(folder, layout, CheckpointReader(checkpoint), config.dtype)
+    kind = f"with modeling_open_qwen2vl.py, as {reason}" if reason else "LlavaForConditionalGeneration, no remote code"
+    return f"{config.out}: {config.dtype}, {kind}"
+
+
+def write_weights(folder: Path, layout: str, reader, dtype: str) -> None:
+    import ml_dtypes
+    import numpy as np
+
+    from convert.export_weights import exported_shapes, exported_tensors, vision_filler
+    from convert.tensor_files import SafetensorsWriter
+
+    numpy_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(np.float32)
+    filler = vision_filler(layout, reader.shapes, has_pooling_head=False)
+    shapes = exported_shapes(layout, reader.shapes, filler)
+    sizes = {name: int(np.prod(shape)) * numpy_dtype.itemsize for name, shape in shapes.items()}
+    writer = SafetensorsWriter(folder, sizes, MAX_SHARD_BYTES)
+    for name, tensor in exported_tensors(layout, reader, numpy_dtype, filler):
+        writer.add(name, tensor)
+    writer.close()
+
+
+def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> None:
+    """Everything but the weights and the module: configuration, tokenizer, processor, generation, model card."""
+    from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    from convert.export_files.chat_templates import CHAT_TEMPLATES
+    from convert.export_files.model_card import model_card
+    from convert.hf_config import MEAN, STD, to_llava_config, why_not_native
+    from oq2vl_jax.data.text import IMAGE_PAD, TextCodec
+    from oq2vl_jax.train.checkpoint import load_train_config
+
+    model, special = description.model, TextCodec(str(checkpoint / "tokenizer")).special
+    size = {"height": model.vision.image_size, "width": model.vision.image_size}
+    processor = LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3),
+        tokenizer=AutoTokenizer.from_pretrained(checkpoint / "tokenizer"),
+        patch_size=model.vision.patch_size,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE_PAD,
+        num_additional_image_tokens=model.num_visual_tokens - model.vision.num_patches,
+        chat_template=CHAT_TEMPLATES[description.template],
+    )
+    processor.save_pretrained(folder)
+    values = to_llava_config(model, description.template, dtype, special)
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    GenerationConfig(
+        bos_token_id=special.bos, eos_token_id=special.eos, pad_token_id=special.pad, do_sample=False
+    ).save_pretrained(folder)
+    is_native = why_not_native(model) is None
+    card = model_card(description, load_train_config(checkpoint), is_native)
+    (folder / "README.md").write_text(card)
+
+
+def main() -> None:
+    config = tyro.cli(ToHFConfig, prog="python -m convert.to_hf")
+    print(export(config))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,70 @@
+"""python -m convert.to_prismatic: a checkpoint to a run directory that the published PyTorch code loads.
+
+    python -m convert.to_prismatic runs/sft_llava --out prismatic/oq2vl-jax
+
+What that code computes otherwise than the model at hand is printed: it knows exact GELU and bf16-rounded rotary
+inverse frequencies only.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from oq2vl_jax.errors import run_command
+
+
+@dataclass(frozen=True)
+class ToPrismaticConfig:
+    """A checkpoint to the layout of the published code, float32 as there."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """Run directory (its newest checkpoint) or one checkpoint folder."""
+    out: str
+    """Run directory to write; it appears when it is whole."""
+    without_vision: bool = False
+    """Leave the vision encoder out, as the published files do where it was frozen; that code then fetches timm's."""
+
+
+def export(config: ToPrismaticConfig) -> str:
+    """Writes the run directory and returns a line about it. Holds the model once, in float32."""
+    import numpy as np
+    import torch
+
+    from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
+    from convert.export_weights import exported_tensors, vision_filler
+    from convert.prismatic import LATEST, differences_from_published, run_config
+    from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
+
+    check_is_free(Path(config.out))
+    checkpoint = find_checkpoint(config.checkpoint)
+    description = load_description(checkpoint)
+    for difference in differences_from_published(description.model):
+        print(f"note: the published code will differ from this model: {difference}", file=sys.stderr)
+    reader = CheckpointReader(checkpoint)
+    filler = {} if config.without_vision else vision_filler("prismatic", reader.shapes, has_pooling_head=True)
+    if config.without_vision:
+        reader.shapes = {name: shape for name, shape in reader.shapes.items() if not name.startswith("vision.")}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in exported_tensors("prismatic", reader, np.dtype(np.float32), filler):
+        part, rest = name.split(".", 1)
+        parts.setdefault(part, {})[rest] = torch.from_numpy(tensor)
+    decoder = parts["llm_backbone"]
+    decoder.setdefault("llm.lm_head.weight", decoder["llm.model.embed_tokens.weight"])  # tied: one storage, two names
+    with new_folder(Path(config.out)) as folder:
+        (folder / LATEST).parent.mkdir()
+        torch.save({"model": parts}, folder / LATEST)
+        values = run_config(description.model, description.template)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    count = sum(tensor.numel() for part in parts.values() for tensor in part.values())
+    return f"{config.out}: {count:,} numbers in {', '.join(sorted(parts))}"
+
+
+def main() -> None:
+    print(export(tyro.cli(ToPrismaticConfig, prog="python -m convert.to_prismatic")))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,290 @@
+"""What people bring that cannot be used: one clear sentence, exit code 2, and nothing written."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import from_hf, from_prismatic, to_hf
+from convert.prismatic import LATEST
+from convert.tensor_files import INDEX
+from oq2vl_jax.config import load_config
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.checkpoint import find_checkpoint
+from tests.convert.conftest import WIDTH
+from tests.convert.test_round_trips import write_prismatic_run
+
+
+@pytest.fixture
+def parts(siglip, qwen, tmp_path):
+    """Copies of the two folders, to be damaged."""
+    folders = tmp_path / "vision", tmp_path / "decoder"
+    for source, folder in zip((siglip[0], qwen[0]), folders, strict=True):
+        shutil.copytree(source, folder)
+    return folders
+
+
+def edit_tensors(folder, edit):
+    """Rewrites the file of a folder that is not sharded."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def fails(tmp_path, vision, decoder, message, **options):
+    out = tmp_path / "new" / "out"
+    with pytest.raises(UserError, match=message) as caught:
+        from_hf.convert(from_hf.FromHFConfig(str(out), str(vision), str(decoder), visual_tokens=4, **options))
+    assert "\n" not in str(caught.value)
+    assert not out.parent.exists()
+
+
+def first_shard(folder):
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_truncated_safetensors(parts, tmp_path):
+    file = first_shard(parts[1])
+    file.write_bytes(file.read_bytes()[:-10])
+    fails(tmp_path, *parts, rf"{file.name}: no whole safetensors file .*fetch it again")
+
+
+def test_a_missing_shard_of_the_index(parts, tmp_path):
+    first_shard(parts[1]).unlink()
+    fails(tmp_path, *parts, r"model-00001-of-.* missing, of \d+ files that model.safetensors.index.json names")
+
+
+def test_an_index_that_points_outside(parts, tmp_path):
+    index = json.loads((parts[1] / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../../etc/passwd"
+    (parts[1] / INDEX).write_text(json.dumps(index))
+    fails(tmp_path, *parts, r"is no plain file name")
+
+
+def test_a_shard_that_lacks_what_the_index_says(parts, tmp_path):
+    index = json.loads((parts[1] / INDEX).read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = first_shard(parts[1]).name
+    (parts[1] / INDEX).write_text(json.dumps(index))
+    fails(tmp_path, *parts, r"lacks model.layers.9.mlp.up_proj.weight \(1 tensors\)")
+
+
+def test_wrong_width(parts, tmp_path):
+    edit_config(parts[1], hidden_size=64)
+    fails(tmp_path, *parts, r"model.embed_tokens.weight has shape \(320, 32\), expected \(320, 64\); .*and \d+ more")
+
+
+def test_missing_unexpected_and_misshapen_weights_are_reported_together(parts, tmp_path):
+    def edit(tensors):
+        prefix = "vision_model." if "vision_model.embeddings.patch_embedding.bias" in tensors else ""
+        layer = f"{prefix}encoder.layers.1."
+        tensors[f"{layer}mlp.fc_one.weight"] = tensors.pop(f"{layer}mlp.fc1.weight")
+        tensors[f"{layer}mlp.fc2.bias"] = torch.zeros(WIDTH + 1)
+
+    edit_tensors(parts[0], edit)
+    hint = "Did you mean 'vision_model.encoder.layers.1.mlp.fc_one.weight'"
+    fails(tmp_path, *parts, rf"layers.1.mlp.fc1.weight is missing. {hint}")
+    fails(tmp_path, *parts, r"layers.1.mlp.fc2.bias has shape \(25,\), expected \(24,\)")
+    fails(tmp_path, *parts, r"layers.1.mlp.fc_one.weight has no place in this model")
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to(parts, tmp_path, qwen):
+    index = json.loads((parts[1] / INDEX).read_text())
+    extra = torch.randn_like(qwen[1].lm_head.weight)
+    save_file({"lm_head.weight": extra}, parts[1] / "head.safetensors", metadata={"format": "pt"})
+    index["weight_map"]["lm_head.weight"] = "head.safetensors"
+    (parts[1] / INDEX).write_text(json.dumps(index))
+    fails(tmp_path, *parts, r"lm_head.weight differs from model.embed_tokens.weight, but .* tied")
+    save_file({"lm_head.weight": qwen[1].lm_head.weight.detach().clone()}, parts[1] / "head.safetensors")
+    from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "out"), str(parts[0]), str(parts[1]), visual_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen2'"),
+        ({"hidden_size": "wide"}, "expected int"),
+        ({"use_sliding_window": True}, "use_sliding_window is true"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', expected 'silu'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"vocab_size": 279}, r"the tokenizer has 280 entries .* the decoder's embedding 279"),
+    ],
+)
+def test_a_decoder_that_this_model_is_not(parts, tmp_path, values, message):
+    edit_config(parts[1], **values)
+    fails(tmp_path, *parts, message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu', expected 'gelu'"),
+        ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy is 'default'"),
+        ({"vision_feature_layer": [-2, -3]}, r"vision_feature_layer is \[-2, -3\], expected one layer"),
+        ({"image_token_index": 3}, "the image token is 3 in the model's config"),
+        ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl', expected 'llava'"),
+    ],
+)
+def test_a_llava_that_this_model_is_not(llava, tmp_path, values, message):
+    shutil.copytree(llava[0], tmp_path / "llava")
+    edit_config(tmp_path / "llava", **values)
+    with pytest.raises(UserError, match=message):
+        from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "out"), model=str(tmp_path / "llava")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_llava_with_another_preprocessing(llava, tmp_path):
+    shutil.copytree(llava[0], tmp_path / "llava")
+    (tmp_path / "llava" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.48, 0.46, 0.41]}))
+    with pytest.raises(UserError, match=r"preprocessor_config.json: image_mean is \[0.48, 0.46, 0.41\]"):
+        from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "out"), model=str(tmp_path / "llava")))
+
+
+def test_features_of_another_layer_are_followed(llava, tmp_path):
+    """vision_feature_layer -1 holds one block more than -2, -3 one less."""
+    from oq2vl_jax.train.checkpoint import load_description
+
+    for layer, num_layers in ((-1, 5), (-2, 4), (-3, 3)):
+        folder, out = tmp_path / f"llava{layer}", tmp_path / f"out{layer}"
+        shutil.copytree(llava[0], folder)
+        edit_config(folder, vision_feature_layer=layer)
+        from_hf.convert(from_hf.FromHFConfig(str(out), model=str(folder)))
+        assert load_description(find_checkpoint(str(out))).model.vision.num_layers == num_layers
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def prismatic_fails(run_dir, qwen, message, vision=None):
+    out = run_dir.parent / "new" / "out"
+    config = from_prismatic.FromPrismaticConfig(str(run_dir), str(out), vision, decoder=str(qwen[0]))
+    with pytest.raises(UserError, match=message):
+        from_prismatic.convert(config)
+    assert not out.parent.exists()
+
+
+def test_a_pickle_with_code_in_it(published_parts, qwen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = write_prismatic_run(tmp_path / "run", published_parts, 4, is_vision_trained=True)
+    torch.save({"model": {"projector": Bomb()}}, run_dir / LATEST)
+    prismatic_fails(run_dir, qwen, r"holds more than tensors .* could run code, and is not loaded")
+    (run_dir / LATEST).write_bytes(pickle.dumps(Bomb()))
+    prismatic_fails(run_dir, qwen, r"latest-checkpoint.pt")
+    assert not Path("exploded").exists()
+
+
+def test_other_damage_to_a_published_checkpoint(published_parts, qwen, tmp_path):
+    run_dir = write_prismatic_run(tmp_path / "run", published_parts, 4, is_vision_trained=False)
+    prismatic_fails(run_dir, qwen, r"holds no vision encoder .* --vision")
+    whole = (run_dir / LATEST).read_bytes()
+    (run_dir / LATEST).write_bytes(whole[: len(whole) // 2])
+    prismatic_fails(run_dir, qwen, r"no whole torch file")
+    (run_dir / LATEST).write_bytes(b"")
+    prismatic_fails(run_dir, qwen, r"latest-checkpoint.pt")
+    torch.save({"state": {}}, run_dir / LATEST)
+    prismatic_fails(run_dir, qwen, r"expected a dict with the key 'model'")
+    (run_dir / LATEST).unlink()
+    prismatic_fails(run_dir, qwen, r"no such file; there: no checkpoints/\*\.pt")
+    (run_dir / "config.json").write_text(json.dumps({"model": {"arch_specifier": "gelu-mlp"}}))
+    (run_dir / LATEST).write_bytes(whole)
+    prismatic_fails(run_dir, qwen, r"arch_specifier is 'gelu-mlp', expected one that ends in 'avgpool'")
+
+
+def test_a_folder_in_the_way_is_left_alone(siglip, qwen, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    for convert, config in (
+        (from_hf.convert, from_hf.FromHFConfig(str(tmp_path / "out"), str(siglip[0]), str(qwen[0]))),
+        (to_hf.export, to_hf.ToHFConfig("nowhere", str(tmp_path / "out"))),
+    ):
+        with pytest.raises(UserError, match="exists and is not empty"):
+            convert(config)
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert.from_hf", "--out", "o"], "give either --vision and --decoder, or --model"),
+        (["convert.from_hf", "--model", "no/such/folder", "--out", "o"], "no/such/folder: no such folder"),
+        (["convert.from_hf", "--vison", "v", "--out", "o"], "--vision"),
+        (["convert.to_hf", "nowhere", "--out", "o"], "nowhere: no whole checkpoint here"),
+        (["convert.to_prismatic", "nowhere", "--out", "o"], "nowhere: no whole checkpoint here"),
+        (["convert.from_prismatic", "nowhere", "--out", "o", "--decoder", "tests"], "no such file"),
+    ],
+)
+def test_commands_exit_with_2_and_one_sentence(arguments, message, tmp_path):
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("o").exists()
+
+
+KILLED = {
+    "convert.from_hf": lambda parts, _: ["--vision", str(parts[0]), "--decoder", str(parts[1])],
+    "convert.to_hf": lambda _, checkpoint: [str(checkpoint)],
+}
+
+
+@pytest.mark.parametrize("command", KILLED)
+def test_killed_half_way_leaves_nothing_that_looks_finished(parts, tmp_path, command):
+    """Killed as soon as it has begun to write; the same command then goes through."""
+    checkpoint, out = tmp_path / "weights", tmp_path / "result" / "out"
+    from_hf.convert(from_hf.FromHFConfig(str(checkpoint), str(parts[0]), str(parts[1]), visual_tokens=4))
+    arguments = [sys.executable, "-m", command, *KILLED[command](parts, checkpoint), "--out", str(out)]
+    arguments += ["--visual-tokens", "4"] if command == "convert.from_hf" else []
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if out.parent.exists() and any(path.is_file() for path in out.parent.rglob("*")):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out.partial"]
+    assert subprocess.run(arguments, capture_output=True).returncode == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_left(parts, tmp_path, monkeypatch):
+    from convert import tensor_files
+
+    out = tmp_path / "result" / "out"
+    checkpoint = tmp_path / "weights"
+    from_hf.convert(from_hf.FromHFConfig(str(checkpoint), str(parts[0]), str(parts[1]), visual_tokens=4))
+
+    def full(self, name, tensor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_files.SafetensorsWriter, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        to_hf.export(to_hf.ToHFConfig(str(checkpoint), str(out)))
+    assert not list(out.parent.iterdir())
+
+
+def test_the_decoder_of_the_demo_needs_no_folder_of_its_own():
+    """Sizes whose heads fill the width export without head_dim, which not every reader of Qwen2 knows."""
+    from convert.hf_config import to_llava_config
+    from oq2vl_jax.data.text import SpecialTokens
+
+    model = load_config("configs/easy_vqa_tune.py").model
+    values = to_llava_config(model, "plain", "bfloat16", SpecialTokens(*range(6)))
+    assert "head_dim" not in values["text_config"]
+    assert np.isclose(values["text_config"]["rope_parameters"]["rope_theta"], 1e4)
