@@ -19,7 +19,7 @@ demo: .venv/.demo-installed
 	    --out $(DEMO)/predictions.jsonl --max-new-tokens 8
 	rm -rf $(DEMO)/exported
 	$(BIN)/python -m convert.to_hf $(DEMO)/runs/questions --out $(DEMO)/exported --dtype float32 --native
-	$(BIN)/python -m convert.ask_hf $(DEMO)/exported --image $(DEMO)/data/test/0.png --prompt "what is the blue shape?" \
+	$(BIN)/python -m convert.ask_hf $(DEMO)/exported --image $(DEMO)/data/test/0.png --prompt "what is the red shape?" \
 	    --same-as $(DEMO)/runs/questions
 	$(BIN)/python -m oq2vl_jax.demo.report --predictions $(DEMO)/predictions.jsonl \
 	    --runs $(DEMO)/runs/captions $(DEMO)/runs/questions --out $(DEMO)/report

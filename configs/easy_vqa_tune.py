@@ -21,7 +21,7 @@ config = dataclasses.replace(
         max_images=2,
         template="open_qwen2vl",
     ),
-    num_steps=1600,
+    num_steps=1200,
     global_batch_size=8,
     run_dir="demo/runs/questions",
     init_from="demo/runs/captions",

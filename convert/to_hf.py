@@ -17,7 +17,8 @@ import tyro
 
 from oq2vl_jax.errors import UserError, run_command
 
-MAX_SHARD_BYTES = 2 * 10**9
+MAX_SHARD_BYTES = 10**9
+"""A shard is held twice while it is written: with 2 GB the 2B model takes 1.64 times its files, above the 1.35 aimed for."""
 
 
 @dataclass(frozen=True)
