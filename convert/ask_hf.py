@@ -34,6 +34,7 @@ def ask(config: AskHFConfig) -> str:
     """The reply of the exported model. Raises UserError where the folder cannot be loaded."""
     import torch
     from PIL import Image
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if not (Path(config.model) / "config.json").is_file():
@@ -42,9 +43,9 @@ def ask(config: AskHFConfig) -> str:
         model = AutoModelForImageTextToText.from_pretrained(
             config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
-    except ValueError as error:
+        processor = AutoProcessor.from_pretrained(config.model)
+    except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{config.model}: {str(error).strip().splitlines()[0]}") from error
-    processor = AutoProcessor.from_pretrained(config.model)
     content = [{"type": "image"}] * len(config.image) + [{"type": "text", "text": config.prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [Image.open(path) for path in config.image] or None
@@ -62,11 +63,21 @@ def ask_checkpoint(config: AskHFConfig) -> str:
     return generator.reply([prompt], [list(config.image)], config.max_new_tokens)[0]
 
 
+def check_images(paths: tuple[str, ...]) -> None:
+    from oq2vl_jax.data.images import ImageError, check_image
+
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"--image {path}: no such file.")
+        try:
+            check_image(Path(path).read_bytes())
+        except ImageError as problem:
+            raise UserError(f"--image {path}: {problem}.") from problem
+
+
 def main() -> int:
     config = tyro.cli(AskHFConfig, prog="python -m convert.ask_hf")
-    missing = [image for image in config.image if not Path(image).is_file()]
-    if missing:
-        raise UserError(f"--image {missing[0]}: no such file.")
+    check_images(config.image)
     reply = ask(config)
     print(f"transformers: {reply}")
     if config.same_as is None:

@@ -106,6 +106,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises UserError where something is in the way.
     """
     check_is_free(out)
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

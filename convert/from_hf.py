@@ -7,11 +7,13 @@ The first puts a freshly initialised projector between the two; the second reads
 export of convert.to_hf, or any Llava checkpoint of SigLIP + linear/gelu/linear + Qwen2.
 """
 
+import dataclasses
 import re
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
@@ -34,6 +36,9 @@ class FromHFConfig:
     template: Template | None = None
     """How prompts are written to this model. Default: what an export says, else plain with --vision and --decoder and
     chatml with --model."""
+    activation: Literal["gelu", "gelu_tanh"] | None = None
+    """Of the encoder. Default: as its config.json says (the hub's SigLIP: gelu_tanh); the published model was trained
+    with the exact gelu on the same weights."""
     seed: int = 0
     """Of the fresh projector."""
 
@@ -57,14 +62,16 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
     from oq2vl_jax.config import CheckpointDescription, ModelConfig
     from oq2vl_jax.data.text import TextCodec
 
-    sizes = read_vision_config(vision), read_decoder_config(decoder)  # before the tokenizer, which trips over a bad one
-    codec = TextCodec(str(decoder))
-    model = ModelConfig(*sizes, config.visual_tokens, codec.special.image)
+    encoder, sizes = read_vision_config(vision), read_decoder_config(decoder)
+    if config.activation:
+        encoder = dataclasses.replace(encoder, activation=config.activation)
+    codec = TextCodec(str(decoder))  # after the configuration, for it trips over a bad one
+    model = ModelConfig(encoder, sizes, config.visual_tokens, codec.special.image)
     importer = Import(model)
     importer.add("siglip", Renamed(SafetensorsSource(vision), siglip_name), ("vision",), model.vision.num_layers)
     importer.add("qwen2", SafetensorsSource(decoder), ("decoder",))
     importer.add_arrays(fresh_projector(model, config.seed))
-    origin = f"{vision.name} + {decoder.name}, fresh projector (seed {config.seed})"
+    origin = f"{name_of(config.vision)} + {name_of(config.decoder)}, fresh projector (seed {config.seed})"
     return write(config.out, importer, CheckpointDescription(model, config.template or "plain", origin), codec)
 
 
@@ -76,10 +83,13 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
     from oq2vl_jax.data.text import TextCodec
 
     model, template, num_vision_blocks = read_llava_config(folder)
+    codec = TextCodec(str(folder))
+    # Which id marks an image is free: the embedding of that row is never used.
+    model = dataclasses.replace(model, image_token_id=codec.special.image)
     importer = Import(model)
     importer.add("llava", Renamed(SafetensorsSource(folder), llava_name), num_vision_blocks=num_vision_blocks)
-    description = CheckpointDescription(model, config.template or template or "chatml", folder.name)
-    return write(config.out, importer, description, TextCodec(str(folder)))
+    description = CheckpointDescription(model, config.template or template or "chatml", name_of(config.model))
+    return write(config.out, importer, description, codec)
 
 
 def write(out: str, importer, description, codec) -> str:
@@ -105,11 +115,6 @@ def check_tokenizer(codec, model) -> None:
         raise UserError(
             f"the tokenizer has {codec.vocab_size} entries with its added tokens, the decoder's embedding "
             f"{model.decoder.vocab_size}."
-        )
-    if codec.special.image != model.image_token_id:
-        raise UserError(
-            f"the image token is {model.image_token_id} in the model's config and <|image_pad|> is "
-            f"{codec.special.image} in its tokenizer."
         )
 
 
@@ -141,17 +146,25 @@ def llava_name(name: str) -> str:
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
-def local_folder(path_or_id: str) -> Path:
-    """The folder itself, or the hub's snapshot of an id such as Qwen/Qwen2.5-1.5B-Instruct."""
+def name_of(path_or_id: str | None) -> str:
+    """How a model card calls it: a hub id as it is, a folder by its name."""
+    path = Path(str(path_or_id))
+    return path.resolve().name if path.exists() else str(path_or_id)
+
+
+CONFIG_FILES = ("*.json", "*.txt", "*.jinja")
+
+
+def local_folder(path_or_id: str, patterns: tuple[str, ...] = (*CONFIG_FILES, "*.safetensors")) -> Path:
+    """The folder itself, or the hub's snapshot of an id such as Qwen/Qwen2.5-1.5B-Instruct, of the files that match."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_id):
         raise UserError(f"{path_or_id}: no such folder.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(path_or_id, allow_patterns=patterns))
+        return Path(snapshot_download(path_or_id, allow_patterns=list(patterns)))
     except Exception as error:  # no network, no such id, no permission: its errors have no common kind
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -27,8 +27,9 @@ class FromPrismaticConfig:
     """Folder to write; it appears when the checkpoint is whole."""
     vision: str | None = None
     """SigLIP where the run did not train it: a Hugging Face folder, or a file with timm's names."""
-    decoder: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    """Qwen2.5 folder or hub id, for tokenizer and sizes; its weights are not read."""
+    decoder: str | None = None
+    """Qwen2.5 folder or hub id, for tokenizer and sizes; its weights are not read. Default: the hub's, by the run's
+    llm_backbone_id."""
     file: str = "checkpoints/latest-checkpoint.pt"
     """Which checkpoint of the run, relative to its folder."""
     template: Template | None = None
@@ -38,19 +39,20 @@ class FromPrismaticConfig:
 def convert(config: FromPrismaticConfig) -> str:
     """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
     from convert.checkpoint_stream import check_is_free
-    from convert.from_hf import local_folder, write
+    from convert.from_hf import CONFIG_FILES, local_folder, name_of, write
     from convert.import_weights import Import
-    from convert.prismatic import read_run
+    from convert.prismatic import decoder_on_the_hub, read_run
     from convert.tensor_files import TorchSource
     from oq2vl_jax.config import CheckpointDescription
     from oq2vl_jax.data.text import TextCodec
 
     check_is_free(Path(config.out))
-    run_dir, decoder = Path(config.run_dir), local_folder(config.decoder)
+    run_dir = Path(config.run_dir)
     file = run_dir / config.file
     if not file.is_file():
         present = sorted(str(path.relative_to(run_dir)) for path in run_dir.glob("checkpoints/*.pt"))
         raise UserError(f"{file}: no such file; there: {', '.join(present) or 'no checkpoints/*.pt'}.")
+    decoder = local_folder(config.decoder or decoder_on_the_hub(run_dir), CONFIG_FILES)
     vision = local_vision(config.vision)
     codec = TextCodec(str(decoder))
     vision_folder = vision if vision and vision.is_dir() else None
@@ -66,7 +68,7 @@ def convert(config: FromPrismaticConfig) -> str:
     importer.add("prismatic", source, parts)
     if vision:
         add_vision(importer, vision)
-    description = CheckpointDescription(model, config.template or template, f"{run_dir.name}/{config.file}")
+    description = CheckpointDescription(model, config.template or template, f"{name_of(config.run_dir)}/{config.file}")
     return write(config.out, importer, description, codec)
 
 
@@ -83,12 +85,12 @@ def add_vision(importer, vision: Path) -> None:
         importer.add("timm", Renamed(open_source(vision), timm_name), ("vision",))
 
 
-def timm_name(name: str) -> str | None:
-    """timm's own name of a weight: prefixes of Prismatic and open_clip files go, the latter's text tower as well."""
+def timm_name(name: str) -> str:
+    """timm's own name of a weight: the prefixes of Prismatic and open_clip files go."""
     for prefix in ("model.vision_backbone.featurizer.", "vision_backbone.featurizer.", "featurizer.", "visual.trunk."):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
-    return None if name.startswith("text.") or name in ("logit_scale", "logit_bias") else name
+    return name
 
 
 def local_vision(path_or_id: str | None) -> Path | None:

@@ -5,10 +5,12 @@ transformers' own configuration classes read and write the files: they know what
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from oq2vl_jax.config import DecoderConfig, ModelConfig, Template, VisionConfig
+from oq2vl_jax.config import DecoderConfig, ModelConfig, Template, VisionConfig, from_dict
 from oq2vl_jax.data.text import SpecialTokens
 from oq2vl_jax.errors import UserError
 
@@ -34,13 +36,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def malformed_is_an_error(file: Path) -> Iterator[None]:
+    """Other people's JSON can hold anything anywhere: a value of another kind than expected is the user's to mend."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{file}: not a configuration of such a model ({reason}).") from error
+
+
 def read_vision_config(folder: Path, num_unused_blocks: int = 1) -> VisionConfig:
     """From a SigLIP config.json, of the vision model alone or of both towers."""
     values = read_json(folder / "config.json")
     where = str(folder / "config.json")
-    if values.get("model_type") == "siglip":
-        values = values.get("vision_config", {}) | {"model_type": "siglip_vision_model"}
-    return vision_config_from(values, where, num_unused_blocks)
+    with malformed_is_an_error(folder / "config.json"):
+        if values.get("model_type") == "siglip":
+            values = values.get("vision_config", {}) | {"model_type": "siglip_vision_model"}
+        return vision_config_from(values, where, num_unused_blocks)
 
 
 def vision_config_from(values: dict[str, Any], where: str, num_unused_blocks: int = 1) -> VisionConfig:
@@ -53,12 +66,16 @@ def vision_config_from(values: dict[str, Any], where: str, num_unused_blocks: in
         raise UserError(f"{where}: hidden_act is {theirs.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}.")
     if theirs.num_channels != 3:
         raise UserError(f"{where}: num_channels is {theirs.num_channels}, expected 3.")
+    num_layers = theirs.num_hidden_layers - num_unused_blocks + 1
+    if num_layers < 2:
+        total = theirs.num_hidden_layers
+        raise UserError(f"{where}: the features leave {num_unused_blocks} of {total} blocks unused; none is left.")
     return VisionConfig(
         image_size=theirs.image_size,
         patch_size=theirs.patch_size,
         hidden_size=theirs.hidden_size,
         intermediate_size=theirs.intermediate_size,
-        num_layers=theirs.num_hidden_layers - num_unused_blocks + 1,
+        num_layers=num_layers,
         num_heads=theirs.num_attention_heads,
         activation=ACTIVATIONS[theirs.hidden_act],
         layer_norm_eps=theirs.layer_norm_eps,
@@ -66,7 +83,9 @@ def vision_config_from(values: dict[str, Any], where: str, num_unused_blocks: in
 
 
 def read_decoder_config(folder: Path) -> DecoderConfig:
-    return decoder_config_from(read_json(folder / "config.json"), str(folder / "config.json"))
+    file = folder / "config.json"
+    with malformed_is_an_error(file):
+        return decoder_config_from(read_json(file), str(file))
 
 
 def decoder_config_from(values: dict[str, Any], where: str) -> DecoderConfig:
@@ -103,10 +122,14 @@ def read_llava_config(folder: Path) -> tuple[ModelConfig, Template | None, int]:
 
     Returns its ModelConfig, the template an export names, and the number of blocks in the vision encoder.
     """
+    file = folder / "config.json"
+    with malformed_is_an_error(file):
+        return llava_config_from(read_json(file), folder, file)
+
+
+def llava_config_from(values: dict[str, Any], folder: Path, file: Path) -> tuple[ModelConfig, Template | None, int]:
     from transformers import LlavaConfig
 
-    file = folder / "config.json"
-    values = read_json(file)
     if values.get("model_type") not in ("llava", POOLED_MODEL_TYPE):
         raise UserError(
             f"{file}: model_type is {values.get('model_type')!r}, expected 'llava' or '{POOLED_MODEL_TYPE}'; "
@@ -123,15 +146,18 @@ def read_llava_config(folder: Path) -> tuple[ModelConfig, Template | None, int]:
     vision = vision_config_from(theirs.vision_config.to_dict(), f"{file}: vision_config", num_unused_blocks)
     text = theirs.text_config.to_dict() | {"tie_word_embeddings": theirs.tie_word_embeddings}
     decoder = decoder_config_from(text, f"{file}: text_config")
-    if "rope_inv_freq" in extra:
-        decoder = dataclasses.replace(decoder, rope_inv_freq=extra["rope_inv_freq"])
-    model = ModelConfig(
-        vision=vision,
-        decoder=decoder,
-        num_visual_tokens=values.get("num_visual_tokens", vision.num_patches),
-        image_token_id=theirs.image_token_index,
-    )
-    return model, extra.get("template"), layers
+    model = {
+        "vision": dataclasses.asdict(vision),
+        "decoder": dataclasses.asdict(decoder) | {"rope_inv_freq": extra.get("rope_inv_freq", "float32")},
+        "num_visual_tokens": values.get("num_visual_tokens", vision.num_patches),
+        "image_token_id": theirs.image_token_index,
+    }
+    template = extra.get("template")
+    if template not in (None, *get_args(Template)):
+        raise UserError(
+            f"{file}: {EXTRA_KEY}: template is {template!r}, expected one of {', '.join(get_args(Template))}."
+        )
+    return from_dict(ModelConfig, model, str(file)), template, layers
 
 
 def check_llava_parts(theirs: Any, where: str) -> None:
@@ -230,6 +256,7 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
         vision_feature_select_strategy="full",
         tie_word_embeddings=model.decoder.tie_word_embeddings,
     )
+    text.rope_theta = model.decoder.rope_theta  # transformers 4 and what is built on it read it here, 5 above
     values = config.to_dict() | {
         "architectures": ["LlavaForConditionalGeneration"],
         "dtype": dtype,

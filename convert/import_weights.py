@@ -18,7 +18,8 @@ from oq2vl_jax.train.checkpoint import named_arrays
 MAX_PROBLEMS_SHOWN = 6
 ROWS_COMPARED_AT_ONCE = 8192
 
-OTHER_TOWER = re.compile(r"(text_model\.|logit_scale$|logit_bias$)")
+OTHER_TOWER = re.compile(r"(text_model\.|text\.|logit_scale$|logit_bias$)")
+"""As Hugging Face and as open_clip name it."""
 BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 POOLING_HEAD = re.compile(r".*?\b(attn_pool|head)\.")
 BLOCK_NUMBER = re.compile(r".*?\b(?:blocks|encoder\.layers)\.(\d+)\.")
@@ -89,7 +90,7 @@ class Import:
     def _unused(self, layout: str, source: TensorSource, expected: dict, num_vision_blocks: int | None) -> set[str]:
         """Names of a source that are knowingly not used."""
         unused = {name for name in source.shapes if BUFFERS.search(name)}
-        if layout == "siglip":
+        if layout in ("siglip", "timm"):
             unused |= {name for name in source.shapes if OTHER_TOWER.match(name)}
         if "decoder.lm_head" not in self.shapes:
             tied = [row.theirs for row in LAYOUTS[layout] if row.ours[0] == "decoder.lm_head"]

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.hf_config import EXTRA_KEY, read_decoder_config, read_json, read_vision_config
+from convert.hf_config import EXTRA_KEY, malformed_is_an_error, read_decoder_config, read_json, read_vision_config
 from oq2vl_jax.config import ModelConfig, Template, VisionConfig, from_dict
 from oq2vl_jax.errors import UserError
 
@@ -29,13 +29,31 @@ RESIZE = "resize-naive"
 """Bicubic to a square, aspect ignored: the preprocessing of this project."""
 
 
+def decoder_on_the_hub(run_dir: Path) -> str:
+    """The hub id of the decoder that a run names."""
+    model = read_json(run_dir / "config.json").get("model")
+    name = model.get("llm_backbone_id") if isinstance(model, dict) else None
+    if name not in HUB_OF_DECODER:
+        raise UserError(
+            f"{run_dir / 'config.json'}: llm_backbone_id is {name!r}, expected one of {', '.join(HUB_OF_DECODER)}; "
+            "or name the decoder's folder in --decoder."
+        )
+    return HUB_OF_DECODER[name]
+
+
 def read_run(run_dir: Path, vision: Path | None, decoder: Path, image_token_id: int) -> tuple[ModelConfig, Template]:
     """The model behind a run directory. Raises UserError for what is no average-pool SigLIP + Qwen2.5 run.
 
     vision: a Hugging Face SigLIP folder, if one was given; decoder: the Qwen2.5 folder (its config.json has the sizes).
     """
     file = run_dir / "config.json"
-    values = read_json(file)
+    with malformed_is_an_error(file):
+        return read_run_config(read_json(file), file, vision, decoder, image_token_id)
+
+
+def read_run_config(
+    values: dict[str, Any], file: Path, vision: Path | None, decoder: Path, image_token_id: int
+) -> tuple[ModelConfig, Template]:
     if EXTRA_KEY in values:
         extra = values[EXTRA_KEY]
         return from_dict(ModelConfig, extra.get("model"), f"{file}: {EXTRA_KEY}"), extra.get("template", "plain")
@@ -94,6 +112,8 @@ def differences_from_published(model: ModelConfig) -> list[str]:
     expected_vision = dataclasses.replace(published.vision, activation=model.vision.activation)
     if (model.vision, model.decoder) != (expected_vision, expected_decoder):
         differences.append("its sizes are not those of the published model, which is the only one that code builds")
+    if model.num_visual_tokens not in (DEFAULT_VISUAL_TOKENS, published.vision.num_patches):
+        differences.append(f"its {model.num_visual_tokens} visual tokens are neither 144 nor 729")
     if model.vision.activation != "gelu":
         differences.append("its encoder was run with tanh GELU, there it is the exact one")
     if model.decoder.rope_inv_freq != "bfloat16":

@@ -51,6 +51,8 @@ class SafetensorsSource:
                             continue
                         allowed = ", ".join(FLOAT_DTYPES)
                         raise UserError(f"{file}: {name} is of type {tensor.get_dtype()}, expected one of {allowed}.")
+                    if name in self.shapes:
+                        raise UserError(f"{path}: {name} stands in {self._file_of[name].name} and in {file.name}.")
                     self.shapes[name], self._file_of[name] = tuple(tensor.get_shape()), file
             missing = [name for name in listed if name not in self.shapes]
             if missing:
@@ -78,7 +80,15 @@ class TorchSource:
     def __init__(self, path: Path, root: str | None = None):
         """`root`: the key below which the tensors stand. Raises UserError for what is no such file."""
         self.where, self._path, self._root = str(path), path, root
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._load().items()}
+        import torch
+
+        tensors = self._load()
+        odd = [name for name, x in tensors.items() if x.dtype not in (torch.float32, torch.float16, torch.bfloat16)]
+        if odd:
+            raise UserError(
+                f"{path}: {odd[0]} is of type {tensors[odd[0]].dtype}, expected float32, float16 or bfloat16."
+            )
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     @contextmanager
     def opened(self) -> Iterator[Reader]:
@@ -122,11 +132,16 @@ class TorchSource:
 
 
 class Renamed:
-    """Another source under other names: `name_of` maps a name to the one it shall have, None to leave it out."""
+    """Another source under other names: `name_of` maps a name to the one it shall have."""
 
-    def __init__(self, source: TensorSource, name_of: Callable[[str], str | None]):
+    def __init__(self, source: TensorSource, name_of: Callable[[str], str]):
         self.where, self._source = source.where, source
-        self._original = {new: name for name in source.shapes if (new := name_of(name)) is not None}
+        self._original: dict[str, str] = {}
+        for name in source.shapes:
+            new = name_of(name)
+            if new in self._original:
+                raise UserError(f"{source.where}: {name} and {self._original[new]} are two names of the same weight.")
+            self._original[new] = name
         self.shapes = {new: source.shapes[name] for new, name in self._original.items()}
 
     @contextmanager
@@ -148,7 +163,7 @@ def _safetensors_files(path: Path) -> dict[Path, list[str]]:
         return {path: []}
     if (path / INDEX).is_file():
         try:
-            listed = json.loads((path / INDEX).read_text())["weight_map"]
+            listed = dict(json.loads((path / INDEX).read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / INDEX}: not a valid index ({type(error).__name__}: {error}).") from error
         files: dict[Path, list[str]] = {}

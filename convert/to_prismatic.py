@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from oq2vl_jax.errors import run_command
+from oq2vl_jax.errors import UserError, run_command
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def export(config: ToPrismaticConfig) -> str:
     decoder.setdefault("llm.lm_head.weight", decoder["llm.model.embed_tokens.weight"])  # tied: one storage, two names
     with new_folder(Path(config.out)) as folder:
         (folder / LATEST).parent.mkdir()
-        torch.save({"model": parts}, folder / LATEST)
+        try:
+            torch.save({"model": parts}, folder / LATEST)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise UserError(f"{config.out}: could not be written ({str(error).splitlines()[0]}).") from error
         values = run_config(description.model, description.template)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     count = sum(tensor.numel() for part in parts.values() for tensor in part.values())

@@ -2,48 +2,60 @@
 
 Content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} with the images first, as this
 project's data has them. The newline behind an image in the first turn is missing from open_qwen2vl on purpose: the
-published code drops that token (see data/text.py).
+published code drops that token (see data/text.py). The loop over message.content is written out in each, not in a
+macro: vLLM looks for it to tell whether a template takes images. One difference is left: text that spells a special
+token, such as <|im_end|>, stays text in data/text.py and becomes the token in a Hugging Face tokenizer.
 """
 
-CONTENT = """\
-{%- macro write(content, behind_image) -%}
-{%- if content is string -%}{{ content | trim }}{%- else -%}
-{%- for part in content -%}
-{%- if part.type == 'image' -%}{{ '<|image_pad|>' + behind_image }}{%- else -%}{{ part.text | trim }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- set system = 'You are a helpful assistant.' -%}
-{%- if messages[0].role == 'system' -%}
-{%- set system = write(messages[0].content, '') -%}{%- set messages = messages[1:] -%}
-{%- endif -%}
-"""
 
-PLAIN = """\
-{{- '<s>' -}}
-{%- for message in messages -%}
-{{- write(message.content, '\\n') -}}
-{%- if message.role == 'assistant' -%}{{ '<|im_end|>' }}{%- endif -%}
-{%- endfor -%}
-"""
+def content(behind_image: str) -> str:
+    """Writes message.content; `behind_image` is an expression for what follows a picture."""
+    return (
+        "{%- if message.content is string -%}{{- message.content | trim -}}{%- else -%}"
+        "{%- for part in message.content -%}"
+        "{%- if part.type == 'image' -%}{{- '<|image_pad|>' + BEHIND -}}"
+        "{%- elif part.type == 'text' -%}{{- part.text | trim -}}"
+        "{%- else -%}{{- raise_exception('only text and images: ' + part.type) -}}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}"
+    ).replace("BEHIND", behind_image)
 
-OPEN_QWEN2VL = """\
-{{- '<s><|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
-{%- for message in messages -%}
-{%- if message.role == 'user' -%}
-{{- '<|im_start|>user\\n' + write(message.content, '' if loop.first else '\\n') + '<|im_end|>assistant\\n' -}}
-{%- else -%}
-{{- (write(message.content, '') or ' ') + '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-"""
 
-CHATML = """\
-{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message.role + '\\n' + write(message.content, '\\n') + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
+NEWLINE = "'\\n'"
 
-CHAT_TEMPLATES = {"plain": CONTENT + PLAIN, "open_qwen2vl": CONTENT + OPEN_QWEN2VL, "chatml": CONTENT + CHATML}
+SYSTEM = (
+    "{%- if messages[0].role != 'system' -%}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+)
+WRITE_SYSTEM = "{{- '<|im_start|>system\\n' -}}" + content("''") + "{{- '<|im_end|>\\n' -}}"
+
+PLAIN = (
+    "{{- '<s>' -}}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'system' -%}{{- raise_exception('this model was not trained with a system message') -}}"
+    "{%- endif -%}" + content(NEWLINE) + "{%- if message.role == 'assistant' -%}{{- '<|im_end|>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+OPEN_QWEN2VL = (
+    "{{- '<s>' -}}" + SYSTEM + "{%- set turns = namespace(human=0) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'system' -%}" + WRITE_SYSTEM + "{%- elif message.role == 'user' -%}"
+    "{%- set turns.human = turns.human + 1 -%}"
+    "{{- '<|im_start|>user\\n' -}}"
+    + content("('' if turns.human == 1 else '\\n')")
+    + "{{- '<|im_end|>assistant\\n' -}}"
+    "{%- else -%}"
+    "{%- if not message.content -%}{{- ' ' -}}{%- endif -%}" + content("''") + "{{- '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+CHATML = (
+    SYSTEM + "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}" + content(NEWLINE) + "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+CHAT_TEMPLATES = {"plain": PLAIN, "open_qwen2vl": OPEN_QWEN2VL, "chatml": CHATML}

@@ -27,7 +27,7 @@ def model_card(description: CheckpointDescription, training: TrainConfig | None,
         "transformers' own `LlavaForConditionalGeneration`; no remote code."
         if is_native
         else "`modeling_open_qwen2vl.py`, beside this file: transformers' Llava parts with an average pool in between; "
-        "needs transformers 5 and `trust_remote_code=True`."
+        "needs transformers 5.8 or newer and `trust_remote_code=True`."
     )
     lines = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [oq2vl_jax, open-qwen2vl]\n---\n",
@@ -37,7 +37,7 @@ def model_card(description: CheckpointDescription, training: TrainConfig | None,
         f"({model.decoder.num_layers} layers, width {model.decoder.hidden_size}); "
         "[arXiv 2504.00595](https://arxiv.org/abs/2504.00595). Exported by oq2vl_jax.\n",
         f"- Loaded as {classes}",
-        f"- Prompt template: `{description.template}` (chat_template.jinja).",
+        f"- Prompt template: `{description.template}` (chat_template.jinja), images before the text of a message.",
         f"- Origin of the weights: {description.origin}.",
         "- The last block and the final norm of the vision tower are zeros: nothing computed depends on them.\n",
         ASK.format(remote=remote),

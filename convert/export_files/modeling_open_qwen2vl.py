@@ -1,4 +1,4 @@
-"""Open-Qwen2VL (arXiv 2504.00595) for transformers >= 5: Llava with an average pool in front of the projector.
+"""Open-Qwen2VL (arXiv 2504.00595) for transformers >= 5.8: Llava with an average pool in front of the projector.
 
 Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2) but for two things a configuration of it
 cannot say: `num_visual_tokens` pools the square grid of patch features, and `rope_inv_freq = "bfloat16"` rounds the
@@ -47,6 +47,8 @@ class OpenQwen2VLModel(LlavaModel):
 
     def __init__(self, config):
         super().__init__(config)
+        if hasattr(self.vision_tower, "vision_model"):  # its weights have other names before 5.8, and would be skipped
+            raise ImportError("Open-Qwen2VL needs transformers 5.8 or newer")
         self.multi_modal_projector = PooledProjector(config)
         if config.rope_inv_freq == "bfloat16":
             self.language_model.rotary_emb = RoundedRotaryEmbedding(self.language_model.config)

@@ -173,17 +173,19 @@ def split_at_images(text: str) -> list[str | None]:
 def load_tokenizer(folder: str):
     """A Hugging Face tokenizer from a local folder, with <s> and <|endofchunk|> declared special.
 
-    In Qwen2.5 <s> is already a BPE entry (128245) and keeps that id; <|endofchunk|> becomes 151665.
+    In Qwen2.5 <s> is already a BPE entry (128245) and keeps that id; <|endofchunk|> becomes 151665. <|image_pad|> is
+    there already; older tokenizers of the family get it.
     """
     import transformers
 
     if not Path(folder).is_dir():
-        raise UserError(f"--tokenizer {folder}: no such folder; a Hugging Face tokenizer folder is expected.")
+        raise UserError(f"{folder}: no such folder; a Hugging Face tokenizer folder is expected.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tokenizer {folder}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from error
-    tokenizer.add_tokens([END_OF_CHUNK, BOS], special_tokens=True)
+    except Exception as error:  # what the Rust library raises for a broken file is a plain Exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: no tokenizer could be loaded: {reason}") from error
+    tokenizer.add_tokens([END_OF_CHUNK, BOS, IMAGE_PAD], special_tokens=True)
     return tokenizer
 
 

@@ -17,7 +17,7 @@ from oq2vl_jax.config import OPERATIONAL_FIELDS, DataConfig, TrainConfig, flatte
 from oq2vl_jax.data.loader import data_fingerprint, make_loader
 from oq2vl_jax.data.text import tokenizer_sha256
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays
+from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_description, load_weights, named_arrays
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.step import StepMetrics, TrainState, compile_train_step, init_train_state, state_shardings
@@ -181,7 +181,22 @@ def start_state(
     source = find_checkpoint(config.init_from)
     if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(tokenizer):
         raise UserError(f"init_from {source}: its tokenizer is not the one the data was packed with ({tokenizer}).")
-    return state._replace(model=load_weights(source, shapes_with(config, shardings).model))
+    model = load_weights(source, shapes_with(config, shardings).model)
+    check_same_model(source, config)
+    return state._replace(model=model)
+
+
+def check_same_model(source: Path, config: TrainConfig) -> None:
+    """Weights of the right shapes still belong to one activation, one set of rotary frequencies, ...
+
+    Only the number of visual tokens may change: the projector's weights are the same at every resolution.
+    """
+    there, here = flatten(load_description(source).model), flatten(config.model)
+    changed = [key for key in here if key != "num_visual_tokens" and there[key] != here[key]]
+    if changed:
+        differences = "; ".join(f"model.{key} is {there[key]} there, {here[key]} here" for key in changed)
+        flags = " ".join(f"--model.{key.replace('_', '-')} {there[key]}" for key in changed)
+        raise UserError(f"init_from {source}: its model computes otherwise: {differences}. To go on as there: {flags}")
 
 
 def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:

@@ -202,6 +202,25 @@ def test_chat_templates_write_what_the_codec_writes(byte_tokenizer_folder, templ
     assert tokenizer.encode(written, add_special_tokens=False) == expected
 
 
+@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "chatml"])
+def test_serving_software_sees_that_the_template_takes_images(template):
+    """vLLM looks for a loop over message.content at the top level (not in a macro); else it would write <image>."""
+    import jinja2
+
+    from convert.export_files.chat_templates import CHAT_TEMPLATES
+
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(CHAT_TEMPLATES[template])
+    assert not list(tree.find_all(jinja2.nodes.Macro))
+    loops = [loop.iter for loop in tree.find_all(jinja2.nodes.For)]
+    assert any(isinstance(over, jinja2.nodes.Getattr) and over.attr == "content" for over in loops)
+
+
+def test_a_message_of_another_kind_is_refused(native):
+    messages = [{"role": "user", "content": [{"type": "video"}]}]
+    with pytest.raises(Exception, match="only text and images: video"):
+        native[2].apply_chat_template(messages)
+
+
 def test_native_on_a_pooled_model_is_refused_with_the_reason(pooled, tmp_path):
     config = to_hf.ToHFConfig(str(pooled[0]), str(tmp_path / "no"), native=True)
     with pytest.raises(Exception, match=r"pools 16 patches to 4 visual tokens.*rounded to bfloat16"):
@@ -224,3 +243,8 @@ def test_a_converted_checkpoint_starts_training_and_is_no_run_directory(siglip, 
     assert run(config)
     with pytest.raises(UserError, match="holds converted weights; name it in --init-from"):
         run(dataclasses.replace(config, init_from=None, run_dir=out))
+    rounded = dataclasses.replace(config.model.decoder, rope_inv_freq="bfloat16")
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=rounded))
+    message = r"model.decoder.rope_inv_freq is float32 there, bfloat16 here.*--model.decoder.rope-inv-freq float32"
+    with pytest.raises(UserError, match=message):
+        run(dataclasses.replace(other, run_dir=str(tmp_path / "other")))

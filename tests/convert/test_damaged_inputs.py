@@ -21,7 +21,7 @@ from convert.tensor_files import INDEX
 from oq2vl_jax.config import load_config
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.checkpoint import find_checkpoint
-from tests.convert.conftest import WIDTH
+from tests.convert.conftest import IMAGE_TOKEN, WIDTH
 from tests.convert.test_round_trips import write_prismatic_run
 
 
@@ -135,7 +135,14 @@ def test_a_decoder_that_this_model_is_not(parts, tmp_path, values, message):
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu', expected 'gelu'"),
         ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy is 'default'"),
         ({"vision_feature_layer": [-2, -3]}, r"vision_feature_layer is \[-2, -3\], expected one layer"),
-        ({"image_token_index": 3}, "the image token is 3 in the model's config"),
+        ({"vision_feature_layer": -40}, "the features leave 39 of 4 blocks unused; none is left"),
+        ({"vision_config": None}, "not a configuration of such a model"),
+        ({"text_config": {"model_type": "qwen2", "num_attention_heads": 0}}, "not a configuration of such a model"),
+        ({"text_config": {"model_type": "qwen2", "rope_theta": None}}, "config.json"),
+        ({"oq2vl_jax": []}, "not a configuration of such a model"),
+        ({"oq2vl_jax": {"template": "x"}}, "template is 'x', expected one of plain, open_qwen2vl, chatml"),
+        ({"oq2vl_jax": {"rope_inv_freq": "int8"}}, "rope_inv_freq: expected"),
+        ({"num_visual_tokens": "16"}, "config.json"),
         ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl', expected 'llava'"),
     ],
 )
@@ -145,6 +152,32 @@ def test_a_llava_that_this_model_is_not(llava, tmp_path, values, message):
     with pytest.raises(UserError, match=message):
         from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "out"), model=str(tmp_path / "llava")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_llava_whose_image_token_has_another_name_comes_in(llava, tmp_path):
+    """llava-hf models of this family call it <image>; which row of the embedding marks an image is free."""
+    from oq2vl_jax.train.checkpoint import load_description
+
+    shutil.copytree(llava[0], tmp_path / "llava")
+    edit_config(tmp_path / "llava", image_token_index=3)
+    from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "out"), model=str(tmp_path / "llava")))
+    assert load_description(find_checkpoint(str(tmp_path / "out"))).model.image_token_id == IMAGE_TOKEN
+
+
+def test_two_names_of_the_same_weight(llava, tmp_path):
+    shutil.copytree(llava[0], tmp_path / "llava")
+    name = "language_model.model.norm.weight"
+    edit_tensors(
+        tmp_path / "llava", lambda tensors: tensors.update({f"model.{name[:15]}norm.weight": tensors[name] + 0})
+    )
+    with pytest.raises(UserError, match="are two names of the same weight"):
+        from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "out"), model=str(tmp_path / "llava")))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])
+def test_a_broken_tokenizer(parts, tmp_path, content):
+    (parts[1] / "tokenizer.json").write_text(content)
+    fails(tmp_path, *parts, "no tokenizer could be loaded")
 
 
 def test_a_llava_with_another_preprocessing(llava, tmp_path):
@@ -199,10 +232,14 @@ def test_other_damage_to_a_published_checkpoint(published_parts, qwen, tmp_path)
     prismatic_fails(run_dir, qwen, r"latest-checkpoint.pt")
     torch.save({"state": {}}, run_dir / LATEST)
     prismatic_fails(run_dir, qwen, r"expected a dict with the key 'model'")
+    torch.save({"model": {"projector": {"mlp_projector.0.weight": torch.ones(2, dtype=torch.int8)}}}, run_dir / LATEST)
+    prismatic_fails(run_dir, qwen, r"mlp_projector.0.weight is of type torch.int8, expected float32")
     (run_dir / LATEST).unlink()
     prismatic_fails(run_dir, qwen, r"no such file; there: no checkpoints/\*\.pt")
-    (run_dir / "config.json").write_text(json.dumps({"model": {"arch_specifier": "gelu-mlp"}}))
     (run_dir / LATEST).write_bytes(whole)
+    (run_dir / "config.json").write_text(json.dumps({"model": None}))
+    prismatic_fails(run_dir, qwen, r"not a configuration of such a model")
+    (run_dir / "config.json").write_text(json.dumps({"model": {"arch_specifier": "gelu-mlp"}}))
     prismatic_fails(run_dir, qwen, r"arch_specifier is 'gelu-mlp', expected one that ends in 'avgpool'")
 
 
@@ -226,7 +263,8 @@ def test_a_folder_in_the_way_is_left_alone(siglip, qwen, tmp_path):
         (["convert.from_hf", "--vison", "v", "--out", "o"], "--vision"),
         (["convert.to_hf", "nowhere", "--out", "o"], "nowhere: no whole checkpoint here"),
         (["convert.to_prismatic", "nowhere", "--out", "o"], "nowhere: no whole checkpoint here"),
-        (["convert.from_prismatic", "nowhere", "--out", "o", "--decoder", "tests"], "no such file"),
+        (["convert.from_prismatic", "nowhere", "--out", "o"], "no such file"),
+        (["convert.ask_hf", "nowhere", "--prompt", "p"], "nowhere: no config.json there"),
     ],
 )
 def test_commands_exit_with_2_and_one_sentence(arguments, message, tmp_path):
