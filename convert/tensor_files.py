@@ -226,6 +226,7 @@ class SafetensorsWriter:
 
             shard = {other: self._pending.pop(other) for other in names}
             save_file(shard, self._folder / file, metadata={"format": "pt"})
+            (self._folder / file).chmod(0o644)  # it makes files that their owner alone can read
             self._written += len(shard)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import base64
 import html
 import json
 import random
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from oq2vl_jax.errors import UserError, run_command
 INK, MUTED, GOOD, BAD, LINE = "#1d2733", "#68768a", "#1a7f4b", "#c0392b", "#2f6fb5"
 GRID_ROWS, GRID_COLUMNS = 4, 6
 NUM_WRONG_SHOWN = 6
+TITLE_CHARACTERS = 26
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,7 @@ def draw_answers(predictions: list[Prediction], path: Path) -> None:
     for axis, prediction in zip(axes.flat, predictions, strict=False):
         with Image.open(prediction.image) as image:
             axis.imshow(image.convert("RGB"))
-        question = prediction.question.replace(" in the image?", "\nin the image?").replace("image not", "image\nnot")
-        axis.set_title(question, fontsize=8.5, color=INK)
+        axis.set_title(textwrap.fill(prediction.question, TITLE_CHARACTERS), fontsize=8.5, color=INK)
         mark, color = ("✓", GOOD) if prediction.is_right else ("✗", BAD)
         text = f"{mark} {prediction.reply}" + ("" if prediction.is_right else f"   (answer: {prediction.answer})")
         axis.text(0.5, -0.11, text, transform=axis.transAxes, ha="center", color=color, fontsize=10, fontweight="bold")
