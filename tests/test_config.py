@@ -22,6 +22,11 @@ COMMANDS = (
     "oq2vl_jax.generate",
     "oq2vl_jax.demo.easy_vqa",
     "oq2vl_jax.demo.report",
+    "convert.from_hf",
+    "convert.from_prismatic",
+    "convert.to_hf",
+    "convert.to_prismatic",
+    "convert.ask_hf",
 )
 MAX_HELP_SECONDS = 2.0  # measured 0.3
 
