@@ -87,16 +87,14 @@ class CheckpointReader:
         self.shapes = {name: tuple(array.shape) for name, array in self._handler.metadata(self._folder).tree.items()}
 
     def read(self, name: str) -> np.ndarray:
-        return self.read_all([name])[0]
-
-    def read_all(self, names: list[str]) -> list[np.ndarray]:
+        """Raises UserError where the checkpoint is damaged."""
         args = ocp.args.PyTreeRestore(
-            item=dict.fromkeys(names, 0),
-            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names},
-            partial_restore=True,
+            item={name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
         )
-        arrays: dict[str, Any] = self._handler.restore(self._folder, args=args)
-        return [arrays[name] for name in names]
+        try:
+            return self._handler.restore(self._folder, args=args)[name]
+        except ValueError as error:  # what tensorstore raises for bytes that are cut off or changed
+            raise UserError(f"{self._folder}: {name} cannot be read ({str(error).splitlines()[0]}).") from error
 
 
 @contextmanager

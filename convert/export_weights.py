@@ -27,12 +27,10 @@ def exported_tensors(
     for weight in weights_of(layout, reader.shapes):
         if weight.row is not row:
             arrays = None  # let go before the next is read
-            row, arrays = weight.row, reader.read_all(list(weight.row.ours))
+            row, arrays = weight.row, [reader.read(name).astype(dtype) for name in weight.row.ours]
         assert arrays is not None
         parts = arrays if weight.layer is None else [array[weight.layer] for array in arrays]
-        yield (
-            weight.theirs,
-            np.ascontiguousarray(weight.row.transform.to_theirs([part.astype(dtype) for part in parts])),
-        )
+        # Always a copy: a view would keep the stacked parameter alive while its shard waits for company.
+        yield weight.theirs, np.array(weight.row.transform.to_theirs(parts), order="C")
     for name, shape in filler.items():
         yield name, np.zeros(shape, dtype)
