@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 MAX_SECONDS = 300
 MAX_MEMORY = 1.35  # of the larger of the input's and the output's files
-TOLERANCE = 1e-3  # of the largest logit
+TOLERANCE = 1e-3  # of the largest logit; measured 4.3e-6
 IMAGE_TOKEN = 151_655
 PEAK = "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
 PEAK += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
