@@ -1,8 +1,12 @@
 """Checking images when they are packed, decoding them when they are trained on.
 
 Resizing follows the published preprocessing: RGB, bicubic with antialiasing (PIL), to a square, aspect ignored.
+Of an animation the first frame counts, as there. Deviation: 16-bit grey is scaled to 8 bits, where PIL's own
+conversion to RGB clips it to white.
 """
 
+import base64
+import binascii
 import io
 import warnings
 
@@ -12,6 +16,9 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000
 """An image with more pixels is refused from its header, before it is decoded (decompression bombs)."""
+JPEG_QUALITY = 95
+"""Of TIFF pages, the only images that are re-encoded: PNGs of scanned pages would be ten times as large."""
+MAX_PAGES = 256
 
 
 class ImageError(ValueError):
@@ -22,46 +29,114 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-def check_image(data: bytes) -> None:
+def check_image(data: bytes) -> list[str]:
     """Raises ImageError unless `data` decodes to the end, is larger than 1x1 and at most MAX_PIXELS.
 
-    JPEGs are decoded at an eighth of their size (`draft`), which still reads every coded bit.
+    Returns what is particular about it: image_animated, image_cmyk, image_16_bit. JPEGs are decoded at an eighth of
+    their size (`draft`), which still reads every coded bit.
     """
     image = _open(data)
+    notes = ["image_animated"] if getattr(image, "is_animated", False) else []
+    notes += ["image_cmyk"] if image.mode == "CMYK" else []
+    notes += ["image_16_bit"] if _is_16_bit(image) else []
     if image.format == "JPEG":
-        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
     _load(image)
+    return notes
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """uint8 [size, size, 3]. Raises ImageError for what check_image would have refused."""
-    image = _open(data)
-    _load(image)
-    image = image.convert("RGB")
+    image = open_rgb(data)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def _open(data: bytes) -> Image.Image:
+def open_rgb(data: bytes) -> Image.Image:
+    """The decoded image in its own size. Raises ImageError."""
+    return _to_rgb(_load(_open(data)))
+
+
+def embedded_image(text: str) -> bytes | None:
+    """A base64 image of an interleaved document; None where width or height is 1, as the published code drops it."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise ImageError("image_undecodable", f"no base64: {error}") from error
+    try:
+        _open(data)
+    except ImageError as problem:
+        if problem.reason == "image_too_small":
+            return None
+        raise
+    return data
+
+
+def tiff_pages(data: bytes) -> list[bytes | None]:
+    """The pages of a TIFF as JPEGs, bilevel ones as PNGs; None where width or height is 1."""
+    pages: list[bytes | None] = []
+    image = _open(data, ("TIFF",), checks_size=False)
+    num_pages = getattr(image, "n_frames", 1)
+    if num_pages > MAX_PAGES:
+        raise ImageError("too_many_pages", f"{num_pages}, at most {MAX_PAGES}")
+    for page in range(num_pages):
+        try:
+            image.seek(page)
+            _check_size(image)
+        except ImageError as problem:
+            if problem.reason != "image_too_small":
+                raise
+            pages.append(None)
+            continue
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise ImageError("image_undecodable", f"page {page}: {error}") from error
+        _load(image)
+        buffer = io.BytesIO()
+        if image.mode == "1":
+            image.save(buffer, "PNG")
+        else:
+            _to_rgb(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        pages.append(buffer.getvalue())
+    return pages
+
+
+def _open(data: bytes, formats: tuple[str, ...] = FORMATS, checks_size: bool = True) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise ImageError("image_undecodable", str(error)) from error
+    if checks_size:
+        _check_size(image)
+    return image
+
+
+def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError("image_too_large", f"{width}x{height}, at most {MAX_PIXELS} pixels")
     if width <= 1 or height <= 1:
         raise ImageError("image_too_small", f"{width}x{height}")
-    return image
 
 
-def _load(image: Image.Image) -> None:
+def _load(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL raises for truncated and corrupt files
         raise ImageError("image_undecodable", str(error)) from error
+    return image
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Grey of more than 8 bits; colour of 16 bits is read as 8 bits by PIL itself."""
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if _is_16_bit(image):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

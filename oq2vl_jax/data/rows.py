@@ -1,5 +1,7 @@
 """PackedRow and its bytes: one msgpack map per ArrayRecord entry, no pickle, image bytes exactly as they came."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import msgpack
@@ -53,6 +55,18 @@ def encode_row(row: PackedRow) -> bytes:
     )
     assert packed is not None
     return packed
+
+
+def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:
+    """An ArrayRecord file with an entry per row."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
+    try:
+        for row in rows:
+            writer.write(encode_row(row))
+    finally:
+        writer.close()
 
 
 def decode_row(data: bytes) -> PackedRow:

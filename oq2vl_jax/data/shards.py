@@ -1,109 +1,228 @@
-"""WebDataset tars to Samples: captions (KEY.jpg|png|webp + KEY.txt) and conversations (KEY.json in LLaVA's form).
+"""Tars and packed JSON files to Samples: captions, conversations, interleaved documents.
 
-Several images of a conversation are KEY.0.jpg, KEY.1.jpg, ... in the order of their numbers.
+    caption       KEY.jpg|png|webp + KEY.txt
+    conversation  KEY.json with "conversations" (LLaVA) + KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... in the order of numbers
+    interleaved   KEY.json with "texts" (null where an image stands) and the parallel "image_info" of {"image_base64"}
+                  or null (OBELICS, MMC4); or KEY.tiff, one page for each null of "texts" (MINT)
+    *.json        a row of the published packer: {"data": [{"texts", "image_info", "key", "uid"}, ...]}
+
+Nothing is extracted and nothing passes unseen: whatever cannot be used is a Sample with a `problem`, or ends the shard
+with a CutOffError. Deviation from webdataset's reader: that one takes a broken header for the end of the tar, stops at
+the first duplicate, and follows WebDataset's naming only loosely; this one names what it finds.
 """
 
-import glob
 import gzip
 import json
+import lzma
+import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from oq2vl_jax.data import paths
+from oq2vl_jax.data.images import ImageError, embedded_image, tiff_pages
 from oq2vl_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TIFF_SUFFIXES = ("tiff", "tif")
+MAX_MEMBER_BYTES = 256 * 2**20
+"""A larger member is refused from its header, before it is read."""
+BLOCK = 512
+KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)", re.DOTALL)
 
 
 class CutOffError(UserError):
-    """A tar that ends before its end-of-archive mark, or is none."""
+    """A tar that ends before its end-of-archive mark, holds a broken header, or is none."""
+
+
+class Members(NamedTuple):
+    """The files of one key, by lower-case suffix, bytes as they came; `problem` says why they cannot be used."""
+
+    key: str
+    files: dict[str, bytes]
+    problem: str | None = None
 
 
 class Sample(NamedTuple):
-    """What one key of a shard holds. Exactly one of text and conversations is set, or `problem` says why neither is."""
+    """What one key holds. Exactly one of text, conversations and elements is set, or `problem` says why none is.
+
+    elements: an interleaved document, None where the next of `images` stands. notes: what was mended on the way.
+    """
 
     key: str
     images: list[bytes]
     text: str | None = None
-    conversations: list[dict] | None = None
+    conversations: Any = None
+    elements: list[str | None] | None = None
     problem: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """'DIR/{00000..00009}.tar', a glob or a path, to existing files. Raises UserError naming what is missing."""
-    from braceexpand import braceexpand
+def read_samples(path: str) -> Iterator[Sample]:
+    """Samples of a tar or a packed JSON file, in their order."""
+    if path.endswith(".json"):
+        yield from read_packed_json(path)
+        return
+    for members in read_members(path):
+        yield Sample(members.key, [], problem=members.problem) if members.problem else parse_sample(members)
 
+
+def read_members(path: str) -> Iterator[Members]:
+    """The keys of a tar in its order, neighbours of the same key together. Raises CutOffError; see there."""
+    num_keys, seen = 0, set()
     try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:  # its UnbalancedBracesError
-        raise UserError(f"--shards {pattern!r}: unbalanced braces.") from error
-    found = {name: sorted(glob.glob(name, recursive=True)) for name in names}
-    missing = [name for name, files in found.items() if not files]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"--shards {pattern!r}: no file {missing[0]}{more}, of {len(names)} expected.")
-    return [file for files in found.values() for file in files]
-
-
-def read_shard(path: str) -> Iterator[Sample]:
-    """Samples in the order of the tar. Raises CutOffError for a tar that is cut off or is none."""
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-    num_samples = 0
-    try:
-        with open(path, "rb") as file:
-            members = ({**member, "__url__": path} for member in tar_file_iterator(file))  # pyright: ignore[reportArgumentType] (it wants a stream)
-            for fields in group_by_keys(members):
-                yield parse_sample(fields)
-                num_samples += 1
-        _check_end_of_archive(path)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        with paths.open_input(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
+            group: Members | None = None
+            for member in tar:
+                if member.isdir():
+                    continue
+                key, suffix, data, problem = read_member(tar, member)
+                if group is None or key != group.key:
+                    if group is not None:
+                        num_keys += 1
+                        yield group
+                    group = Members(key, {}, "duplicate_key" if key in seen else None)
+                    seen.add(key)
+                if suffix in group.files:
+                    problem = problem or "duplicate_member"
+                group.files[suffix] = data
+                group = group._replace(problem=group.problem or problem)
+            check_end_of_archive(tar)
+            if group is not None:
+                yield group
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise CutOffError(
-            f"{path}: the tar is broken or cut off after {num_samples} whole samples "
-            f"({error}); "
+            f"{path}: the tar is broken or cut off after {num_keys} whole samples ({error}); "
             "fetch it again, or pass --broken-shards keep to use what is whole."
         ) from error
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: {error.args[0] if error.args else error}") from error
 
 
-def parse_sample(fields: dict) -> Sample:
-    """One WebDataset sample ({"__key__": ..., suffix: bytes}) to a Sample; problems are named, not raised."""
-    key = fields["__key__"].encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
-    image_names = [name for name in fields if name.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
-    images = [fields[name] for name in sorted(image_names, key=_image_order)]
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[str, str, bytes, str | None]:
+    """(key, suffix, data, problem)."""
+    name = member.name.encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
+    match = KEY_AND_SUFFIX.fullmatch(name)
+    key, suffix = (match[1], match[2].lower()) if match else (name, "")
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        return key, suffix, b"", "unsafe_name"
+    if not match:
+        return key, suffix, b"", "name_without_suffix"
+    if not member.isreg() or member.issparse():
+        return key, suffix, b"", "not_a_plain_file"
+    if member.size > MAX_MEMBER_BYTES:
+        return key, suffix, b"", "member_too_large"
+    file = tar.extractfile(member)
+    assert file is not None  # a plain file has content
+    data = file.read()
+    if len(data) != member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    check_swallows_nothing(member.name, data)
+    return key, suffix, data, None
+
+
+def check_swallows_nothing(name: str, data: bytes) -> None:
+    """A header that claims too many bytes takes the following members for its own data."""
+    found = data.find(b"ustar")
+    while found >= 0:
+        start = found - 257
+        if start >= 0 and start % BLOCK == 0:
+            try:
+                tarfile.TarInfo.frombuf(data[start : start + BLOCK], "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                pass
+            else:
+                raise tarfile.ReadError(f"the header of {name} claims {len(data)} bytes and swallows other members")
+        found = data.find(b"ustar", found + 1)
+
+
+def check_end_of_archive(tar: tarfile.TarFile) -> None:
+    """A tar ends in zero blocks. One cut between two members, or with a broken header, would else pass for whole."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(BLOCK)
+    if len(block) < BLOCK:
+        raise tarfile.ReadError("its end-of-archive mark is missing")
+    if any(block):
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is broken")
+
+
+def parse_sample(members: Members) -> Sample:
+    """Problems are named, not raised."""
+    key, files = members.key, members.files
+    image_names = [name for name in files if name.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
+    images = [files[name] for name in sorted(image_names, key=_image_order)]
     try:
-        metadata = json.loads(fields["json"]) if "json" in fields else {}
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        metadata = json.loads(files["json"]) if "json" in files else {}
+    except (ValueError, RecursionError):
         return Sample(key, images, problem="json_invalid")
     if isinstance(metadata, dict) and "conversations" in metadata:
-        conversations = metadata["conversations"]
-        return Sample(key, images, conversations=conversations)
-    if "txt" not in fields:
+        return Sample(key, images, conversations=metadata["conversations"])
+    if isinstance(metadata, dict) and "texts" in metadata:
+        tiff = next((files[suffix] for suffix in TIFF_SUFFIXES if suffix in files), None)
+        return parse_interleaved(key, metadata, tiff)
+    if "txt" not in files:
         return Sample(key, images, problem="text_missing")
-    if not images:
-        return Sample(key, images, problem="image_missing")
+    if len(images) != 1:
+        return Sample(key, images, problem="image_missing" if not images else "several_images")
     try:
-        return Sample(key, images, text=fields["txt"].decode("utf-8"))
+        return Sample(key, images, text=files["txt"].decode("utf-8"))
     except UnicodeDecodeError:
         return Sample(key, images, problem="text_not_utf8")
+
+
+def parse_interleaved(key: str, metadata: dict, tiff: bytes | None = None) -> Sample:
+    """OBELICS, MMC4 (images in the JSON) or MINT (pages of a TIFF). Images of width or height 1 and empty places are
+    left out, as in the published code, and noted."""
+    texts, notes = metadata["texts"], []
+    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+        return Sample(key, [], problem="interleaved_invalid")
+    try:
+        images = tiff_pages(tiff) if tiff is not None else embedded_images(metadata.get("image_info"), len(texts))
+    except ImageError as problem:
+        return Sample(key, [], problem=problem.reason)
+    if tiff is not None:
+        notes.append("pages_re_encoded")
+        if len(images) != texts.count(None):
+            return Sample(key, [], problem="image_count_mismatch")
+        pages = iter(images)
+        images = [next(pages) if text is None else None for text in texts]
+    elif images is None:
+        return Sample(key, [], problem="interleaved_invalid")
+    elements, kept = [], []
+    for text, image in zip(texts, images, strict=True):
+        if text is None and image is None:
+            notes.append("empty_image_place")
+            continue
+        elements.append(text)
+        kept += [image] if text is None else []
+    return Sample(key, kept, elements=elements, notes=tuple(notes))
+
+
+def embedded_images(image_info: Any, count: int) -> list[bytes | None] | None:
+    """The images of the parallel list "image_info"; None where there is none. None for a list that is not parallel."""
+    if not isinstance(image_info, list) or len(image_info) != count:
+        return None
+    return [embedded_image(info["image_base64"]) if info and info.get("image_base64") else None for info in image_info]
+
+
+def read_packed_json(path: str) -> Iterator[Sample]:
+    """The documents of one row of the published packer. Its reader writes documents of one image as captions."""
+    content = paths.read_json(path)
+    documents = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(documents, list) or not all(isinstance(d, dict) and "texts" in d for d in documents):
+        raise UserError(
+            f'{path}: expected {{"data": [{{"texts", "image_info", ...}}]}}, as *_packed.json files hold it.'
+        )
+    for i, document in enumerate(documents):
+        key = str(document.get("key") or document.get("uid") or f"{os.path.basename(path)}#{i}")
+        sample = parse_interleaved(key, document)
+        texts = [text for text in sample.elements or () if text is not None]
+        if len(sample.images) == 1 and len(texts) == 1 and sample.elements and sample.elements[0] is None:
+            sample = sample._replace(text=texts[0], elements=None)
+        yield sample
 
 
 def _image_order(name: str) -> tuple[int, str]:
     number = name.split(".", 1)[0]
     return (int(number) if number.isdigit() else -1, name)
-
-
-def _check_end_of_archive(path: str) -> None:
-    """A tar ends in zero blocks; one cut exactly between two members would otherwise pass for whole."""
-    with open(path, "rb") as file:
-        if not tarfile.is_tarfile(path):
-            raise tarfile.ReadError("no tar file")
-        head = file.read(512)
-        file.seek(max(0, file.seek(0, 2) - 512))
-        is_plain = head[257:262] == b"ustar"
-        if is_plain and any(file.read(512)):
-            raise tarfile.ReadError("its end-of-archive mark is missing")

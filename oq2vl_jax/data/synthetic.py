@@ -8,6 +8,7 @@ from pathlib import Path
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
 from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.tasks import Execution
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow")
@@ -34,7 +35,7 @@ def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
             max_images=config.data.max_images,
             visual_tokens=config.model.num_visual_tokens,
             template=config.data.template,
-            num_workers=1,
+            execution=Execution(num_workers=1),
         )
     )
     return str(packed)

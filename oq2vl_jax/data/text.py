@@ -1,6 +1,7 @@
 """Samples to Documents: tokenizer, special tokens, templates, and which tokens are labelled.
 
-Three templates (reference: arXiv 2504.00595 and its code):
+Captions and interleaved documents have one form, conversations three templates (arXiv 2504.00595 and its code):
+  interleaved   <s>, then <image>\\n or text <|endofchunk|> per element, <|im_end|>
   plain         <s> <image>\\n caption <|im_end|>                            everything but the image labelled
   open_qwen2vl  the published tuning template, exactly: no newline before "assistant", and in the first turn the token
                 after an image is dropped (a rule meant for Llama that fires because the turn begins with <s>)
@@ -22,7 +23,9 @@ from oq2vl_jax.errors import UserError
 BOS, EOS, PAD, END_OF_CHUNK = "<s>", "<|im_end|>", "<|endoftext|>", "<|endofchunk|>"
 TURN_START, IMAGE_PAD = "<|im_start|>", "<|image_pad|>"
 IMAGE = "<image>"
-"""Where an image stands in the text of a sample. In captions a literal one becomes <image-placeholder>."""
+"""Where an image stands in the text of a conversation."""
+IMAGE_IN_TEXT = "<image-placeholder>"
+"""What a literal <image> becomes in captions and interleaved documents, as in the published code."""
 HUMAN, ASSISTANT = "human", "gpt"
 
 
@@ -58,6 +61,7 @@ class TextCodec:
                 f"{folder}: the tokenizer lacks {', '.join(missing)}; Qwen2.5's has all but <|endofchunk|>."
             )
         self.special = SpecialTokens(*ids.values())
+        self._added_tokens = [token.content for token in self._backend.get_added_tokens_decoder().values()]
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
@@ -81,6 +85,8 @@ class TextCodec:
             raise SampleError(sample.problem)
         if sample.text is not None:
             turns = [self._caption_turn(sample.text)]
+        elif sample.elements is not None:
+            turns = [self._interleaved_turn(sample.elements)]
         else:
             turns = self._conversation_turns(sample.conversations, template)
         if sum(turn.count(None) for turn, _ in turns) != len(sample.images):
@@ -102,8 +108,28 @@ class TextCodec:
         runs = [[self.special.image] * num_visual_tokens if token is None else [token] for token in turn]
         return [token for run in runs for token in run]
 
+    def text_notes(self, sample: Sample) -> list[str]:
+        """Names of what the text of a sample spells and does not mean: images and special tokens."""
+        texts = [sample.text or "", *(text or "" for text in sample.elements or ())]
+        notes = ["image_marker_in_text"] if any(IMAGE in text for text in texts) else []
+        if isinstance(sample.conversations, list):
+            texts += [str(message["value"]) for message in sample.conversations]
+        spells_special = any("<|" in text or BOS in text for text in texts) and any(
+            name in text for text in texts for name in self._added_tokens
+        )
+        return notes + (["special_token_in_text"] if spells_special else [])
+
+    def _interleaved_turn(self, elements: list[str | None]) -> "tuple[Turn, bool]":
+        items: list[str | int | None] = [self.special.bos]
+        for text in elements:
+            if text is None:
+                items += [None, "\n"]
+            else:
+                items += [text.replace(IMAGE, IMAGE_IN_TEXT), self.special.end_of_chunk]
+        return self._encode_items([*items, self.special.eos]), True
+
     def _caption_turn(self, caption: str) -> "tuple[Turn, bool]":
-        caption = caption.strip().replace(IMAGE, "<image-placeholder>")
+        caption = caption.strip().replace(IMAGE, IMAGE_IN_TEXT)
         if not caption:
             raise SampleError("text_empty")
         return self._encode_items([self.special.bos, None, f"\n{caption}", self.special.eos]), True

@@ -10,6 +10,7 @@ from oq2vl_jax.data.batch import IGNORE, Batch
 from oq2vl_jax.data.loader import make_loader, row_arrays
 from oq2vl_jax.data.pack import PackConfig, pack_shards
 from oq2vl_jax.data.rows import PackedRow, decode_row, encode_row
+from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import caption_sample
 
@@ -32,7 +33,11 @@ def packed(tmp_path_factory, byte_tokenizer_folder):
         with TarWriter(str(root / "0.tar"), mtime=0) as writer:
             for i in range(count):
                 writer.write(caption_sample(i, text=f"{name} {i}"))
-        pack_shards(PackConfig(str(root / "0.tar"), str(root / "out"), byte_tokenizer_folder, 64, 3, 4, "plain", 1))
+        pack_shards(
+            PackConfig(
+                str(root / "0.tar"), str(root / "out"), byte_tokenizer_folder, 64, 3, 4, "plain", execution=Execution(1)
+            )
+        )
         folders.append(str(root / "out"))
     return folders
 

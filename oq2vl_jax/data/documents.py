@@ -1,0 +1,64 @@
+"""The documents of some input files; every sample that is none is counted by reason, and everything odd is noted."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from oq2vl_jax.data.images import ImageError, check_image
+from oq2vl_jax.data.rows import Document
+from oq2vl_jax.data.shards import CutOffError, Sample, read_samples
+from oq2vl_jax.data.text import SampleError, TextCodec
+
+MAX_INTERLEAVED_IMAGES = 9
+"""Interleaved documents with no or more images are left out, as in the published code."""
+
+
+class Limits(NamedTuple):
+    template: str
+    num_tokens: int
+    max_images: int
+    visual_tokens: int
+
+
+def read_documents(
+    files: Iterable[str], codec: TextCodec, limits: Limits, broken_shards: Literal["stop", "keep"]
+) -> tuple[list[Document], dict]:
+    """Documents in the order of the files, and {"samples", "skipped": {reason: count}, "notes": {what: count}}.
+
+    samples = documents + skipped, but for shard_cut_off, which counts files whose end is missing.
+    """
+    documents, num_samples = [], 0
+    skipped, notes = Counter(), Counter()
+    for file in files:
+        try:
+            for sample in read_samples(file):
+                num_samples += 1
+                try:
+                    document, found = make_document(sample, codec, limits)
+                except (SampleError, ImageError) as problem:
+                    skipped[problem.reason] += 1
+                    continue
+                documents.append(document)
+                notes.update(found)
+        except CutOffError:
+            if broken_shards == "stop":
+                raise
+            skipped["shard_cut_off"] += 1
+    return documents, {"samples": num_samples, "skipped": dict(skipped), "notes": dict(notes)}
+
+
+def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Document, list[str]]:
+    """The document of a sample and what is particular about it. Raises SampleError or ImageError with the reason."""
+    document = codec.document(sample, limits.template, limits.visual_tokens)
+    if sample.elements is not None and not 1 <= len(document.images) <= MAX_INTERLEAVED_IMAGES:
+        raise SampleError("too_many_images" if document.images else "image_missing")
+    if len(document.tokens) > limits.num_tokens:
+        raise SampleError("too_many_tokens")
+    if len(document.images) > limits.max_images:
+        raise SampleError("too_many_images")
+    if not document.is_labelled.any():
+        raise SampleError("nothing_labelled")
+    notes = [*sample.notes, *codec.text_notes(sample)]
+    for image in document.images:
+        notes += check_image(image)
+    return document, notes

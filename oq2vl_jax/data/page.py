@@ -1,0 +1,95 @@
+"""What the HTML pages of the data commands share: one self-contained file, bar charts, thumbnails."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping
+
+from oq2vl_jax.data.images import ImageError, open_rgb
+
+STYLE = """
+ body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1120px; margin: 36px auto; padding: 0 20px; }
+ h1 { font-size: 1.45rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin: 2.2em 0 .5em; }
+ .lead, figcaption, th { color: #5a6779; } .lead { margin-top: .3em; }
+ table { border-collapse: collapse; } td, th { padding: 4px 20px 4px 0; text-align: left; vertical-align: top; }
+ th { font-weight: 500; } tr { border-bottom: 1px solid #e6eaf0; } td.number, th.number { text-align: right; }
+ .charts { display: flex; gap: 44px; flex-wrap: wrap; } figure { margin: 0; } figcaption { font-size: .85rem; }
+ svg text { font: 11px system-ui, sans-serif; fill: #5a6779; }
+ .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 16px; }
+ .sheet figure { overflow-wrap: anywhere; } .sheet img { width: 100%; height: 120px; object-fit: contain;
+ background: #f3f5f8; border-radius: 4px; } .good { color: #1a7f4b; } .bad { color: #b3372b; }
+"""
+BAR_WIDTH, CHART_HEIGHT = 330, 120
+THUMBNAIL_PIXELS = 220
+
+
+def page(title: str, lead: str, body: Iterable[str]) -> str:
+    """A whole HTML page; title and lead are text, body is HTML."""
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n<p class="lead">{html.escape(lead)}</p>\n'
+        + "\n".join(body)
+        + "\n</html>\n"
+    )
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Numbers are set to the right; everything is escaped."""
+    body = [list(row) for row in rows]
+    is_number = [all(isinstance(row[i], int | float) for row in body) for i in range(len(body[0]))] if body else []
+
+    def line(cells: Iterable[object], tag: str) -> str:
+        classes = [' class="number"' if i < len(is_number) and is_number[i] else "" for i in range(99)]
+        return "".join(f"<{tag}{classes[i]}>{cell_text(cell)}</{tag}>" for i, cell in enumerate(cells))
+
+    lines = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in body)
+    return f"<table><tr>{line(header, 'th')}</tr>\n{lines}</table>"
+
+
+def cell_text(cell: object) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.3f}"
+    return f"{cell:,}" if isinstance(cell, int) else html.escape(str(cell))
+
+
+def bars(caption: str, counts: Mapping[float, int], marked: float | None = None) -> str:
+    """A histogram as SVG: counts by the lower edge of evenly spaced bins; `marked` draws a line at a value."""
+    if not counts:
+        return f"<figure><figcaption>{html.escape(caption)}: nothing to show</figcaption></figure>"
+    edges = sorted(counts)
+    step = min((b - a for a, b in zip(edges, edges[1:], strict=False)), default=1) or 1
+    low, high = edges[0], edges[-1] + step
+    scale, top = BAR_WIDTH / (high - low), max(counts.values())
+    shapes = []
+    for edge in edges:
+        height = CHART_HEIGHT * counts[edge] / top
+        shapes.append(
+            f'<rect x="{(edge - low) * scale:.1f}" y="{CHART_HEIGHT - height:.1f}" width="{max(step * scale - 1, 1):.1f}" '
+            f'height="{height:.1f}" fill="#2f6fb5"><title>{edge:g}: {counts[edge]:,}</title></rect>'
+        )
+    if marked is not None and low <= marked <= high:
+        x = (marked - low) * scale
+        shapes.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{CHART_HEIGHT}" stroke="#b3372b" stroke-width="2"/>')
+    return (
+        f'<figure><svg width="{BAR_WIDTH + 10}" height="{CHART_HEIGHT + 20}" role="img">'
+        f'<line x1="0" x2="{BAR_WIDTH}" y1="{CHART_HEIGHT}" y2="{CHART_HEIGHT}" stroke="#c5cdd8"/>{"".join(shapes)}'
+        f'<text x="0" y="{CHART_HEIGHT + 15}">{low:g}</text>'
+        f'<text x="{BAR_WIDTH}" y="{CHART_HEIGHT + 15}" text-anchor="end">{high:g}</text>'
+        f"</svg><figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def picture(data: bytes, caption: str, note: str = "") -> str:
+    """A thumbnail with its caption; an image that does not decode says so in its place."""
+    try:
+        image = open_rgb(data)
+        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        source = base64.b64encode(buffer.getvalue()).decode()
+        shown = f'<img alt="" src="data:image/jpeg;base64,{source}">'
+    except ImageError as problem:
+        shown = f'<p class="bad">{html.escape(str(problem))}</p>'
+    note_line = f'<br><span class="lead">{html.escape(note)}</span>' if note else ""
+    return f"<figure>{shown}<figcaption>{html.escape(caption)}{note_line}</figcaption></figure>"

@@ -1,0 +1,155 @@
+"""Local and remote files by fsspec path (DIR/x.tar, s3://bucket/x.tar, gs://...); outputs appear whole or not at all.
+
+Local outputs are written beside their place and renamed. Remote ones are written to a temporary local file and
+uploaded in one piece, which object stores show only when it is complete.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from oq2vl_jax.errors import UserError
+
+PARTIAL = ".partial"
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+def filesystem(path: str):
+    """The fsspec filesystem of a path and the path within it. Raises UserError where its package is missing."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {error}.") from error
+
+
+def open_input(path: str) -> BinaryIO:
+    if not is_remote(path):
+        return open(path, "rb")
+    fs, name = filesystem(path)
+    return fs.open(name, "rb")
+
+
+def read_text(path: str) -> str:
+    with open_input(path) as file:
+        return file.read().decode()
+
+
+def read_json(path: str) -> Any:
+    """Raises UserError for a file that is missing or no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}).") from error
+
+
+def exists(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.exists(path)
+    fs, name = filesystem(path)
+    return fs.exists(name)
+
+
+def file_version(path: str) -> list:
+    """What changes when a file is replaced: size, and modification time or entity tag."""
+    if not is_remote(path):
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
+    fs, name = filesystem(path)
+    info = fs.info(name)
+    return [info.get("size"), str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created"))]
+
+
+def list_names(folder: str) -> set[str]:
+    """Names in a folder; empty where there is none."""
+    if not is_remote(folder):
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    fs, name = filesystem(folder)
+    fs.invalidate_cache()
+    return {path.rsplit("/", 1)[-1] for path in fs.ls(name, detail=False)} if fs.exists(name) else set()
+
+
+def make_folder(folder: str) -> None:
+    if not is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Removes a file; it may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(path):
+            fs, name = filesystem(path)
+            fs.rm_file(name)
+        else:
+            os.remove(path)
+
+
+@contextlib.contextmanager
+def whole_output(path: str) -> Iterator[Path]:
+    """A local path to write to; `path` holds the result when the block ends, and is untouched where it fails."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="oq2vl_jax_") as folder:
+            partial = Path(folder) / "partial"
+            yield partial
+            fs, name = filesystem(path)
+            fs.put_file(str(partial), name)
+        return
+    partial = Path(f"{path}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str, text: str) -> None:
+    with whole_output(path) as partial:
+        partial.write_text(text)
+
+
+def write_folder(source: Path, folder: str) -> None:
+    """Copies the files of a local folder to `folder`, each whole."""
+    make_folder(folder)
+    for file in sorted(source.iterdir()):
+        with whole_output(join(folder, file.name)) as partial:
+            shutil.copyfile(file, partial)
+
+
+def expand_paths(flag: str, pattern: str) -> list[str]:
+    """'DIR/{00000..00009}.tar', a glob or a path to existing files, sorted. Raises UserError naming what is missing."""
+    from braceexpand import braceexpand
+
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:  # its UnbalancedBracesError
+        raise UserError(f"{flag} {pattern!r}: unbalanced braces.") from error
+    found = {name: _glob(name) for name in names}
+    missing = [name for name, files in found.items() if not files]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{flag} {pattern!r}: no file {missing[0]}{more}, of {len(names)} expected.")
+    return [file for files in found.values() for file in files]
+
+
+def _glob(name: str) -> list[str]:
+    if not is_remote(name):
+        return sorted(glob.glob(name, recursive=True))
+    fs, path = filesystem(name)
+    return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))

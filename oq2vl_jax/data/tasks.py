@@ -1,0 +1,219 @@
+"""Maps over shards: one task reads some input files and writes one output file and its report, on any executor.
+
+    OUT/settings.json            what the written bytes depend on next to the input; other settings are refused
+    OUT/NAME-00007.EXT           the output of task 7, whole as soon as it is there
+    OUT/NAME-00007.json          its report: input, counts, and the identity of what it was made from
+    OUT/manifest.json            all reports together, when every task is done
+
+Names, order and bytes depend on the input and the settings alone, not on the executor, the number of workers, or
+whether the job was interrupted: a task whose report stands is not run again, the rest is. Three executors: processes
+on this machine, `--rank R --world-size N` for Slurm arrays and any other scheduler (task i belongs to rank i mod N;
+the rank that finishes last writes the manifest), and Ray.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from oq2vl_jax.data import paths
+from oq2vl_jax.errors import UserError
+
+RAY_TASKS_IN_FLIGHT = 4
+"""Per CPU of the cluster; more would only fill its queue."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where the tasks run. Nothing of it changes what is written."""
+
+    num_workers: int = os.cpu_count() or 1
+    """Processes on this machine."""
+    rank: int = 0
+    """This process's number among `world_size`, for example $SLURM_ARRAY_TASK_ID."""
+    world_size: int = 1
+    """Independent commands that share the tasks."""
+    executor: Literal["local", "ray"] = "local"
+    """ray: on the cluster at --ray-address, one CPU a task."""
+    ray_address: str = "auto"
+    """"auto" joins the cluster of this machine, "local" starts one."""
+
+    def __post_init__(self):
+        if self.num_workers < 1:
+            raise UserError(f"--num-workers must be at least 1, got {self.num_workers}.")
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"--rank must be 0..{self.world_size - 1} for --world-size {self.world_size}.")
+
+
+class Task(NamedTuple):
+    index: int
+    inputs: tuple[str, ...]
+
+
+class Job(NamedTuple):
+    """What is done to each task. `work(inputs, path)` writes the local file `path` and returns a report (JSON); it
+    must be picklable. `progress` is a format string over the report for the line that says a task is done."""
+
+    out: str
+    name: str
+    suffix: str
+    settings: dict[str, Any]
+    work: Callable[[tuple[str, ...], Path], dict[str, Any]]
+    progress: str
+
+    def stem(self, index: int) -> str:
+        return f"{self.name}{index:0{5 if self.name else 8}d}"
+
+
+def make_tasks(files: list[str], inputs_per_task: int = 1) -> list[Task]:
+    groups = [tuple(files[start : start + inputs_per_task]) for start in range(0, len(files), inputs_per_task)]
+    return [Task(index, group) for index, group in enumerate(groups)]
+
+
+def run_job(job: Job, tasks: list[Task], execution: Execution) -> list[dict[str, Any]] | None:
+    """Runs this rank's tasks; the reports of all tasks in order, or None while other ranks have some to do."""
+    paths.make_folder(job.out)
+    check_out_is_ours(job)
+    paths.remove(paths.join(job.out, "manifest.json"))  # a manifest says that everything is whole
+    paths.write_text(paths.join(job.out, "settings.json"), json.dumps(job.settings, indent=2) + "\n")
+    mine = tasks[execution.rank :: execution.world_size]
+    done = list(show_progress(job, execute(partial(run_task, job), mine, execution), len(mine)))
+    if execution.world_size == 1:
+        return done
+    return collect_reports(job, tasks)
+
+
+def check_out_is_ours(job: Job) -> None:
+    """A folder written with other settings is neither mixed with nor overwritten."""
+    file = paths.join(job.out, "settings.json")
+    if not paths.exists(file):
+        return
+    there = paths.read_json(file)
+    changed = [
+        f"{key}: {there.get(key)} there, {value} now" for key, value in job.settings.items() if there.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"--out {job.out} was written with other settings ({'; '.join(changed)}); choose another folder."
+        )
+
+
+def write_manifest(job: Job, manifest: dict[str, Any]) -> None:
+    """The last file of a job. Partial files of killed workers are of no use to anyone then."""
+    for name in paths.list_names(job.out):
+        if name.endswith(paths.PARTIAL):
+            paths.remove(paths.join(job.out, name))
+    paths.write_text(paths.join(job.out, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
+
+
+def run_task(job: Job, task: Task) -> dict[str, Any]:
+    """Runs a task, or returns the report of an earlier run that finished it."""
+    finished = finished_report(job, task)
+    if finished is not None:
+        return finished
+    file = f"{job.stem(task.index)}{job.suffix}"
+    with paths.whole_output(paths.join(job.out, file)) as partial_file:
+        report = {"file": file, "inputs": list(task.inputs), **job.work(task.inputs, partial_file)}
+    stored = json.dumps(report | {"identity": task_identity(job, task)})
+    paths.write_text(paths.join(job.out, f"{job.stem(task.index)}.json"), stored)
+    return json.loads(json.dumps(report))
+
+
+def finished_report(job: Job, task: Task) -> dict[str, Any] | None:
+    file = paths.join(job.out, f"{job.stem(task.index)}.json")
+    if not paths.exists(file):
+        return None
+    report = paths.read_json(file)
+    is_whole = report.pop("identity") == task_identity(job, task) and paths.exists(paths.join(job.out, report["file"]))
+    return report if is_whole else None
+
+
+def task_identity(job: Job, task: Task) -> str:
+    """Changes whenever a finished task has to be done again."""
+    inputs = [
+        [os.path.abspath(path) if not paths.is_remote(path) else path, *paths.file_version(path)]
+        for path in task.inputs
+    ]
+    return hashlib.sha256(json.dumps([job.settings, inputs], sort_keys=True).encode()).hexdigest()
+
+
+def collect_reports(job: Job, tasks: list[Task]) -> list[dict[str, Any]] | None:
+    """The reports of every rank, or None if some are missing."""
+    there = paths.list_names(job.out)
+    missing = sum(f"{job.stem(task.index)}.json" not in there for task in tasks)
+    if not missing:
+        reports = [finished_report(job, task) for task in tasks]
+        missing = reports.count(None)
+        if not missing:
+            return [report for report in reports if report is not None]
+    print(f"{len(tasks) - missing} of {len(tasks)} tasks are done; the rank that finishes last writes the manifest.")
+    return None
+
+
+def execute(function: Callable[[Task], dict], tasks: list[Task], execution: Execution) -> Iterator[dict]:
+    """Results in the order of the tasks."""
+    num_workers = min(execution.num_workers, len(tasks))
+    if execution.executor == "ray":
+        return execute_on_ray(function, tasks, execution.ray_address)
+    return map(function, tasks) if num_workers <= 1 else execute_locally(function, tasks, num_workers)
+
+
+def execute_locally(function: Callable[[Task], dict], tasks: list[Task], num_workers: int) -> Iterator[dict]:
+    """Workers are spawned: the parent may hold threads."""
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(function, tasks)
+        except BrokenProcessPool as error:
+            raise UserError("a worker was killed, perhaps for want of memory; try fewer --num-workers.") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], address: str) -> Iterator[dict]:
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray needs the extra: pip install 'oq2vl-jax[ray]'.") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
+        except ConnectionError as error:
+            raise UserError(
+                f"--ray-address {address}: no Ray cluster is running there; start one, or pass local."
+            ) from error
+    remote = ray.remote(num_cpus=1)(call)
+    window = RAY_TASKS_IN_FLIGHT * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running = [remote.remote(function, task) for task in tasks[:window]]
+    for i in range(len(tasks)):
+        try:
+            result = ray.get(running[i])
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        if i + window < len(tasks):
+            running.append(remote.remote(function, tasks[i + window]))
+        yield result
+
+
+def call(function: Callable[[Task], dict], task: Task) -> dict:
+    return function(task)
+
+
+def show_progress(job: Job, reports: Iterable[dict], total: int) -> Iterator[dict]:
+    """A progress bar on a terminal, a plain line per task otherwise (stderr)."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(reports, description=Path(job.out).name, total=total, console=Console(stderr=True))
+        return
+    for i, report in enumerate(reports):
+        print(f"{i + 1}/{total}: {report['inputs'][0]}: {job.progress.format(**report)}", file=sys.stderr)
+        yield report
