@@ -56,11 +56,11 @@ def ask(config: AskHFConfig) -> str:
 
 
 def ask_checkpoint(config: AskHFConfig) -> str:
-    from oq2vl_jax.generate import Generator
+    from oq2vl_jax.generate import Generator, read_images
 
     generator = Generator(str(config.same_as))
     prompt = generator.encode_prompt(config.prompt, len(config.image))
-    return generator.reply([prompt], [list(config.image)], config.max_new_tokens)[0]
+    return generator.reply([prompt], [read_images(config.image)], config.max_new_tokens)[0]
 
 
 def check_images(paths: tuple[str, ...]) -> None:

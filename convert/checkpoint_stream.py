@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from oq2vl_jax.config import CheckpointDescription
+from oq2vl_jax.config import CheckpointDescription, ClipDescription
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.checkpoint import FilesHandler, SaveFiles, step_folder
 
@@ -58,7 +58,7 @@ class LazyArrayHandler(type_handlers.NumpyHandler):
 
 
 def save_checkpoint(
-    out: Path, parameters: dict[str, LazyArray], description: CheckpointDescription, tokenizer: Path
+    out: Path, parameters: dict[str, LazyArray], description: CheckpointDescription | ClipDescription, tokenizer: Path
 ) -> None:
     """OUT/checkpoints/000000 with the weights, what they are, and the tokenizer; `out` appears when it is whole."""
     registry = type_handlers.create_type_handler_registry((LazyArray, LazyArrayHandler()))

@@ -57,7 +57,7 @@ def convert(config: FromHFConfig) -> str:
 
 def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
     from convert.hf_config import read_decoder_config, read_vision_config
-    from convert.import_weights import Import
+    from convert.import_weights import Import, parameter_shapes
     from convert.tensor_files import Renamed, SafetensorsSource
     from oq2vl_jax.config import CheckpointDescription, ModelConfig
     from oq2vl_jax.data.text import TextCodec
@@ -67,7 +67,7 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
         encoder = dataclasses.replace(encoder, activation=config.activation)
     codec = TextCodec(str(decoder))  # after the configuration, for it trips over a bad one
     model = ModelConfig(encoder, sizes, config.visual_tokens, codec.special.image)
-    importer = Import(model)
+    importer = Import(parameter_shapes(model))
     importer.add("siglip", Renamed(SafetensorsSource(vision), siglip_name), ("vision",), model.vision.num_layers)
     importer.add("qwen2", SafetensorsSource(decoder), ("decoder",))
     importer.add_arrays(fresh_projector(model, config.seed))
@@ -77,7 +77,7 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
 
 def convert_whole(config: FromHFConfig, folder: Path) -> str:
     from convert.hf_config import read_llava_config
-    from convert.import_weights import Import
+    from convert.import_weights import Import, parameter_shapes
     from convert.tensor_files import Renamed, SafetensorsSource
     from oq2vl_jax.config import CheckpointDescription
     from oq2vl_jax.data.text import TextCodec
@@ -86,7 +86,7 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
     codec = TextCodec(str(folder))
     # Which id marks an image is free: the embedding of that row is never used.
     model = dataclasses.replace(model, image_token_id=codec.special.image)
-    importer = Import(model)
+    importer = Import(parameter_shapes(model))
     importer.add("llava", Renamed(SafetensorsSource(folder), llava_name), num_vision_blocks=num_vision_blocks)
     description = CheckpointDescription(model, config.template or template or "chatml", name_of(config.model))
     return write(config.out, importer, description, codec)

@@ -40,7 +40,7 @@ def convert(config: FromPrismaticConfig) -> str:
     """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
     from convert.checkpoint_stream import check_is_free
     from convert.from_hf import CONFIG_FILES, local_folder, name_of, write
-    from convert.import_weights import Import
+    from convert.import_weights import Import, parameter_shapes
     from convert.prismatic import decoder_on_the_hub, read_run
     from convert.tensor_files import TorchSource
     from oq2vl_jax.config import CheckpointDescription
@@ -58,7 +58,7 @@ def convert(config: FromPrismaticConfig) -> str:
     vision_folder = vision if vision and vision.is_dir() else None
     model, template = read_run(run_dir, vision_folder, decoder, codec.special.image)
     source = TorchSource(file, root="model")
-    importer = Import(model)
+    importer = Import(parameter_shapes(model))
     has_vision = any(name.startswith("vision_backbone.") for name in source.shapes)
     if has_vision and vision:
         raise UserError(f"{file} holds the vision encoder it was trained with; leave --vision out.")

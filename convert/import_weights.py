@@ -34,8 +34,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class Import:
     """Collects parameters from one or more sources; `finish` raises all problems of all of them together."""
 
-    def __init__(self, config: ModelConfig):
-        self.shapes = parameter_shapes(config)
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        """shapes: of every parameter, by name; see parameter_shapes."""
+        self.shapes = shapes
         self.parameters: dict[str, LazyArray] = {}
         self.left_out: list[str] = []
         self._problems: list[str] = []
@@ -45,10 +46,10 @@ class Import:
         self,
         layout: str,
         source: TensorSource,
-        parts: tuple[str, ...] = ("vision", "projector", "decoder"),
+        parts: tuple[str, ...] = ("",),
         num_vision_blocks: int | None = None,
     ) -> None:
-        """Takes every parameter that a layout has of `parts` from a source.
+        """Takes every parameter that a layout has of `parts` (first words of our names; all of them) from a source.
 
         num_vision_blocks: blocks of the source's encoder; those behind the features are left out by name.
         """
@@ -90,6 +91,8 @@ class Import:
     def _unused(self, layout: str, source: TensorSource, expected: dict, num_vision_blocks: int | None) -> set[str]:
         """Names of a source that are knowingly not used."""
         unused = {name for name in source.shapes if BUFFERS.search(name)}
+        if layout == "clip":  # the temperature of the contrastive loss; a score is the cosine alone
+            unused |= {"logit_scale"} & set(source.shapes)
         if layout in ("siglip", "timm"):
             unused |= {name for name in source.shapes if OTHER_TOWER.match(name)}
         if "decoder.lm_head" not in self.shapes:
@@ -152,6 +155,8 @@ def summarize_left_out(names: list[str]) -> str:
 
 def _group(name: str) -> str:
     """What a left-out tensor belongs to: the other tower, one block, the pooling head, or its own module."""
+    if name == "logit_scale":
+        return name
     if OTHER_TOWER.match(name):
         return "text tower"
     number, head = BLOCK_NUMBER.match(name), POOLING_HEAD.match(name)

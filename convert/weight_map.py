@@ -10,6 +10,8 @@ Four parts (vision as Hugging Face and as timm name it, projector, decoder) are 
     open_qwen2vl  model.vision_tower.           model.multi_modal_..    model.language_model. and lm_head
     prismatic     vision_backbone.featurizer.   projector.              llm_backbone.llm.
 
+`clip` stands apart: the two towers of a CLIP that scores data.
+
 `{layer}` in their name stands for the number of a layer; ours holds all layers of a part in one array [L, ...]. timm
 fuses q, k and v: there one of their tensors is three of ours. All transforms move values and never compute: both
 directions are exact, bit for bit.
@@ -82,20 +84,20 @@ def _patch_embedding(theirs: str) -> list[Row]:
 
 
 def _vision_huggingface() -> list[Row]:
-    theirs, ours = "encoder.layers.{layer}", "vision.layers"
     rows = _patch_embedding("embeddings.patch_embedding")
     rows.append(Row("embeddings.position_embedding.weight", ("vision.position_embedding",), SAME))
+    return rows + _blocks("", "vision.")
+
+
+def _blocks(their_prefix: str, our_prefix: str) -> list[Row]:
+    """The encoder blocks of Hugging Face's SigLIP and CLIP."""
+    theirs, ours, rows = f"{their_prefix}encoder.layers.{{layer}}", f"{our_prefix}layers", []
     for name in ("layer_norm1", "layer_norm2"):
         rows += _norm(f"{theirs}.{name}", f"{ours}.{name}")
-    for name in (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.out_proj",
-        "mlp.fc1",
-        "mlp.fc2",
-    ):
-        rows += _linear(f"{theirs}.{name}", f"{ours}.{name}")
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        rows += _linear(f"{theirs}.self_attn.{name}", f"{ours}.self_attn.{name}")
+    for name in ("fc1", "fc2"):
+        rows += _linear(f"{theirs}.mlp.{name}", f"{ours}.mlp.{name}")
     return rows
 
 
@@ -127,6 +129,23 @@ def _decoder() -> list[Row]:
     for name in ("gate_proj", "up_proj", "down_proj"):
         rows += _linear(f"{theirs}.mlp.{name}", f"{ours}.mlp.{name}", has_bias=False)
     return [*rows, *_norm("norm", "decoder.norm", has_bias=False)]
+
+
+def _clip() -> list[Row]:
+    """CLIPModel; its towers have the same blocks."""
+    rows = [
+        Row("vision_model.embeddings.class_embedding", ("image_tower.class_embedding",), SAME),
+        Row("vision_model.embeddings.patch_embedding.weight", ("image_tower.patch_embedding.kernel",), PATCHES),
+        Row("vision_model.embeddings.position_embedding.weight", ("image_tower.position_embedding",), SAME),
+        *_norm("vision_model.pre_layrnorm", "image_tower.pre_layernorm"),  # so spelled there
+        *_norm("vision_model.post_layernorm", "image_tower.post_layernorm"),
+        *_linear("visual_projection", "image_tower.projection", has_bias=False),
+        Row("text_model.embeddings.token_embedding.weight", ("text_tower.token_embedding",), SAME),
+        Row("text_model.embeddings.position_embedding.weight", ("text_tower.position_embedding",), SAME),
+        *_norm("text_model.final_layer_norm", "text_tower.final_layer_norm"),
+        *_linear("text_projection", "text_tower.projection", has_bias=False),
+    ]
+    return [*rows, *_blocks("vision_model.", "image_tower."), *_blocks("text_model.", "text_tower.")]
 
 
 def _prefixed(prefix: str, rows: list[Row]) -> list[Row]:
@@ -163,6 +182,7 @@ LAYOUTS: dict[str, list[Row]] = {
         *_prefixed("llm_backbone.llm.model.", _decoder()),
         *_head("llm_backbone.llm.lm_head.weight"),
     ],
+    "clip": _clip(),
 }
 """The row of the head applies to models whose head is not tied; `weights_of` leaves out what a model does not hold."""
 

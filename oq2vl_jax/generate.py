@@ -10,7 +10,7 @@ with "reply" added. Requests are answered in batches of similar length; the orde
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +69,11 @@ class Generator:
             raise UserError(f"the prompt {prompt!r} contains {IMAGE}; images are put before the prompt, in order.")
         return self.codec.prompt(prompt, self.template, num_images, self.model_config.num_visual_tokens)
 
-    def reply(self, prompts: list[list[int]], images: list[list[str]], max_new_tokens: int) -> list[str]:
-        """Replies to tokenised prompts, whose i-th placeholder run is the i-th of the images (paths)."""
+    def reply(self, prompts: list[list[int]], images: list[list[bytes]], max_new_tokens: int) -> list[str]:
+        """Replies to tokenised prompts, whose i-th placeholder run is the i-th of the images (encoded)."""
         return [self.codec.decode(tokens).strip() for tokens in self.reply_tokens(prompts, images, max_new_tokens)]
 
-    def reply_tokens(self, prompts: list[list[int]], images: list[list[str]], max_new_tokens: int) -> list[list[int]]:
+    def reply_tokens(self, prompts: list[list[int]], images: list[list[bytes]], max_new_tokens: int) -> list[list[int]]:
         """The same as token ids, without the stop token."""
         import numpy as np
 
@@ -84,12 +84,16 @@ class Generator:
         lengths = np.array([len(prompt) for prompt in prompts])
         tokens = np.full((len(prompts), -(-lengths.max() // PROMPT_BUCKET) * PROMPT_BUCKET), self.codec.special.pad)
         pixels = np.zeros((len(prompts), max(map(len, images)), size, size, 3), np.uint8)
-        for row, (prompt, paths) in enumerate(zip(prompts, images, strict=True)):
+        for row, (prompt, encoded) in enumerate(zip(prompts, images, strict=True)):
             tokens[row, : len(prompt)] = prompt
-            for slot, path in enumerate(paths):
-                pixels[row, slot] = decode_image(Path(path).read_bytes(), size)
+            for slot, data in enumerate(encoded):
+                pixels[row, slot] = decode_image(data, size)
         new_tokens = np.asarray(generate_greedy(self.model, tokens, lengths, pixels, max_new_tokens, eos))
         return [cut_at(row.tolist(), eos) for row in new_tokens]
+
+
+def read_images(paths: Iterable[str]) -> list[bytes]:
+    return [Path(path).read_bytes() for path in paths]
 
 
 def cut_at(tokens: list[int], stop: int) -> list[int]:
@@ -104,7 +108,7 @@ def answer_requests(generator: Generator, requests: list[dict], config: Generate
         chosen = order[start : start + config.batch_size]
         padded = chosen + [chosen[-1]] * (config.batch_size - len(chosen))  # one shape for the last batch as well
         replies = generator.reply(
-            [prompts[i] for i in padded], [requests[i]["image"] for i in padded], config.max_new_tokens
+            [prompts[i] for i in padded], [read_images(requests[i]["image"]) for i in padded], config.max_new_tokens
         )
         for i, reply in zip(chosen, replies, strict=False):
             yield i, {**requests[i], "reply": reply}
@@ -161,7 +165,7 @@ def main() -> None:
     try:
         if requests is None:
             prompt = generator.encode_prompt(config.prompt or "", len(config.image))
-            print(generator.reply([prompt], [list(config.image)], config.max_new_tokens)[0])
+            print(generator.reply([prompt], [read_images(config.image)], config.max_new_tokens)[0])
         else:
             write_predictions(generator, requests, config)
     except ImageError as problem:

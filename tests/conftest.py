@@ -47,3 +47,17 @@ def byte_tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bytes")
     save_bpe_tokenizer(BYTE_RANKS, str(folder))
     return str(folder)
+
+
+@pytest.fixture
+def write_shard():
+    """write(path, samples): a tar of WebDataset samples; returns its path as a string."""
+    from webdataset import TarWriter
+
+    def write(path, samples):
+        with TarWriter(str(path), mtime=0) as writer:
+            for sample in samples:
+                writer.write(sample)
+        return str(path)
+
+    return write

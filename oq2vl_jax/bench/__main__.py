@@ -1,13 +1,12 @@
 """python -m oq2vl_jax.bench packing: measurements of the parts, printed as a table or as JSON.
 
-    packing   bin assignment alone
-    pack      tars to packed rows, end to end, against the published approach
-    rows      reading packed rows: random access and decoding
-    filter    uid membership and a filter expression over metadata
+packing   bin assignment alone
+pack      tars to packed rows, end to end, against the published approach
+rows      reading packed rows: random access and decoding
+filter    uid membership and a filter expression over metadata
 """
 
 import json
-from typing import Annotated, Union
 
 from oq2vl_jax.errors import run_command
 
@@ -15,11 +14,11 @@ from oq2vl_jax.errors import run_command
 def main() -> None:
     import tyro
 
-    from oq2vl_jax.bench import packing
+    from oq2vl_jax.bench import filter, packing
 
-    benches = {packing.Packing: packing.measure}
-    command = Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())] for kind in benches)]
-    config = tyro.cli(command, prog="python -m oq2vl_jax.bench")
+    benches = {packing.Packing: packing.measure, filter.Filter: filter.measure}
+    kinds = {kind.__name__.lower(): kind for kind in benches}
+    config = tyro.extras.subcommand_cli_from_dict(kinds, prog="python -m oq2vl_jax.bench")
     results = benches[type(config)](config)
     if config.json:
         print(json.dumps(results))
@@ -33,7 +32,12 @@ def print_table(results: list[dict]) -> None:
 
     table = Table(*results[0], box=None)
     for result in results:
-        table.add_row(*(f"{v:,.4g}" if isinstance(v, float) and v < 100 else f"{v:,.0f}" if isinstance(v, float) else str(v) for v in result.values()))
+        table.add_row(
+            *(
+                f"{v:,.4g}" if isinstance(v, float) and v < 100 else f"{v:,.0f}" if isinstance(v, float) else str(v)
+                for v in result.values()
+            )
+        )
     Console(width=160).print(table)
 
 

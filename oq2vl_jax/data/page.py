@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 from collections.abc import Iterable, Mapping
 
 from oq2vl_jax.data.images import ImageError, open_rgb
@@ -58,14 +59,14 @@ def bars(caption: str, counts: Mapping[float, int], marked: float | None = None)
     if not counts:
         return f"<figure><figcaption>{html.escape(caption)}: nothing to show</figcaption></figure>"
     edges = sorted(counts)
-    step = min((b - a for a, b in zip(edges, edges[1:], strict=False)), default=1) or 1
+    step = min((b - a for a, b in itertools.pairwise(edges)), default=1) or 1
     low, high = edges[0], edges[-1] + step
     scale, top = BAR_WIDTH / (high - low), max(counts.values())
     shapes = []
     for edge in edges:
-        height = CHART_HEIGHT * counts[edge] / top
+        height, width = CHART_HEIGHT * counts[edge] / top, max(step * scale - 1, 1)
         shapes.append(
-            f'<rect x="{(edge - low) * scale:.1f}" y="{CHART_HEIGHT - height:.1f}" width="{max(step * scale - 1, 1):.1f}" '
+            f'<rect x="{(edge - low) * scale:.1f}" y="{CHART_HEIGHT - height:.1f}" width="{width:.1f}" '
             f'height="{height:.1f}" fill="#2f6fb5"><title>{edge:g}: {counts[edge]:,}</title></rect>'
         )
     if marked is not None and low <= marked <= high:

@@ -49,6 +49,7 @@ class Sample(NamedTuple):
     """What one key holds. Exactly one of text, conversations and elements is set, or `problem` says why none is.
 
     elements: an interleaved document, None where the next of `images` stands. notes: what was mended on the way.
+    uid: what the metadata calls it, for filters.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Sample(NamedTuple):
     elements: list[str | None] | None = None
     problem: str | None = None
     notes: tuple[str, ...] = ()
+    uid: str | None = None
 
 
 def read_samples(path: str) -> Iterator[Sample]:
@@ -66,7 +68,10 @@ def read_samples(path: str) -> Iterator[Sample]:
         yield from read_packed_json(path)
         return
     for members in read_members(path):
-        yield Sample(members.key, [], problem=members.problem) if members.problem else parse_sample(members)
+        if members.problem:
+            yield Sample(members.key, [], problem=members.problem)
+        else:
+            yield parse_sample(members)._replace(uid=uid_of(members))
 
 
 def read_members(path: str) -> Iterator[Members]:
@@ -147,6 +152,16 @@ def check_end_of_archive(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"the header at byte {tar.offset} is broken")
 
 
+def uid_of(members: Members) -> str | None:
+    """The "uid" of KEY.json, 32 hex digits in DataComp; None where there is none."""
+    try:
+        metadata = json.loads(members.files.get("json", b"null"))
+    except (ValueError, RecursionError):
+        return None
+    uid = metadata.get("uid") if isinstance(metadata, dict) else None
+    return uid if isinstance(uid, str) else None
+
+
 def parse_sample(members: Members) -> Sample:
     """Problems are named, not raised."""
     key, files = members.key, members.files
@@ -174,29 +189,30 @@ def parse_sample(members: Members) -> Sample:
 def parse_interleaved(key: str, metadata: dict, tiff: bytes | None = None) -> Sample:
     """OBELICS, MMC4 (images in the JSON) or MINT (pages of a TIFF). Images of width or height 1 and empty places are
     left out, as in the published code, and noted."""
-    texts, notes = metadata["texts"], []
+    texts = metadata["texts"]
     if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
         return Sample(key, [], problem="interleaved_invalid")
     try:
-        images = tiff_pages(tiff) if tiff is not None else embedded_images(metadata.get("image_info"), len(texts))
+        if tiff is None:
+            images = embedded_images(metadata.get("image_info"), len(texts))
+        else:
+            images = spread_pages(tiff_pages(tiff), texts)
     except ImageError as problem:
         return Sample(key, [], problem=problem.reason)
-    if tiff is not None:
-        notes.append("pages_re_encoded")
-        if len(images) != texts.count(None):
-            return Sample(key, [], problem="image_count_mismatch")
-        pages = iter(images)
-        images = [next(pages) if text is None else None for text in texts]
-    elif images is None:
-        return Sample(key, [], problem="interleaved_invalid")
-    elements, kept = [], []
-    for text, image in zip(texts, images, strict=True):
-        if text is None and image is None:
-            notes.append("empty_image_place")
-            continue
-        elements.append(text)
-        kept += [image] if text is None else []
-    return Sample(key, kept, elements=elements, notes=tuple(notes))
+    if images is None:
+        return Sample(key, [], problem="interleaved_invalid" if tiff is None else "image_count_mismatch")
+    places = [(text, image) for text, image in zip(texts, images, strict=True) if text is not None or image is not None]
+    notes = ["empty_image_place"] * (len(texts) - len(places)) + ["pages_re_encoded"] * (tiff is not None)
+    kept = [image for text, image in places if text is None and image is not None]
+    return Sample(key, kept, elements=[text for text, _ in places], notes=tuple(notes))
+
+
+def spread_pages(pages: list[bytes | None], texts: list[str | None]) -> list[bytes | None] | None:
+    """The i-th page at the i-th null of `texts`; None where their numbers differ."""
+    if len(pages) != texts.count(None):
+        return None
+    remaining = iter(pages)
+    return [next(remaining) if text is None else None for text in texts]
 
 
 def embedded_images(image_info: Any, count: int) -> list[bytes | None] | None:

@@ -13,6 +13,7 @@ the rank that finishes last writes the manifest), and Ray.
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -180,11 +181,12 @@ def execute_locally(function: Callable[[Task], dict], tasks: list[Task], num_wor
 def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], address: str) -> Iterator[dict]:
     try:
         import ray
+        from ray.exceptions import RayTaskError
     except ImportError as error:
         raise UserError("--executor ray needs the extra: pip install 'oq2vl-jax[ray]'.") from error
     if not ray.is_initialized():
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise UserError(
                 f"--ray-address {address}: no Ray cluster is running there; start one, or pass local."
@@ -195,7 +197,7 @@ def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], address:
     for i in range(len(tasks)):
         try:
             result = ray.get(running[i])
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
         if i + window < len(tasks):
             running.append(remote.remote(function, tasks[i + window]))

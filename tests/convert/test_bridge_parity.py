@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from convert import from_hf, from_prismatic, to_hf
 from oq2vl_jax.data.images import decode_image
-from oq2vl_jax.generate import Generator
+from oq2vl_jax.generate import Generator, read_images
 from oq2vl_jax.model.siglip import normalize
 from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
 from tests.convert.conftest import IMAGE_SIZE, IMAGE_TOKEN, NUM_PATCHES
@@ -164,7 +164,7 @@ def test_greedy_replies_have_identical_token_ids(bridge, photos, question, num_i
     checkpoint, model, processor = bridge
     generator = Generator(str(checkpoint))
     prompt = generator.encode_prompt(question, num_images)
-    ours = generator.reply_tokens([prompt], [photos[:num_images]], 12)[0]
+    ours = generator.reply_tokens([prompt], [read_images(photos[:num_images])], 12)[0]
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [Image.open(path) for path in photos[:num_images]] or None

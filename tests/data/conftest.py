@@ -4,9 +4,7 @@ import io
 import json
 
 import numpy as np
-import pytest
 from PIL import Image
-from webdataset import TarWriter
 
 
 def png(width=24, height=20, seed=0, image_format="PNG"):
@@ -28,14 +26,3 @@ def conversation_sample(i, question="<image>\nWhat?", answer="That.", images=1):
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     pictures = {f"{slot}.jpg": png(seed=i + slot, image_format="JPEG") for slot in range(images)}
     return {"__key__": f"{i:06d}", **pictures, "json": json.dumps({"conversations": turns}).encode()}
-
-
-@pytest.fixture
-def write_shard():
-    def write(path, samples):
-        with TarWriter(str(path), mtime=0) as writer:
-            for sample in samples:
-                writer.write(sample)
-        return str(path)
-
-    return write

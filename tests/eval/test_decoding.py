@@ -13,7 +13,7 @@ import pytest
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.decoding import generate_greedy
-from oq2vl_jax.generate import GenerateConfig, Generator, answer_requests, cut_at, read_requests
+from oq2vl_jax.generate import GenerateConfig, Generator, answer_requests, cut_at, read_images, read_requests
 from oq2vl_jax.train.run import run
 from tests.data.conftest import png
 from tests.train.conftest import TINY, tiny_model
@@ -111,7 +111,7 @@ def test_a_checkpoint_answers_requests_in_the_order_of_the_file(trained):
     for i, prediction in answered.items():
         assert prediction["id"] == i
         prompt = generator.encode_prompt(lines[i]["prompt"], 1)
-        assert prediction["reply"] == generator.reply([prompt], [requests[i]["image"]], 4)[0]
+        assert prediction["reply"] == generator.reply([prompt], [read_images(requests[i]["image"])], 4)[0]
 
 
 def test_the_command_prints_a_reply(trained):

@@ -1,0 +1,116 @@
+"""python -m convert.from_clip: a Hugging Face CLIP to a checkpoint that oq2vl_jax.data.score scores with.
+
+python -m convert.from_clip openai/clip-vit-large-patch14 --out checkpoints/clip_l14
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from oq2vl_jax.config import ClipConfig, ClipTowerConfig
+from oq2vl_jax.errors import UserError, run_command
+
+ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh", "quick_gelu"]] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""Theirs -> ours."""
+
+
+@dataclass(frozen=True)
+class FromClipConfig:
+    """A Hugging Face CLIP, both towers, to an Orbax checkpoint."""
+
+    model: tyro.conf.Positional[str]
+    """Local folder, or a hub id where there is a network: config.json, weights as safetensors, tokenizer."""
+    out: str
+    """Folder to write; it appears when the checkpoint is whole."""
+
+
+def convert(config: FromClipConfig) -> str:
+    """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
+    import jax
+
+    from convert.checkpoint_stream import check_is_free, save_checkpoint
+    from convert.from_hf import local_folder, name_of
+    from convert.import_weights import Import, summarize_left_out
+    from convert.tensor_files import SafetensorsSource
+    from oq2vl_jax.config import ClipDescription
+    from oq2vl_jax.model.clip import Clip
+    from oq2vl_jax.train.checkpoint import named_arrays
+
+    check_is_free(Path(config.out))
+    folder = local_folder(config.model)
+    tokenizer = load_tokenizer(folder)
+    model = read_clip_config(folder, tokenizer.eos_token_id)
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} entries, the text tower {model.vocab_size}.")
+    shapes = jax.eval_shape(lambda: Clip(jax.random.key(0), model))
+    importer = Import({name: tuple(array.shape) for name, array in named_arrays(shapes).items()})
+    importer.add("clip", SafetensorsSource(folder))
+    parameters = importer.finish()
+    print(summarize_left_out(importer.left_out) or "every tensor is used", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save_pretrained(saved)
+        save_checkpoint(Path(config.out), parameters, ClipDescription(model, name_of(config.model)), Path(saved))
+    return f"{config.out}: {sum(parameter.size for parameter in parameters.values()):,} parameters"
+
+
+def read_clip_config(folder: Path, eos_id: int) -> ClipConfig:
+    """From a CLIPModel's config.json. Raises UserError for what is none."""
+    from transformers import CLIPConfig
+
+    from convert.hf_config import check_model_type, malformed_is_an_error, parse, read_json
+
+    file = folder / "config.json"
+    with malformed_is_an_error(file):
+        values = read_json(file)
+        check_model_type(values, "clip", str(file))
+        theirs = parse(CLIPConfig, values, str(file))
+        towers = {}
+        for name, tower in (("image_tower", theirs.vision_config), ("text_tower", theirs.text_config)):
+            if tower.hidden_act not in ACTIVATIONS:
+                raise UserError(
+                    f"{file}: hidden_act is {tower.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}."
+                )
+            towers[name] = ClipTowerConfig(
+                hidden_size=tower.hidden_size,
+                intermediate_size=tower.intermediate_size,
+                num_layers=tower.num_hidden_layers,
+                num_heads=tower.num_attention_heads,
+                activation=ACTIVATIONS[tower.hidden_act],
+                layer_norm_eps=tower.layer_norm_eps,
+            )
+        return ClipConfig(
+            **towers,
+            image_size=theirs.vision_config.image_size,
+            patch_size=theirs.vision_config.patch_size,
+            vocab_size=theirs.text_config.vocab_size,
+            max_text_tokens=theirs.text_config.max_position_embeddings,
+            projection_dim=theirs.projection_dim,
+            eos_id=eos_id,
+        )
+
+
+def load_tokenizer(folder: Path):
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what the Rust library raises for a broken file is a plain Exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: no tokenizer could be loaded: {reason}") from error
+
+
+def main() -> None:
+    config = tyro.cli(FromClipConfig, prog="python -m convert.from_clip")
+    print(convert(config))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,114 @@
+"""A filter file applied to a pool: thresholds of top fractions, one boolean column a rule, their combination."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from oq2vl_jax.config import from_dict
+from oq2vl_jax.data import paths
+from oq2vl_jax.data.filter.expression import Expression, Leaf, evaluate, leaves, parse
+from oq2vl_jax.data.filter.pool import Pool
+from oq2vl_jax.data.filter.rules import Basic, Rule, make_rule
+from oq2vl_jax.data.uids import UidSet
+from oq2vl_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """What a filter file holds."""
+
+    expression: str
+    basic: Basic = Basic()
+    seed: int = 0
+
+
+class Selection(NamedTuple):
+    """A filter file, read and checked. rules: every rule it needs, those of `basic` included."""
+
+    config: FilterConfig
+    expression: Expression
+    rules: list[Rule]
+
+
+class Result(NamedTuple):
+    """kept: bool per sample of the pool. uids: their ids, each once. keeps: per rule as written, and per basic rule.
+    thresholds: of top fractions, the lowest score kept."""
+
+    kept: np.ndarray
+    uids: UidSet
+    keeps: dict[Leaf, np.ndarray]
+    thresholds: dict[Leaf, float]
+
+
+def load_filter(path: str) -> Selection:
+    """Raises UserError with file, key and place."""
+    try:
+        values = tomllib.loads(paths.read_text(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; a TOML file with `expression` is expected.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}.") from error
+    if values.get("basic", {}).get("language") == "":
+        values["basic"]["language"] = None  # TOML has no null
+    config = from_dict(
+        FilterConfig, values | {"basic": dataclasses.asdict(Basic()) | values.get("basic", {})}, where=path
+    )
+    try:
+        expression = parse(config.expression)
+        used = [
+            leaf for written in leaves(expression) for leaf in (config.basic.leaves if is_basic(written) else [written])
+        ]
+        return Selection(config, expression, [make_rule(leaf) for leaf in dict.fromkeys(used)])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def is_basic(leaf: Leaf) -> bool:
+    if leaf.name == "basic" and leaf.arguments:
+        raise UserError("expression: basic takes no arguments; its values stand in the table [basic].")
+    return leaf.name == "basic"
+
+
+def apply_rules(selection: Selection, pool: Pool) -> Result:
+    keeps, thresholds = {}, {}
+    for rule in selection.rules:
+        keep = pool.keeps.get(rule.leaf)
+        if rule.top is not None and rule.column:
+            keep, thresholds[rule.leaf] = keep_top(rule, pool, selection.config.seed)
+        elif rule.column and rule.test:
+            keep = rule.test(pool.values.__getitem__)
+        assert keep is not None, rule.leaf
+        keeps[rule.leaf] = keep & pool.is_valid
+    if any(leaf.name == "basic" for leaf in leaves(selection.expression)):
+        keeps[Leaf("basic")] = np.logical_and.reduce([keeps[leaf] for leaf in selection.config.basic.leaves])
+    kept = evaluate(selection.expression, keeps.__getitem__)
+    return Result(kept, UidSet(pool.high[kept], pool.low[kept]).unique(), keeps, thresholds)
+
+
+def keep_top(rule: Rule, pool: Pool, seed: int) -> tuple[np.ndarray, float]:
+    """(kept, lowest score kept) of a top fraction; see the module docstring of rules.py for ties."""
+    assert rule.column is not None
+    assert rule.top is not None
+    values = pool.values[rule.column]
+    is_scored = ~np.isnan(values) & pool.is_valid
+    count = int(rule.top * int(is_scored.sum()))
+    if count == 0:
+        return np.zeros(len(pool), bool), float("nan")
+    threshold = float(-np.partition(-values[is_scored], count - 1)[count - 1])
+    keep = is_scored & (values >= threshold)
+    if rule.has_exact_top:
+        ties = np.flatnonzero(keep & (values == threshold))
+        num_too_many = int(keep.sum()) - count
+        order = np.argsort(mixed(pool.high[ties] ^ mixed(pool.low[ties] + np.uint64(seed))), kind="stable")
+        keep[ties[order[len(ties) - num_too_many :]]] = False
+    return keep, threshold
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al. 2014): 64 bits that look random, the same on every machine."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

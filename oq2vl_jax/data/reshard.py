@@ -1,0 +1,146 @@
+"""python -m oq2vl_jax.data.reshard: the samples of a uid set, from tars to new tars.
+
+One task reads `--tars-per-task` tars and writes one, NNNNNNNN.tar, in their order, the bytes of each member as they
+came. A sample whose id is in the set n times is written n times (KEY, KEY-1, ...); keys that two input tars share get
+such a number too. data/tasks.py says how tasks are run, resumed and spread over machines.
+"""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from oq2vl_jax.data.tasks import Execution, Job, make_tasks, run_job, write_manifest
+from oq2vl_jax.errors import UserError, run_command
+
+TOTALS = ("samples", "kept", "written")
+
+
+@dataclass(frozen=True)
+class ReshardConfig:
+    """WebDataset tars to tars of the samples in a uid set."""
+
+    shards: str
+    """Tars whose KEY.json holds "uid": 'DIR/{00000000..00000009}.tar', a glob, or one path."""
+    uids: str
+    """Uid set, a sorted .npy of dtype u8,u8, as oq2vl_jax.data.filter writes it."""
+    out: str
+    """Folder for the new tars and manifest.json."""
+    tars_per_task: int = 1
+    """Input tars that become one output tar; about 1 / (share of samples that are kept) keeps their size."""
+    broken_shards: Literal["stop", "keep"] = "stop"
+    """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
+    execution: Execution = Execution()
+
+
+def reshard(config: ReshardConfig) -> dict | None:
+    """Writes the tars and returns the manifest; None while other ranks are at work. Raises UserError."""
+    from oq2vl_jax.data import paths
+
+    if config.tars_per_task < 1:
+        raise UserError(f"--tars-per-task must be at least 1, got {config.tars_per_task}.")
+    files = paths.expand_paths("--shards", config.shards)
+    uids = load_uids(config.uids)
+    settings = {
+        "tars_per_task": config.tars_per_task,
+        "uids": len(uids),
+        "different_uids": len(uids.unique()),
+        "uids_sha256": uids.sha256(),
+    }
+    job = Job(
+        out=config.out,
+        name="",
+        suffix=".tar",
+        settings=settings,
+        work=functools.partial(reshard_files, config),
+        progress="{written} of {samples} samples",
+    )
+    reports = run_job(job, make_tasks(files, config.tars_per_task), config.execution)
+    if reports is None:
+        return None
+    manifest = {
+        **{name: sum(report[name] for report in reports) for name in TOTALS},
+        "skipped": dict(sorted(sum((Counter(report["skipped"]) for report in reports), Counter()).items())),
+        **settings,
+        "files": [{"file": r["file"], "samples": r["written"], "inputs": r["inputs"]} for r in reports],
+    }
+    write_manifest(job, manifest)
+    return manifest
+
+
+@functools.lru_cache(maxsize=1)
+def load_uids(path: str):
+    """One set per worker process."""
+    from oq2vl_jax.data.uids import UidSet
+
+    return UidSet.load(path)
+
+
+def reshard_files(config: ReshardConfig, files: tuple[str, ...], target: Path) -> dict:
+    """Writes the wanted samples of some tars to `target`; returns the report."""
+    from webdataset.writer import TarWriter
+
+    from oq2vl_jax.data.shards import CutOffError, read_members
+
+    uids = load_uids(config.uids)
+    counts, skipped = Counter(), Counter()
+    written_keys: set[str] = set()
+    with target.open("wb") as stream, TarWriter(stream, mtime=0, encoder=False, keep_meta=True) as writer:
+        for file in files:
+            try:
+                for members in read_members(file):
+                    counts["samples"] += 1
+                    copies, problem = number_of_copies(members, uids)
+                    if problem:
+                        skipped[problem] += 1
+                    counts["kept"] += copies > 0
+                    for _ in range(copies):
+                        key = unused_key(members.key, written_keys)
+                        writer.write({"__key__": key, **members.files})
+                        counts["written"] += 1
+            except CutOffError:
+                if config.broken_shards == "stop":
+                    raise
+                skipped["shard_cut_off"] += 1
+    return {**{name: counts[name] for name in TOTALS}, "skipped": dict(skipped)}
+
+
+def number_of_copies(members, uids) -> tuple[int, str | None]:
+    """(how often the sample is wanted, why it cannot be used). A sample outside the set is no problem."""
+    from oq2vl_jax.data.shards import uid_of
+    from oq2vl_jax.data.uids import parse_uid
+
+    if members.problem:
+        return 0, members.problem
+    uid = parse_uid(uid_of(members))
+    return (uids.count(*uid), None) if uid else (0, "uid_missing")
+
+
+def unused_key(key: str, used: set[str]) -> str:
+    """The key itself the first time, then KEY-1, KEY-2, ..."""
+    candidate, number = key, 0
+    while candidate in used:
+        number += 1
+        candidate = f"{key}-{number}"
+    used.add(candidate)
+    return candidate
+
+
+def main() -> None:
+    import tyro
+
+    from oq2vl_jax.data.pack import counted
+
+    config = tyro.cli(ReshardConfig, prog="python -m oq2vl_jax.data.reshard", config=(tyro.conf.OmitArgPrefixes,))
+    manifest = reshard(config)
+    if manifest is not None:
+        print(
+            f"{manifest['written']} samples written: {manifest['kept']} of {manifest['samples']} are among the "
+            f"{manifest['different_uids']} ids of the set; skipped: {counted(manifest['skipped'])}. "
+            f"Manifest: {config.out}/manifest.json"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,168 @@
+"""python -m oq2vl_jax.data.score: captioned tars to one parquet of scores per tar.
+
+    KEY, uid, one column a score (null where there is none), status ("scored", or why not)
+
+--model clip: clip_score, the cosine similarity of a CLIP that convert.from_clip brought in. --model mlm-filter: up to
+four integers 0-100 that a model of this project's own architecture writes. data/tasks.py says how tasks are run,
+resumed and spread over machines; one process uses all devices it sees, so give each rank its own.
+"""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from oq2vl_jax.data.tasks import Execution, Job, make_tasks, run_job, write_manifest
+from oq2vl_jax.errors import UserError, run_command
+
+Metric = Literal["image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding"]
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """WebDataset tars of captions to parquet files of scores."""
+
+    shards: str
+    """Tars: 'DIR/{00000..00009}.tar', a glob, or one path."""
+    out: str
+    """Folder for the parquet files and manifest.json."""
+    model: Literal["clip", "mlm-filter"]
+    checkpoint: str
+    """Of convert.from_clip; or for mlm-filter any checkpoint of this project, such as convert.from_prismatic writes."""
+    batch_size: int = 64
+    metrics: tuple[Metric, ...] = (
+        "image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding",
+    )  # fmt: skip
+    """Of mlm-filter."""
+    criteria: str | None = None
+    """JSON file {metric: text with {caption}}, what the mlm-filter model was trained with. Default: our own wording."""
+    broken_shards: Literal["stop", "keep"] = "stop"
+    """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
+    execution: Execution = Execution(num_workers=1)
+
+
+def score_shards(config: ScoreConfig) -> dict | None:
+    """Scores every shard and returns the manifest; None while other ranks are at work. Raises UserError."""
+    from oq2vl_jax.data import paths
+
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {config.batch_size}.")
+    files = paths.expand_paths("--shards", config.shards)
+    settings = {"model": config.model, "checkpoint": checkpoint_identity(config.checkpoint)}
+    if config.model == "mlm-filter":
+        settings |= {"metrics": list(config.metrics), "criteria": criteria_identity(config)}
+    job = Job(
+        out=config.out,
+        name="",
+        suffix=".parquet",
+        settings=settings,
+        work=functools.partial(score_files, config),
+        progress="{scored} of {samples} samples scored",
+    )
+    reports = run_job(job, make_tasks(files), config.execution)
+    if reports is None:
+        return None
+    manifest: dict = {name: sum(report[name] for report in reports) for name in ("samples", "scored")}
+    for name in ("skipped", "unparsed"):
+        manifest[name] = dict(sorted(sum((Counter(report[name]) for report in reports), Counter()).items()))
+    manifest |= settings | {"files": [{"file": r["file"], "inputs": r["inputs"]} for r in reports]}
+    write_manifest(job, manifest)
+    return manifest
+
+
+def checkpoint_identity(path: str) -> str:
+    """Changes with the weights: where they stand, and when they were written."""
+    import os
+
+    file = Path(path)
+    if not file.is_dir():
+        raise UserError(f"--checkpoint {path}: no such folder.")
+    newest = max((entry.stat().st_mtime_ns for entry in file.rglob("_CHECKPOINT_METADATA")), default=0)
+    return f"{os.path.abspath(path)} {newest}"
+
+
+def criteria_identity(config: ScoreConfig) -> str:
+    import hashlib
+
+    from oq2vl_jax.scoring.mlm_filter import DEFAULT_CRITERIA, read_criteria
+
+    texts = read_criteria(config.criteria or str(DEFAULT_CRITERIA), config.metrics)
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def load_scorer(model: str, checkpoint: str, batch_size: int, criteria: str | None, metrics: tuple[str, ...]):
+    """One model per process."""
+    if model == "clip":
+        from oq2vl_jax.scoring.clip import ClipScorer
+
+        return ClipScorer(checkpoint, batch_size)
+    from oq2vl_jax.scoring.mlm_filter import MLMFilterScorer
+
+    return MLMFilterScorer(checkpoint, batch_size, criteria, metrics)
+
+
+def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> dict:
+    """Writes the parquet of one tar; returns the report."""
+    import polars as pl
+
+    from oq2vl_jax.data.images import ImageError
+    from oq2vl_jax.data.shards import CutOffError, read_samples
+    from oq2vl_jax.data.text import SampleError
+
+    scorer = load_scorer(config.model, config.checkpoint, config.batch_size, config.criteria, config.metrics)
+    rows: list[dict] = []
+    waiting: list[tuple[dict, Any]] = []
+    skipped = Counter()
+
+    def score_waiting() -> None:
+        for (row, _), scores in zip(waiting, scorer.score([prepared for _, prepared in waiting]), strict=True):
+            row |= scores
+        waiting.clear()
+
+    try:
+        for sample in read_samples(files[0]):
+            row = {"key": sample.key, "uid": sample.uid, "status": sample.problem or "scored"}
+            rows.append(row)
+            if not sample.problem and sample.text is None:
+                row["status"] = "no_caption"
+            if row["status"] == "scored":
+                try:
+                    waiting.append((row, scorer.prepare(sample)))
+                except (ImageError, SampleError) as problem:
+                    row["status"] = problem.reason
+            if row["status"] != "scored":
+                skipped[row["status"]] += 1
+            if len(waiting) == config.batch_size:
+                score_waiting()
+    except CutOffError:
+        if config.broken_shards == "stop":
+            raise
+        skipped["shard_cut_off"] += 1
+    if waiting:
+        score_waiting()
+    kind = pl.Float32 if config.model == "clip" else pl.Int16
+    schema = {"key": pl.String, "uid": pl.String} | dict.fromkeys(scorer.columns, kind) | {"status": pl.String}
+    pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema).write_parquet(target)
+    scored = [row for row in rows if row["status"] == "scored"]
+    unparsed = {name: sum(row[name] is None for row in scored) for name in scorer.columns}
+    return {"samples": len(rows), "scored": len(scored), "skipped": dict(skipped), "unparsed": unparsed}
+
+
+def main() -> None:
+    import tyro
+
+    from oq2vl_jax.data.pack import counted
+
+    config = tyro.cli(ScoreConfig, prog="python -m oq2vl_jax.data.score", config=(tyro.conf.OmitArgPrefixes,))
+    manifest = score_shards(config)
+    if manifest is not None:
+        print(
+            f"{manifest['scored']} of {manifest['samples']} samples scored; skipped: {counted(manifest['skipped'])}; "
+            f"replies that are no score: {counted(manifest['unparsed'])}. Manifest: {config.out}/manifest.json"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,89 @@
+"""The MLM-Filter scorer: replies to integers, batched as one by one, parse failures counted."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+
+from convert.checkpoint_stream import LazyArray, save_checkpoint
+from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
+from oq2vl_jax.data.score import ScoreConfig, score_shards
+from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.data.tasks import Execution
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.scoring.mlm_filter import METRICS, MLMFilterScorer, parse_score, read_criteria
+from oq2vl_jax.train.checkpoint import named_arrays
+from tests.data.conftest import caption_sample, png
+
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
+    decoder=DecoderConfig(320, 32, 64, 1, 2, 1, 16),
+    num_visual_tokens=4,
+    image_token_id=268,
+)
+DIGITS, EOS = range(ord("0"), ord("9") + 1), 258
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, byte_tokenizer_folder):
+    """Random weights whose head prefers digits and the end of a turn."""
+    from pathlib import Path
+
+    arrays = {name: np.array(x) for name, x in named_arrays(OpenQwen2VL(jax.random.key(3), MODEL)).items()}
+    arrays["decoder.embed_tokens"][[*DIGITS, EOS]] *= 40
+    lazy = {name: LazyArray(x.shape, lambda x=x: x) for name, x in arrays.items()}
+    out = tmp_path_factory.mktemp("mlm") / "checkpoint"
+    save_checkpoint(out, lazy, CheckpointDescription(MODEL, "open_qwen2vl", "random"), Path(byte_tokenizer_folder))
+    return str(out)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [("85", 85), (" 0", 0), ("100", 100), ("7.", 7), ("101", None), ("", None), ("-5", None), ("8/10", None),
+     ("good", None), ("85 out", None), ("4.5", None), ("٣", None)],
+)  # fmt: skip
+def test_a_reply_is_an_integer_from_0_to_100_or_no_score(reply, score):
+    assert parse_score(reply) == score
+
+
+def test_batched_scores_are_those_asked_one_by_one(checkpoint):
+    scorer = MLMFilterScorer(checkpoint, batch_size=4, criteria=None, metrics=METRICS)
+    samples = [Sample("", [png(20 + i, 30, seed=i)], text="caption " * (i + 1)) for i in range(5)]
+    prepared = [scorer.prepare(sample) for sample in samples]
+    together = [row for start in (0, 4) for row in scorer.score(prepared[start : start + 4])]
+    space = scorer.generator.codec.encode(" ")
+    replies = []
+    for (image, prompts), row in zip(prepared, together, strict=True):
+        for metric, prompt in zip(METRICS, prompts, strict=True):
+            assert prompt[-len(space) :] == space
+            reply = scorer.generator.reply([prompt], [[image]], 3)[0]
+            replies.append(reply)
+            assert row[metric] == parse_score(reply)
+    assert len({parse_score(reply) for reply in replies}) > 2, replies
+
+
+def test_the_command_counts_replies_that_are_no_score(checkpoint, tmp_path, write_shard):
+    shard = write_shard(tmp_path / "0.tar", [caption_sample(i, text=f"picture {i} <image>") for i in range(6)])
+    metrics = ("semantic_understanding", "image_text_matching")
+    config = ScoreConfig(shard, str(tmp_path / "out"), "mlm-filter", checkpoint, 4, metrics, execution=Execution(1))
+    manifest = score_shards(config)
+    frame = pl.read_parquet(tmp_path / "out" / "00000000.parquet")
+    assert frame.columns == ["key", "uid", *metrics, "status"]
+    assert manifest["unparsed"] == {metric: frame[metric].null_count() for metric in metrics}
+    assert manifest["scored"] == 6
+    with pytest.raises(UserError, match="other settings"):
+        score_shards(dataclasses.replace(config, metrics=metrics[:1]))
+
+
+def test_criteria_come_from_a_file_and_are_checked(tmp_path):
+    file = tmp_path / "criteria.json"
+    file.write_text('{"semantic_understanding": "Rate {caption}"}')
+    assert read_criteria(str(file), ("semantic_understanding",)) == {"semantic_understanding": "Rate {caption}"}
+    with pytest.raises(UserError, match=r"no text for the metric image_text_matching"):
+        read_criteria(str(file), ("image_text_matching",))
+    file.write_text('{"semantic_understanding": "Rate it"}')
+    with pytest.raises(UserError, match=r"each with \{caption\} in it"):
+        read_criteria(str(file), ("semantic_understanding",))
