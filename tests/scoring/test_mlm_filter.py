@@ -1,6 +1,7 @@
 """The MLM-Filter scorer: replies to integers, batched as one by one, parse failures counted."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -33,7 +34,9 @@ def checkpoint(tmp_path_factory, byte_tokenizer_folder):
     from pathlib import Path
 
     arrays = {name: np.array(x) for name, x in named_arrays(OpenQwen2VL(jax.random.key(3), MODEL)).items()}
-    arrays["decoder.embed_tokens"][[*DIGITS, EOS]] *= 40
+    arrays["decoder.embed_tokens"][[*DIGITS]] *= 40
+    arrays["decoder.embed_tokens"][EOS] = -arrays["decoder.embed_tokens"][[*DIGITS]].sum(0)
+    arrays["decoder.layers.mlp.down_proj.kernel"] *= 30  # or a token would only repeat itself
     lazy = {name: LazyArray(x.shape, lambda x=x: x) for name, x in arrays.items()}
     out = tmp_path_factory.mktemp("mlm") / "checkpoint"
     save_checkpoint(out, lazy, CheckpointDescription(MODEL, "open_qwen2vl", "random"), Path(byte_tokenizer_folder))
@@ -49,9 +52,11 @@ def test_a_reply_is_an_integer_from_0_to_100_or_no_score(reply, score):
     assert parse_score(reply) == score
 
 
-def test_batched_scores_are_those_asked_one_by_one(checkpoint):
-    scorer = MLMFilterScorer(checkpoint, batch_size=4, criteria=None, metrics=METRICS)
-    samples = [Sample("", [png(20 + i, 30, seed=i)], text="caption " * (i + 1)) for i in range(5)]
+def test_batched_scores_are_those_asked_one_by_one(checkpoint, tmp_path):
+    criteria = tmp_path / "criteria.json"  # short ones: every length of 32 tokens more is a program to compile
+    criteria.write_text(json.dumps({metric: f"{metric[:i]} {{caption}}" for i, metric in enumerate(METRICS)}))
+    scorer = MLMFilterScorer(checkpoint, batch_size=4, criteria=str(criteria), metrics=METRICS)
+    samples = [Sample("", [png(20 + i, 30, seed=i)], text="word " * (i + 1)) for i in range(5)]
     prepared = [scorer.prepare(sample) for sample in samples]
     together = [row for start in (0, 4) for row in scorer.score(prepared[start : start + 4])]
     space = scorer.generator.codec.encode(" ")
@@ -62,13 +67,17 @@ def test_batched_scores_are_those_asked_one_by_one(checkpoint):
             reply = scorer.generator.reply([prompt], [[image]], 3)[0]
             replies.append(reply)
             assert row[metric] == parse_score(reply)
-    assert len({parse_score(reply) for reply in replies}) > 2, replies
+    assert len({parse_score(reply) for reply in replies}) > 1, replies
 
 
 def test_the_command_counts_replies_that_are_no_score(checkpoint, tmp_path, write_shard):
     shard = write_shard(tmp_path / "0.tar", [caption_sample(i, text=f"picture {i} <image>") for i in range(6)])
     metrics = ("semantic_understanding", "image_text_matching")
-    config = ScoreConfig(shard, str(tmp_path / "out"), "mlm-filter", checkpoint, 4, metrics, execution=Execution(1))
+    criteria = tmp_path / "criteria.json"
+    criteria.write_text(json.dumps(dict.fromkeys(metrics, "{caption}")))
+    config = ScoreConfig(
+        shard, str(tmp_path / "out"), "mlm-filter", checkpoint, 4, metrics, str(criteria), execution=Execution(1)
+    )
     manifest = score_shards(config)
     frame = pl.read_parquet(tmp_path / "out" / "00000000.parquet")
     assert frame.columns == ["key", "uid", *metrics, "status"]
