@@ -76,6 +76,10 @@ class TextCodec:
     def decode(self, tokens: list[int]) -> str:
         return self._backend.decode(tokens, skip_special_tokens=True)
 
+    def decode_exact(self, tokens: list[int]) -> str:
+        """With special tokens as they are written."""
+        return self._backend.decode(tokens, skip_special_tokens=False)
+
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
 

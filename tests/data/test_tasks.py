@@ -1,0 +1,171 @@
+"""One job on every executor, interrupted and not: the same names, order and bytes."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.reshard import ReshardConfig, reshard
+from oq2vl_jax.data.tasks import Execution
+from oq2vl_jax.data.uids import UidSet
+from oq2vl_jax.errors import UserError
+from tests.data.conftest import caption_sample, png
+
+NUM_SHARDS, SAMPLES_PER_SHARD, NUM_KILLS = 6, 30, 5
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Six tars of captions with uids, and a uid set of some of them, one of them three times."""
+    from webdataset import TarWriter
+
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(NUM_SHARDS):
+        with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as writer:
+            for i in range(SAMPLES_PER_SHARD):
+                number = SAMPLES_PER_SHARD * shard + i
+                image = png(80, 60, number, "JPEG")
+                sample = {"__key__": f"{number:09d}", "jpg": image, "txt": f"picture {number}".encode()}
+                writer.write(sample | {"json": f'{{"uid": "{number:032x}"}}'.encode()})
+    low = [number for number in range(NUM_SHARDS * SAMPLES_PER_SHARD) if number % 3] + [4, 4]
+    UidSet(np.zeros(len(low), np.uint64), np.array(low, np.uint64)).save(str(folder / "uids.npy"))
+    return folder
+
+
+def pack(shards, out, tokenizer, **execution):
+    config = PackConfig(f"{shards}/*.tar", str(out), tokenizer, 96, 3, 4, execution=Execution(**execution))
+    return pack_shards(config)
+
+
+def select(shards, out, **execution):
+    config = ReshardConfig(f"{shards}/*.tar", f"{shards}/uids.npy", str(out), 2, execution=Execution(**execution))
+    return reshard(config)
+
+
+def digests(folder):
+    """Name -> hash of every file, those of the tokenizer included."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def expected(shards, tmp_path_factory, byte_tokenizer_folder):
+    """Both jobs by one process without interruption."""
+    folder = tmp_path_factory.mktemp("expected")
+    pack(shards, folder / "rows", byte_tokenizer_folder, num_workers=1)
+    select(shards, folder / "tars", num_workers=1)
+    return digests(folder)
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_workers_change_nothing(shards, tmp_path, byte_tokenizer_folder, expected, num_workers):
+    pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=num_workers)
+    select(shards, tmp_path / "tars", num_workers=num_workers)
+    assert digests(tmp_path) == expected
+
+
+def test_ranks_change_nothing_and_the_last_writes_the_manifest(shards, tmp_path, byte_tokenizer_folder, expected):
+    for rank in (2, 0, 1):
+        execution = {"num_workers": 1, "rank": rank, "world_size": 3}
+        manifests = [
+            pack(shards, tmp_path / "rows", byte_tokenizer_folder, **execution),
+            select(shards, tmp_path / "tars", **execution),
+        ]
+        assert [manifest is None for manifest in manifests] == [rank != 1] * 2
+    assert digests(tmp_path) == expected
+
+
+def test_ray_changes_nothing(shards, tmp_path, byte_tokenizer_folder, expected):
+    import ray
+
+    try:
+        pack(shards, tmp_path / "rows", byte_tokenizer_folder, executor="ray", ray_address="local")
+        select(shards, tmp_path / "tars", executor="ray", ray_address="local")
+        with pytest.raises(UserError, match=r"99999\.tar: the tar is broken"):
+            (tmp_path / "99999.tar").write_bytes(b"no tar")
+            pack(tmp_path, tmp_path / "broken", byte_tokenizer_folder, executor="ray", ray_address="local")
+    finally:
+        ray.shutdown()
+    (tmp_path / "99999.tar").unlink()
+    import shutil
+
+    shutil.rmtree(tmp_path / "broken")
+    assert digests(tmp_path) == expected
+
+
+def test_killed_at_random_moments_and_started_again_ends_in_the_same_bytes(
+    shards, tmp_path, byte_tokenizer_folder, expected
+):
+    rng = random.Random(0)
+    commands = {
+        "rows": ["oq2vl_jax.data.pack", "--tokenizer", byte_tokenizer_folder, "--num-tokens", "96",
+                 "--max-images", "3", "--visual-tokens", "4"],
+        "tars": ["oq2vl_jax.data.reshard", "--uids", f"{shards}/uids.npy", "--tars-per-task", "2"],
+    }  # fmt: skip
+    for name, arguments in commands.items():
+        command = [sys.executable, "-m", *arguments, "--shards", f"{shards}/*.tar", "--out", str(tmp_path / name)]
+        start = time.monotonic()
+        done = subprocess.run([*command, "--out", str(tmp_path.parent / f"{tmp_path.name}-timing-{name}")], check=True)
+        assert done.returncode == 0
+        seconds = time.monotonic() - start
+        for _ in range(NUM_KILLS if name == "rows" else 2):
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+            time.sleep(rng.uniform(0.2, 1) * seconds)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert not {path for path in digests(tmp_path / name) if path.endswith(".array_record")} - set(
+                path.removeprefix("rows/") for path in expected
+            )
+        subprocess.run(command, check=True)
+    assert digests(tmp_path) == expected
+
+
+def test_a_finished_task_is_not_done_again_and_a_changed_input_is(shards, tmp_path, byte_tokenizer_folder):
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "in")
+    pack(tmp_path / "in", tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").glob("*.array_record")}
+    (tmp_path / "in" / "00001.tar").write_bytes((shards / "00002.tar").read_bytes())
+    pack(tmp_path / "in", tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+    again = [path.name for path, time_ns in written.items() if path.stat().st_mtime_ns != time_ns]
+    assert again == ["rows-00001.array_record"]
+
+
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [({"num_workers": 0}, "num-workers"), ({"rank": 3, "world_size": 3}, r"--rank must be 0\.\.2"),
+     ({"rank": -1}, "--rank")],
+)  # fmt: skip
+def test_impossible_executions_are_refused(execution, message):
+    with pytest.raises(UserError, match=message):
+        Execution(**execution)
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(shards, tmp_path, byte_tokenizer_folder):
+    with pytest.raises(UserError, match="no Ray cluster is running there"):
+        pack(shards, tmp_path / "rows", byte_tokenizer_folder, executor="ray")
+
+
+def test_remote_paths_are_read_and_written(shards, byte_tokenizer_folder, expected):
+    """fsspec's memory:// stands for s3:// and gs://."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(shards), "/in", recursive=True)
+    pack("memory://in", "memory://out/rows", byte_tokenizer_folder, num_workers=1)
+    config = ReshardConfig("memory://in/*.tar", "memory://in/uids.npy", "memory://out/tars", 2)
+    reshard(ReshardConfig(config.shards, config.uids, config.out, 2, execution=Execution(1)))
+    for name, digest in expected.items():
+        if name.endswith((".array_record", ".tar")):
+            assert hashlib.sha256(memory.cat(f"/out/{name}")).hexdigest() == digest, name
+    assert memory.exists("/out/rows/manifest.json")
+    assert memory.exists("/out/rows/tokenizer/tokenizer.json")
