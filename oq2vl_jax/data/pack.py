@@ -68,7 +68,7 @@ def pack_shards(config: PackConfig) -> dict | None:
         name="rows-",
         suffix=".array_record",
         settings=settings,
-        work=functools.partial(pack_files, config),
+        work=functools.partial(pack_files, config, settings["tokenizer_sha256"]),
         progress="{documents} documents in {rows} rows",
     )
     reports = run_job(job, make_tasks(files, config.files_per_task), config.execution)
@@ -98,9 +98,9 @@ def save_tokenizer(config: PackConfig) -> dict:
     import tempfile
 
     from oq2vl_jax.data import paths
-    from oq2vl_jax.data.text import tokenizer_sha256
+    from oq2vl_jax.data.text import TextCodec, tokenizer_sha256
 
-    codec = load_codec(config.tokenizer)
+    codec = TextCodec(config.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         codec.save(Path(folder))
         identity = tokenizer_sha256(Path(folder))
@@ -116,21 +116,25 @@ def save_tokenizer(config: PackConfig) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def load_codec(folder: str):
-    """One tokenizer per worker process."""
+def load_codec(folder: str, tokenizer_sha256: str):
+    """The saved tokenizer, once per worker process; the hash is there to tell folders apart that were written anew."""
+    from oq2vl_jax.data import paths
     from oq2vl_jax.data.text import TextCodec
 
-    return TextCodec(folder)
+    del tokenizer_sha256
+    return TextCodec.from_saved(paths.read_text(paths.join(folder, "tokenizer.json")), folder)
 
 
-def pack_files(config: PackConfig, files: tuple[str, ...], target: Path) -> dict:
+def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...], target: Path) -> dict:
     """Packs the documents of some files into the rows of `target`; returns the report."""
+    from oq2vl_jax.data import paths
     from oq2vl_jax.data.documents import Limits, read_documents
     from oq2vl_jax.data.packing import pack_rows
     from oq2vl_jax.data.rows import pack_documents, write_rows
 
     limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens)
-    documents, counts = read_documents(files, load_codec(config.tokenizer), limits, config.broken_shards)
+    codec = load_codec(paths.join(config.out, "tokenizer"), tokenizer_sha256)
+    documents, counts = read_documents(files, codec, limits, config.broken_shards)
     tokens = [len(document.tokens) for document in documents]
     images = [len(document.images) for document in documents]
     rows = pack_rows(tokens, images, config.num_tokens, config.max_images)

@@ -6,6 +6,8 @@ such a number too. data/tasks.py says how tasks are run, resumed and spread over
 """
 
 import functools
+import io
+import tarfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +81,12 @@ def load_uids(path: str):
 
 def reshard_files(config: ReshardConfig, files: tuple[str, ...], target: Path) -> dict:
     """Writes the wanted samples of some tars to `target`; returns the report."""
-    from webdataset.writer import TarWriter
-
     from oq2vl_jax.data.shards import CutOffError, read_members
 
     uids = load_uids(config.uids)
     counts, skipped = Counter(), Counter()
     written_keys: set[str] = set()
-    with target.open("wb") as stream, TarWriter(stream, mtime=0, encoder=False, keep_meta=True) as writer:
+    with tarfile.open(target, "w") as tar:
         for file in files:
             try:
                 for members in read_members(file):
@@ -97,13 +97,21 @@ def reshard_files(config: ReshardConfig, files: tuple[str, ...], target: Path) -
                     counts["kept"] += copies > 0
                     for _ in range(copies):
                         key = unused_key(members.key, written_keys)
-                        writer.write({"__key__": key, **members.files})
+                        write_members(tar, key, members.files)
                         counts["written"] += 1
             except CutOffError:
                 if config.broken_shards == "stop":
                     raise
                 skipped["shard_cut_off"] += 1
     return {**{name: counts[name] for name in TOTALS}, "skipped": dict(skipped)}
+
+
+def write_members(tar: tarfile.TarFile, key: str, files: dict[str, bytes]) -> None:
+    """The files of a key. Headers hold name and size alone, so that the same samples make the same bytes."""
+    for suffix, data in files.items():
+        member = tarfile.TarInfo(f"{key}.{suffix}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
 
 
 def number_of_copies(members, uids) -> tuple[int, str | None]:

@@ -5,6 +5,7 @@ A set may hold an id several times; a sample is then wanted that many times.
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from oq2vl_jax.data import paths
 from oq2vl_jax.errors import UserError
 
 UID_DTYPE = np.dtype("u8,u8")
+HEX_DIGITS = "[0-9a-fA-F]{32}"
 MAX_PER_BUCKET = 64
 """Random ids put about one into each bucket of the index."""
 
@@ -105,12 +107,9 @@ class UidSet:
 
 def parse_uid(text: object) -> tuple[int, int] | None:
     """32 hex digits to (high, low); None for anything else."""
-    if not isinstance(text, str) or len(text) != 32 or not text.isascii() or not text.isalnum():
+    if not isinstance(text, str) or not re.fullmatch(HEX_DIGITS, text):
         return None
-    try:
-        return int(text[:16], 16), int(text[16:], 16)
-    except ValueError:
-        return None
+    return int(text[:16], 16), int(text[16:], 16)
 
 
 def _is_sorted(high: np.ndarray, low: np.ndarray) -> bool:

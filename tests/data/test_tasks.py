@@ -17,7 +17,7 @@ from oq2vl_jax.data.reshard import ReshardConfig, reshard
 from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.data.uids import UidSet
 from oq2vl_jax.errors import UserError
-from tests.data.conftest import caption_sample, png
+from tests.data.conftest import png
 
 NUM_SHARDS, SAMPLES_PER_SHARD, NUM_KILLS = 6, 30, 5
 
@@ -89,16 +89,12 @@ def test_ray_changes_nothing(shards, tmp_path, byte_tokenizer_folder, expected):
     try:
         pack(shards, tmp_path / "rows", byte_tokenizer_folder, executor="ray", ray_address="local")
         select(shards, tmp_path / "tars", executor="ray", ray_address="local")
+        assert digests(tmp_path) == expected
+        (tmp_path / "99999.tar").write_bytes(b"no tar")
         with pytest.raises(UserError, match=r"99999\.tar: the tar is broken"):
-            (tmp_path / "99999.tar").write_bytes(b"no tar")
             pack(tmp_path, tmp_path / "broken", byte_tokenizer_folder, executor="ray", ray_address="local")
     finally:
         ray.shutdown()
-    (tmp_path / "99999.tar").unlink()
-    import shutil
-
-    shutil.rmtree(tmp_path / "broken")
-    assert digests(tmp_path) == expected
 
 
 def test_killed_at_random_moments_and_started_again_ends_in_the_same_bytes(
@@ -112,18 +108,13 @@ def test_killed_at_random_moments_and_started_again_ends_in_the_same_bytes(
     }  # fmt: skip
     for name, arguments in commands.items():
         command = [sys.executable, "-m", *arguments, "--shards", f"{shards}/*.tar", "--out", str(tmp_path / name)]
-        start = time.monotonic()
-        done = subprocess.run([*command, "--out", str(tmp_path.parent / f"{tmp_path.name}-timing-{name}")], check=True)
-        assert done.returncode == 0
-        seconds = time.monotonic() - start
-        for _ in range(NUM_KILLS if name == "rows" else 2):
+        for _ in range(NUM_KILLS):
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-            time.sleep(rng.uniform(0.2, 1) * seconds)
+            time.sleep(rng.uniform(0.3, 2.5))
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            assert not {path for path in digests(tmp_path / name) if path.endswith(".array_record")} - set(
-                path.removeprefix("rows/") for path in expected
-            )
+            for path, digest in digests(tmp_path).items():  # whatever looks whole is whole
+                assert digest == expected[path] or not path.endswith((".array_record", ".tar", "manifest.json"))
         subprocess.run(command, check=True)
     assert digests(tmp_path) == expected
 

@@ -51,7 +51,7 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     selected = [
         hex_half(uid, 0).alias("high"),
         hex_half(uid, 16).alias("low"),
-        (uid.str.len_bytes() == 32).alias("is_hex"),
+        ((uid.str.len_bytes() == 32) & ~uid.str.contains("+", literal=True)).alias("is_hex"),
     ]
     selected += [pl.col(column).cast(pl.Float64, strict=False) for column in score_columns if column in names]
     tests = [rule for rule in rules if not rule.column and not rule.uids]
@@ -79,6 +79,7 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
 
 
 def hex_half(uid: Any, start: int) -> Any:
+    """16 hex digits as uint64, null for anything else but a leading plus, which the parser takes for a sign."""
     import polars as pl
 
     return uid.str.slice(start, 16).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
@@ -168,7 +169,7 @@ def is_language(texts: Any, arguments: str) -> Any:
 
     def is_wanted(text: str) -> bool:
         labels, probabilities = model.predict(" ".join(text.split()))
-        return bool(labels) and labels[0] == wanted and probabilities[0] >= float(probability or 0)
+        return bool(text.strip() and labels) and labels[0] == wanted and probabilities[0] >= float(probability or 0)
 
     different = texts.drop_nulls().unique()
     found = pl.Series([is_wanted(text) for text in different], dtype=pl.Boolean)
