@@ -11,7 +11,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000
@@ -74,41 +74,47 @@ def embedded_image(text: str) -> bytes | None:
 
 
 def tiff_pages(data: bytes) -> list[bytes | None]:
-    """The pages of a TIFF as JPEGs, bilevel ones as PNGs; None where width or height is 1."""
-    pages: list[bytes | None] = []
+    """The pages of a TIFF as JPEGs, bilevel ones as PNGs; None where width or height is 1. Raises ImageError."""
     image = _open(data, ("TIFF",), checks_size=False)
-    num_pages = getattr(image, "n_frames", 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            num_pages = getattr(image, "n_frames", 1)
+    except Exception as error:  # as in _open
+        raise ImageError("image_undecodable", str(error)) from error
     if num_pages > MAX_PAGES:
         raise ImageError("too_many_pages", f"{num_pages}, at most {MAX_PAGES}")
-    for page in range(num_pages):
-        try:
+    return [_page(image, page) for page in range(num_pages)]
+
+
+def _page(image: Image.Image, page: int) -> bytes | None:
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             image.seek(page)
-            _check_size(image)
-        except ImageError as problem:
-            if problem.reason != "image_too_small":
-                raise
-            pages.append(None)
-            continue
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise ImageError("image_undecodable", f"page {page}: {error}") from error
-        _load(image)
-        buffer = io.BytesIO()
+        if min(image.size) <= 1:
+            return None
+        _check_size(image)
         if image.mode == "1":
             image.save(buffer, "PNG")
         else:
-            _to_rgb(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
-        pages.append(buffer.getvalue())
-    return pages
+            _to_rgb(_load(image)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    except ImageError:
+        raise
+    except Exception as error:  # as in _open
+        raise ImageError("image_undecodable", f"page {page}: {error}") from error
+    return buffer.getvalue()
 
 
 def _open(data: bytes, formats: tuple[str, ...] = FORMATS, checks_size: bool = True) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            warnings.simplefilter("ignore")  # of decompression bombs, for the limit below is stricter; of odd EXIF data
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # PIL's parsers raise errors of every kind on broken files
         raise ImageError("image_undecodable", str(error)) from error
     if checks_size:
         _check_size(image)
@@ -126,7 +132,7 @@ def _check_size(image: Image.Image) -> None:
 def _load(image: Image.Image) -> Image.Image:
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what PIL raises for truncated and corrupt files
+    except Exception as error:  # as in _open
         raise ImageError("image_undecodable", str(error)) from error
     return image
 

@@ -83,13 +83,14 @@ def read_members(path: str) -> Iterator[Members]:
             for member in tar:
                 if member.isdir():
                     continue
-                key, suffix, data, problem = read_member(tar, member)
+                key, suffix = split_name(member.name)
                 if group is None or key != group.key:
                     if group is not None:
                         num_keys += 1
                         yield group
                     group = Members(key, {}, "duplicate_key" if key in seen else None)
                     seen.add(key)
+                data, problem = read_member(tar, member)
                 if suffix in group.files:
                     problem = problem or "duplicate_member"
                 group.files[suffix] = data
@@ -104,26 +105,30 @@ def read_members(path: str) -> Iterator[Members]:
         ) from error
 
 
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[str, str, bytes, str | None]:
-    """(key, suffix, data, problem)."""
-    name = member.name.encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
-    match = KEY_AND_SUFFIX.fullmatch(name)
-    key, suffix = (match[1], match[2].lower()) if match else (name, "")
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        return key, suffix, b"", "unsafe_name"
-    if not match:
-        return key, suffix, b"", "name_without_suffix"
+def split_name(name: str) -> tuple[str, str]:
+    """(key, lower-case suffix), as WebDataset splits: at the first dot after the last slash."""
+    readable = name.encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
+    match = KEY_AND_SUFFIX.fullmatch(readable)
+    return (match[1], match[2].lower()) if match else (readable, "")
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[bytes, str | None]:
+    """(data, problem)."""
+    if member.name.startswith("/") or ".." in member.name.split("/") or "\0" in member.name:
+        return b"", "unsafe_name"
+    if not split_name(member.name)[1]:
+        return b"", "name_without_suffix"
     if not member.isreg() or member.issparse():
-        return key, suffix, b"", "not_a_plain_file"
+        return b"", "not_a_plain_file"
     if member.size > MAX_MEMBER_BYTES:
-        return key, suffix, b"", "member_too_large"
+        return b"", "member_too_large"
     file = tar.extractfile(member)
     assert file is not None  # a plain file has content
     data = file.read()
     if len(data) != member.size:
         raise tarfile.ReadError("unexpected end of data")
     check_swallows_nothing(member.name, data)
-    return key, suffix, data, None
+    return data, None
 
 
 def check_swallows_nothing(name: str, data: bytes) -> None:
