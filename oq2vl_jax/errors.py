@@ -32,6 +32,7 @@ def is_full_or_forbidden(error: Exception) -> bool:
         return error.errno in (
             errno.ENOSPC,
             errno.EDQUOT,
+            errno.EFBIG,
             errno.EACCES,
             errno.EPERM,
             errno.EROFS,

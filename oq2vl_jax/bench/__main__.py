@@ -14,9 +14,14 @@ from oq2vl_jax.errors import run_command
 def main() -> None:
     import tyro
 
-    from oq2vl_jax.bench import filter, packing
+    from oq2vl_jax.bench import filter, pack, packing, rows
 
-    benches = {packing.Packing: packing.measure, filter.Filter: filter.measure}
+    benches = {
+        packing.Packing: packing.measure,
+        pack.Pack: pack.measure,
+        rows.Rows: rows.measure,
+        filter.Filter: filter.measure,
+    }
     kinds = {kind.__name__.lower(): kind for kind in benches}
     config = tyro.extras.subcommand_cli_from_dict(kinds, prog="python -m oq2vl_jax.bench")
     results = benches[type(config)](config)

@@ -102,18 +102,18 @@ def statistics(source, settings: dict) -> tuple[str, list[str]]:
     from oq2vl_jax.data.rows import decode_row
 
     rows = (decode_row(source[i]) for i in range(len(source)))
-    summaries = [(len(row.tokens), int(row.is_labelled.sum()), len(row.images), row.lengths) for row in rows]
-    tokens, labelled, images = (sum(summary[i] for summary in summaries) for i in range(3))
-    documents = sum(len(summary[3]) for summary in summaries)
+    counts = [(len(row.tokens), int(row.is_labelled.sum()), len(row.images), row.lengths) for row in rows]
+    tokens, labelled, images = (sum(int(row[i]) for row in counts) for i in range(3))  # pyright: ignore[reportArgumentType]
+    documents = sum(len(row[3]) for row in counts)
     fill = tokens / (len(source) * settings["num_tokens"])
     line = (
         f"{len(source):,} rows of {settings['num_tokens']:,} tokens, fill {fill:.3f}: {documents:,} documents, "
         f"{images:,} images, {labelled / tokens:.1%} of the tokens labelled."
     )
-    lengths = (length // LENGTH_BIN * LENGTH_BIN for summary in summaries for length in summary[3])
+    lengths = (length // LENGTH_BIN * LENGTH_BIN for *_, lengths in counts for length in lengths)
     charts = [
-        bars("images per row", numbers(histogram(summary[2] for summary in summaries))),
-        bars("documents per row", numbers(histogram(len(summary[3]) for summary in summaries))),
+        bars("images per row", numbers(histogram(row[2] for row in counts))),
+        bars("documents per row", numbers(histogram(len(row[3]) for row in counts))),
         bars("tokens per document", numbers(histogram(lengths))),
     ]
     return line, [f'<div class="charts">{"".join(charts)}</div>']

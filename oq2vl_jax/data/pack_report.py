@@ -18,7 +18,7 @@ def write_report(path: str, manifest: dict) -> None:
         ("tokens per document", manifest["tokens"] / manifest["documents"]),
     ]
     charts = [
-        bars("images per row", numbers(manifest["images_per_row"]), marked=manifest["max_images"]),
+        bars("images per row", numbers(manifest["images_per_row"])),
         bars("documents per row", numbers(manifest["documents_per_row"])),
         bars("tokens per document", numbers(manifest["document_tokens"])),
     ]

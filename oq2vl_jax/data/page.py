@@ -38,7 +38,9 @@ def page(title: str, lead: str, body: Iterable[str]) -> str:
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Numbers are set to the right; everything is escaped."""
     body = [list(row) for row in rows]
-    is_number = [all(isinstance(row[i], int | float) for row in body) for i in range(len(body[0]))] if body else []
+    if not body:
+        return "<p>none</p>"
+    is_number = [all(isinstance(row[i], int | float) for row in body) for i in range(len(body[0]))]
 
     def line(cells: Iterable[object], tag: str) -> str:
         classes = [' class="number"' if i < len(is_number) and is_number[i] else "" for i in range(99)]
@@ -55,7 +57,8 @@ def cell_text(cell: object) -> str:
 
 
 def bars(caption: str, counts: Mapping[float, int], marked: float | None = None) -> str:
-    """A histogram as SVG: counts by the lower edge of evenly spaced bins; `marked` draws a line at a value."""
+    """A histogram as SVG: counts by the lower edge of evenly spaced bins, whole numbers by themselves; `marked` draws
+    a line at a value."""
     if not counts:
         return f"<figure><figcaption>{html.escape(caption)}: nothing to show</figcaption></figure>"
     edges = sorted(counts)
@@ -72,13 +75,19 @@ def bars(caption: str, counts: Mapping[float, int], marked: float | None = None)
     if marked is not None and low <= marked <= high:
         x = (marked - low) * scale
         shapes.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{CHART_HEIGHT}" stroke="#b3372b" stroke-width="2"/>')
+    is_whole = step == 1 and all(edge == int(edge) for edge in edges)
+    last, indent = (edges[-1], scale / 2) if is_whole else (high, 0.0)
     return (
         f'<figure><svg width="{BAR_WIDTH + 10}" height="{CHART_HEIGHT + 20}" role="img">'
         f'<line x1="0" x2="{BAR_WIDTH}" y1="{CHART_HEIGHT}" y2="{CHART_HEIGHT}" stroke="#c5cdd8"/>{"".join(shapes)}'
-        f'<text x="0" y="{CHART_HEIGHT + 15}">{low:g}</text>'
-        f'<text x="{BAR_WIDTH}" y="{CHART_HEIGHT + 15}" text-anchor="end">{high:g}</text>'
-        f"</svg><figcaption>{html.escape(caption)}</figcaption></figure>"
+        f'<text x="{indent:.1f}" y="{CHART_HEIGHT + 15}" {anchor(is_whole, "start")}>{low:g}</text>'
+        f'<text x="{BAR_WIDTH - indent:.1f}" y="{CHART_HEIGHT + 15}" {anchor(is_whole, "end")}>{last:g}</text>'
+        f"</svg><figcaption>{html.escape(caption)} (highest bar: {top:,})</figcaption></figure>"
     )
+
+
+def anchor(is_whole: bool, side: str) -> str:
+    return f'text-anchor="{"middle" if is_whole else side}"'
 
 
 def picture(data: bytes, caption: str, note: str = "") -> str:

@@ -55,7 +55,7 @@ def run_filter(command: FilterCommand) -> dict:
     paths.make_folder(command.out)
     result.uids.save(paths.join(command.out, "uids.npy"))
     report = make_report(selection, pool, result) | {"metadata_files": len(metadata), "score_files": len(scores)}
-    pictures = choose_pictures(shards, pool, result, command.num_pictures, selection.config.seed)
+    pictures = choose_pictures(shards, pool, selection, result, command.num_pictures)
     write_page(paths.join(command.out, "report.html"), report, pictures)
     paths.write_text(paths.join(command.out, "report.json"), json.dumps(report, indent=2) + "\n")
     return report

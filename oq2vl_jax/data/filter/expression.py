@@ -58,6 +58,14 @@ def leaves(expression: Expression) -> Iterator[Leaf]:
     return iter(seen)
 
 
+def takes_away(expression: Expression) -> set[Leaf]:
+    """The rules behind a difference: a sample they are true for is left out."""
+    if isinstance(expression, Leaf):
+        return set()
+    left, right = takes_away(expression.left), takes_away(expression.right)
+    return left | set(leaves(expression.right)) - right if expression.operator == "-" else left | right
+
+
 def evaluate(expression: Expression, value_of: Callable[[Leaf], Value]) -> Value:
     """Combines the values of the rules with &, | and & ~ (boolean arrays, columns, ...)."""
     if isinstance(expression, Leaf):

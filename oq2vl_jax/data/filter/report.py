@@ -9,7 +9,7 @@ import numpy as np
 
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.apply import Result, Selection
-from oq2vl_jax.data.filter.expression import leaves
+from oq2vl_jax.data.filter.expression import leaves, takes_away
 from oq2vl_jax.data.filter.pool import Pool
 from oq2vl_jax.data.page import bars, page, picture, table
 from oq2vl_jax.data.shards import read_samples
@@ -24,8 +24,8 @@ class Picture(NamedTuple):
     image: bytes
     text: str
     is_kept: bool
-    failed: list[str]
-    """The rules that do not keep it."""
+    against: list[str]
+    """What speaks against it: rules that are not true, or true ones that are taken away."""
 
 
 def make_report(selection: Selection, pool: Pool, result: Result) -> dict:
@@ -87,7 +87,7 @@ def distribution(values: np.ndarray) -> dict:
     return {"scored": len(scored), "bins": {f"{edge:.6g}": int(n) for edge, n in zip(edges, counts, strict=False)}}
 
 
-def choose_pictures(shards: list[str], pool: Pool, result: Result, count: int, seed: int) -> list[Picture]:
+def choose_pictures(shards: list[str], pool: Pool, selection: Selection, result: Result, count: int) -> list[Picture]:
     """Up to `count` kept and `count` rejected samples from the first samples of the tars that the pool knows."""
     candidates = []
     for sample in itertools.chain.from_iterable(map(read_samples, shards)):
@@ -101,13 +101,17 @@ def choose_pictures(shards: list[str], pool: Pool, result: Result, count: int, s
     wanted = UidSet(*np.array([uid for uid, _ in candidates], np.uint64).T)
     places = np.flatnonzero(wanted.contains(pool.high, pool.low))
     place_of = {(int(pool.high[i]), int(pool.low[i])): i for i in places}
-    pictures = []
+    pictures, taking = [], takes_away(selection.expression)
     for uid, sample in candidates:
         if uid in place_of:
             place = place_of[uid]
-            failed = [str(leaf) for leaf, keep in result.keeps.items() if not keep[place]]
-            pictures.append(Picture(sample.images[0], sample.text or "", bool(result.kept[place]), failed))
-    rng = random.Random(seed)
+            against = [
+                f"{leaf}" if leaf in taking else f"not {leaf}"
+                for leaf, keep in result.keeps.items()
+                if keep[place] == (leaf in taking)
+            ]
+            pictures.append(Picture(sample.images[0], sample.text or "", bool(result.kept[place]), against))
+    rng = random.Random(selection.config.seed)
     kept, rejected = ([p for p in pictures if p.is_kept is is_kept] for is_kept in (True, False))
     return [p for group in (kept, rejected) for p in rng.sample(group, min(count, len(group)))]
 
@@ -149,7 +153,7 @@ def write_page(path: str, report: dict, pictures: list[Picture]) -> None:
 
 
 def note_of(shown: Picture) -> str:
-    return "" if shown.is_kept or not shown.failed else f"fails {', '.join(shown.failed)}"
+    return "" if shown.is_kept else ", ".join(shown.against)
 
 
 def threshold_text(report: dict, rule: str) -> str:

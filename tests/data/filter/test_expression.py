@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from oq2vl_jax.data.filter.expression import Leaf, evaluate, leaves, parse
+from oq2vl_jax.data.filter.expression import Leaf, evaluate, leaves, parse, takes_away
 from oq2vl_jax.data.filter.rules import make_rule
 from oq2vl_jax.errors import UserError
 
@@ -49,6 +49,11 @@ def test_intersection_binds_tighter_and_the_rest_goes_from_left_to_right():
                 "a-b&c": a - (b & c)}  # fmt: skip
     for text, members in expected.items():
         assert evaluate(parse(text), lambda leaf: Members(SETS[leaf.name])) == members, text
+
+
+def test_what_takes_away_is_told_from_what_keeps():
+    expected = {"a - b": {"b"}, "a - (b | c)": {"b", "c"}, "a & b": set(), "a - (b - c)": {"b"}, "(a - b) | c": {"b"}}
+    assert {text: {leaf.name for leaf in takes_away(parse(text))} for text in expected} == expected
 
 
 def test_rules_keep_their_arguments_as_written():

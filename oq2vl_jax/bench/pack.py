@@ -1,0 +1,131 @@
+"""Packing end to end, tars of JPEGs to rows, against the approach of the published code in the same run.
+
+The published packer (mm_sequence_packing/sequence_packing_image_to_json.py there) was rebuilt here from its
+description, independently of our packer: decode each image, encode it again as JPEG and base64, tokenise, first-fit
+decreasing with a sum over the bin in its inner loop, and one indented JSON file per row. Both use all workers, a tar
+each, which the published script leaves to whoever starts it.
+"""
+
+import base64
+import functools
+import io
+import json
+import multiprocessing
+import tempfile
+import time
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from oq2vl_jax.bench.photo_shards import write_photo_shards
+from oq2vl_jax.errors import UserError
+
+NUM_TOKENS, VISUAL_TOKENS = 4096, 144
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Tars to packed rows, ours and the published approach, samples per second."""
+
+    tokenizer: str
+    """Hugging Face tokenizer folder."""
+    num_shards: int = 4
+    samples_per_shard: int = 2500
+    num_workers: int = multiprocessing.cpu_count()
+    seed: int = 0
+    json: bool = False
+
+
+def measure(config: Pack) -> list[dict]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shards = write_photo_shards(folder, config.num_shards, config.samples_per_shard, config.seed)
+        ours = pack_ours(config, folder)
+        theirs = pack_as_published(config, shards, folder)
+        check_image_bytes(shards, folder)
+    samples = config.num_shards * config.samples_per_shard
+    results = [("ours", ours), ("published approach", theirs)]
+    return [
+        {"packer": name, "samples": samples, "seconds": seconds, "samples_per_second": samples / seconds,
+         "times_published": theirs / seconds}
+        for name, seconds in results
+    ]  # fmt: skip
+
+
+def pack_ours(config: Pack, folder: Path) -> float:
+    from oq2vl_jax.data.pack import PackConfig, pack_shards
+    from oq2vl_jax.data.tasks import Execution
+
+    start = time.perf_counter()
+    pack_shards(
+        PackConfig(
+            shards=f"{folder}/*.tar",
+            out=str(folder / "ours"),
+            tokenizer=config.tokenizer,
+            template="plain",
+            execution=Execution(num_workers=config.num_workers),
+        )
+    )
+    return time.perf_counter() - start
+
+
+def pack_as_published(config: Pack, shards: list[str], folder: Path) -> float:
+    (folder / "published").mkdir()
+    work = functools.partial(pack_shard_as_published, config.tokenizer, folder / "published")
+    start = time.perf_counter()
+    with ProcessPoolExecutor(config.num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(work, shards))
+    return time.perf_counter() - start
+
+
+def pack_shard_as_published(tokenizer_folder: str, out: Path, shard: str) -> None:
+    import tarfile
+
+    from PIL import Image
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    samples: dict[str, dict] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            key, suffix = member.name.split(".", 1)
+            file = tar.extractfile(member)
+            samples.setdefault(key, {})[suffix] = file.read() if file else b""
+    documents, lengths = {}, {}
+    for key, sample in samples.items():
+        image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG")
+        encoded = base64.b64encode(buffer.getvalue()).decode()
+        text = sample["txt"].decode()
+        tokens = tokenizer("\n" + text, add_special_tokens=False).input_ids
+        lengths[key] = VISUAL_TOKENS + 2 + len(tokens)
+        documents[key] = {"image_info": [{"image_base64": encoded}, None], "texts": [None, text], "key": key,
+                          "length": lengths[key]}  # fmt: skip
+    bins: list[list[tuple[str, int]]] = []
+    for item in sorted(lengths.items(), key=lambda item: item[1], reverse=True):
+        for there in bins:
+            if sum(length for _, length in there) + item[1] <= NUM_TOKENS:
+                there.append(item)
+                break
+        else:
+            bins.append([item])
+    for row in bins:
+        content = {"data": [documents[key] for key, _ in row], "lengths": [length for _, length in row]}
+        (out / f"{uuid.uuid4().hex}_packed.json").write_text(json.dumps(content, indent=2))
+
+
+def check_image_bytes(shards: list[str], folder: Path) -> None:
+    """Every image in our rows is the input's, byte for byte."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    from oq2vl_jax.data.rows import decode_row
+    from oq2vl_jax.data.shards import read_members
+
+    expected = {members.key: members.files["jpg"] for shard in shards for members in read_members(shard)}
+    source = ArrayRecordDataSource(sorted(str(file) for file in (folder / "ours").glob("*.array_record")))
+    rows = [decode_row(source[i]) for i in range(len(source))]
+    packed = {key: image for row in rows for key, image in zip(row.keys, row.images, strict=True)}
+    if packed != expected:
+        raise UserError("the images in the rows are not those of the tars: this is a bug, please report it.")

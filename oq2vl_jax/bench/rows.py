@@ -1,0 +1,79 @@
+"""Reading packed rows: random rows per second, and decoded images per second and core, against a plain decode loop."""
+
+import io
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from oq2vl_jax.bench.photo_shards import write_photo_shards
+from oq2vl_jax.config import DataConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Random access to packed rows and decoding of their images, one thread."""
+
+    tokenizer: str
+    """Hugging Face tokenizer folder."""
+    num_samples: int = 1000
+    repeats: int = 3
+    """In turns; the fastest counts."""
+    seed: int = 0
+    json: bool = False
+
+
+def measure(config: Rows) -> list[dict]:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    from oq2vl_jax.data.loader import RowDecoder
+    from oq2vl_jax.data.pack import PackConfig, pack_shards
+    from oq2vl_jax.data.rows import decode_row
+    from oq2vl_jax.data.tasks import Execution
+
+    model = ModelConfig.open_qwen2vl_2b()
+    data = DataConfig(sources=(), num_tokens=4096, max_images=28, template="plain", num_threads=1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_photo_shards(folder, 1, config.num_samples, config.seed)
+        execution, out = Execution(num_workers=1), str(folder / "rows")
+        manifest = pack_shards(
+            PackConfig(f"{folder}/*.tar", out, config.tokenizer, template="plain", execution=execution)
+        )
+        assert manifest is not None
+        source = ArrayRecordDataSource([str(folder / "rows" / manifest["files"][0]["file"])])
+        decoder = RowDecoder(data, model, manifest["pad_id"])
+        order = random.Random(config.seed).choices(range(len(source)), k=20 * len(source))
+        read, ours, plain = [], [], []
+        elements = [source[i] for i in range(len(source))]
+        images = [image for element in elements for image in decode_row(element).images]
+        for _ in range(config.repeats):
+            read.append(seconds_of(lambda: [source[i] for i in order]))
+            plain.append(seconds_of(lambda: [plain_decode(image, model.vision.image_size) for image in images]))
+            ours.append(seconds_of(lambda: [decoder.map(element) for element in elements]))
+    rates = {
+        "random rows": len(order) / min(read),
+        "images, rows to batch arrays": len(images) / min(ours),
+        "images, plain decode loop": len(images) / min(plain),
+    }
+    plain_rate = rates["images, plain decode loop"]
+    return [
+        {"what": what, "per_second": rate, "of_plain": rate / plain_rate if what.startswith("images") else ""}
+        for what, rate in rates.items()
+    ]
+
+
+def seconds_of(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def plain_decode(data: bytes, size: int) -> np.ndarray:
+    """What one would write without thinking of anything else."""
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
