@@ -2,8 +2,8 @@
 
 The published packer (mm_sequence_packing/sequence_packing_image_to_json.py there) was rebuilt here from its
 description, independently of our packer: decode each image, encode it again as JPEG and base64, tokenise, first-fit
-decreasing with a sum over the bin in its inner loop, and one indented JSON file per row. Both use all workers, a tar
-each, which the published script leaves to whoever starts it.
+decreasing with a sum over the bin in its inner loop, and one indented JSON file per row. There a data-loader process
+decodes and hands each sample over; so it does here. Both use all workers, a tar each.
 """
 
 import base64
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oq2vl_jax.bench.photo_shards import write_photo_shards
+from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 
 NUM_TOKENS, VISUAL_TOKENS = 4096, 144
@@ -30,8 +31,9 @@ class Pack:
 
     tokenizer: str
     """Hugging Face tokenizer folder."""
-    num_shards: int = 4
-    samples_per_shard: int = 2500
+    num_shards: int = 2
+    samples_per_shard: int = 10_000
+    """As in DataComp."""
     num_workers: int = multiprocessing.cpu_count()
     seed: int = 0
     json: bool = False
@@ -41,8 +43,11 @@ def measure(config: Pack) -> list[dict]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = write_photo_shards(folder, config.num_shards, config.samples_per_shard, config.seed)
-        ours = pack_ours(config, folder)
-        theirs = pack_as_published(config, shards, folder)
+        tokenizer = folder / "tokenizer"
+        tokenizer.mkdir()
+        TextCodec(config.tokenizer).save(tokenizer)
+        ours = pack_ours(config, str(tokenizer), folder)
+        theirs = pack_as_published(config, str(tokenizer), shards, folder)
         check_image_bytes(shards, folder)
     samples = config.num_shards * config.samples_per_shard
     results = [("ours", ours), ("published approach", theirs)]
@@ -53,7 +58,7 @@ def measure(config: Pack) -> list[dict]:
     ]  # fmt: skip
 
 
-def pack_ours(config: Pack, folder: Path) -> float:
+def pack_ours(config: Pack, tokenizer: str, folder: Path) -> float:
     from oq2vl_jax.data.pack import PackConfig, pack_shards
     from oq2vl_jax.data.tasks import Execution
 
@@ -62,7 +67,7 @@ def pack_ours(config: Pack, folder: Path) -> float:
         PackConfig(
             shards=f"{folder}/*.tar",
             out=str(folder / "ours"),
-            tokenizer=config.tokenizer,
+            tokenizer=tokenizer,
             template="plain",
             execution=Execution(num_workers=config.num_workers),
         )
@@ -70,9 +75,9 @@ def pack_ours(config: Pack, folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def pack_as_published(config: Pack, shards: list[str], folder: Path) -> float:
+def pack_as_published(config: Pack, tokenizer: str, shards: list[str], folder: Path) -> float:
     (folder / "published").mkdir()
-    work = functools.partial(pack_shard_as_published, config.tokenizer, folder / "published")
+    work = functools.partial(pack_shard_as_published, tokenizer, folder / "published")
     start = time.perf_counter()
     with ProcessPoolExecutor(config.num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(work, shards))
@@ -80,29 +85,15 @@ def pack_as_published(config: Pack, shards: list[str], folder: Path) -> float:
 
 
 def pack_shard_as_published(tokenizer_folder: str, out: Path, shard: str) -> None:
-    import tarfile
-
-    from PIL import Image
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    samples: dict[str, dict] = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            key, suffix = member.name.split(".", 1)
-            file = tar.extractfile(member)
-            samples.setdefault(key, {})[suffix] = file.read() if file else b""
+    """One tar: a data-loader process decodes and hands over, this one collects, places and writes."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue(maxsize=2)
+    loader = context.Process(target=load_as_published, args=(tokenizer_folder, shard, queue))
+    loader.start()
     documents, lengths = {}, {}
-    for key, sample in samples.items():
-        image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG")
-        encoded = base64.b64encode(buffer.getvalue()).decode()
-        text = sample["txt"].decode()
-        tokens = tokenizer("\n" + text, add_special_tokens=False).input_ids
-        lengths[key] = VISUAL_TOKENS + 2 + len(tokens)
-        documents[key] = {"image_info": [{"image_base64": encoded}, None], "texts": [None, text], "key": key,
-                          "length": lengths[key]}  # fmt: skip
+    while (loaded := queue.get()) is not None:
+        documents[loaded["key"]], lengths[loaded["key"]] = loaded, loaded["length"]
+    loader.join()
     bins: list[list[tuple[str, int]]] = []
     for item in sorted(lengths.items(), key=lambda item: item[1], reverse=True):
         for there in bins:
@@ -116,12 +107,39 @@ def pack_shard_as_published(tokenizer_folder: str, out: Path, shard: str) -> Non
         (out / f"{uuid.uuid4().hex}_packed.json").write_text(json.dumps(content, indent=2))
 
 
+def load_as_published(tokenizer_folder: str, shard: str, queue) -> None:
+    import tarfile
+
+    from PIL import Image
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    sample: dict = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            key, suffix = member.name.split(".", 1)
+            file = tar.extractfile(member)
+            sample[suffix] = file.read() if file else b""
+            if len(sample) < 3:  # jpg, txt, json
+                continue
+            image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+            buffer = io.BytesIO()
+            image.save(buffer, format="JPEG")
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+            text = sample["txt"].decode()
+            num_tokens = sum(len(tokenizer(piece).input_ids) for piece in ("", f"\n{text}"))
+            queue.put({"image_info": [{"image_base64": encoded}, None], "texts": [None, text], "key": key,
+                       "uid": json.loads(sample["json"])["key"], "length": VISUAL_TOKENS + 2 + num_tokens})  # fmt: skip
+            sample = {}
+    queue.put(None)
+
+
 def check_image_bytes(shards: list[str], folder: Path) -> None:
     """Every image in our rows is the input's, byte for byte."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     from oq2vl_jax.data.rows import decode_row
-    from oq2vl_jax.data.shards import read_members
+    from oq2vl_jax.data.tars import read_members
 
     expected = {members.key: members.files["jpg"] for shard in shards for members in read_members(shard)}
     source = ArrayRecordDataSource(sorted(str(file) for file in (folder / "ours").glob("*.array_record")))

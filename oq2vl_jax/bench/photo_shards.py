@@ -11,6 +11,7 @@ PICTURES = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry", 
 WORDS = "a photograph of the old harbour with red boats in evening light and two people beside the water".split()  # noqa: SIM905
 LONGER_SIDE = 512
 JPEG_QUALITY = 90
+NUM_DIFFERENT_CROPS = 1000
 
 
 def load_pictures() -> list:
@@ -35,13 +36,14 @@ def load_pictures() -> list:
 def write_photo_shards(folder: Path, num_shards: int, samples_per_shard: int, seed: int) -> list[str]:
     """NNNNN.tar with KEY.jpg (longer side 512, random crops), KEY.txt (5-40 words) and KEY.json; returns the paths."""
     rng, pictures = random.Random(seed), load_pictures()
+    crops = [random_crop(rng, pictures) for _ in range(min(NUM_DIFFERENT_CROPS, num_shards * samples_per_shard))]
     for shard in range(num_shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(samples_per_shard):
                 key = f"{shard:05d}{i:04d}"
                 text = " ".join(rng.choices(WORDS, k=rng.randrange(5, 41)))
                 members = {
-                    "jpg": random_crop(rng, pictures),
+                    "jpg": rng.choice(crops),
                     "txt": text.encode(),
                     "json": f'{{"key": "{key}"}}'.encode(),
                 }

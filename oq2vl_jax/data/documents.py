@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 
 from oq2vl_jax.data.images import ImageError, check_image
 from oq2vl_jax.data.rows import Document
-from oq2vl_jax.data.shards import CutOffError, Sample, read_samples
+from oq2vl_jax.data.shards import Sample, read_samples
+from oq2vl_jax.data.tars import CutOffError
 from oq2vl_jax.data.text import SampleError, TextCodec
 
 MAX_INTERLEAVED_IMAGES = 9

@@ -100,7 +100,7 @@ def save_tokenizer(config: PackConfig) -> dict:
     from oq2vl_jax.data import paths
     from oq2vl_jax.data.text import TextCodec, tokenizer_sha256
 
-    codec = TextCodec(config.tokenizer)
+    codec = TextCodec.load(config.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         codec.save(Path(folder))
         identity = tokenizer_sha256(Path(folder))

@@ -81,7 +81,7 @@ def load_uids(path: str):
 
 def reshard_files(config: ReshardConfig, files: tuple[str, ...], target: Path) -> dict:
     """Writes the wanted samples of some tars to `target`; returns the report."""
-    from oq2vl_jax.data.shards import CutOffError, read_members
+    from oq2vl_jax.data.tars import CutOffError, read_members
 
     uids = load_uids(config.uids)
     counts, skipped = Counter(), Counter()

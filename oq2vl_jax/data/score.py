@@ -108,7 +108,8 @@ def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> di
     import polars as pl
 
     from oq2vl_jax.data.images import ImageError
-    from oq2vl_jax.data.shards import CutOffError, read_samples
+    from oq2vl_jax.data.shards import read_samples
+    from oq2vl_jax.data.tars import CutOffError
     from oq2vl_jax.data.text import SampleError
 
     scorer = load_scorer(config.model, config.checkpoint, config.batch_size, config.criteria, config.metrics)

@@ -6,43 +6,21 @@
                   or null (OBELICS, MMC4); or KEY.tiff, one page for each null of "texts" (MINT)
     *.json        a row of the published packer: {"data": [{"texts", "image_info", "key", "uid"}, ...]}
 
-Nothing is extracted and nothing passes unseen: whatever cannot be used is a Sample with a `problem`, or ends the shard
-with a CutOffError. Deviation from webdataset's reader: that one takes a broken header for the end of the tar, stops at
-the first duplicate, and follows WebDataset's naming only loosely; this one names what it finds.
+Whatever cannot be used is a Sample with a `problem`, never a sample less.
 """
 
-import gzip
 import json
-import lzma
 import os
-import re
-import tarfile
-import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import ImageError, embedded_image, tiff_pages
+from oq2vl_jax.data.tars import Members, read_members
 from oq2vl_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TIFF_SUFFIXES = ("tiff", "tif")
-MAX_MEMBER_BYTES = 256 * 2**20
-"""A larger member is refused from its header, before it is read."""
-BLOCK = 512
-KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)", re.DOTALL)
-
-
-class CutOffError(UserError):
-    """A tar that ends before its end-of-archive mark, holds a broken header, or is none."""
-
-
-class Members(NamedTuple):
-    """The files of one key, by lower-case suffix, bytes as they came; `problem` says why they cannot be used."""
-
-    key: str
-    files: dict[str, bytes]
-    problem: str | None = None
 
 
 class Sample(NamedTuple):
@@ -72,89 +50,6 @@ def read_samples(path: str) -> Iterator[Sample]:
             yield Sample(members.key, [], problem=members.problem)
         else:
             yield parse_sample(members)._replace(uid=uid_of(members))
-
-
-def read_members(path: str) -> Iterator[Members]:
-    """The keys of a tar in its order, neighbours of the same key together. Raises CutOffError; see there."""
-    num_keys, seen = 0, set()
-    try:
-        with paths.open_input(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
-            group: Members | None = None
-            for member in tar:
-                if member.isdir():
-                    continue
-                key, suffix = split_name(member.name)
-                if group is None or key != group.key:
-                    if group is not None:
-                        num_keys += 1
-                        yield group
-                    group = Members(key, {}, "duplicate_key" if key in seen else None)
-                    seen.add(key)
-                data, problem = read_member(tar, member)
-                if suffix in group.files:
-                    problem = problem or "duplicate_member"
-                group.files[suffix] = data
-                group = group._replace(problem=group.problem or problem)
-            check_end_of_archive(tar)
-            if group is not None:
-                yield group
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise CutOffError(
-            f"{path}: the tar is broken or cut off after {num_keys} whole samples ({error}); "
-            "fetch it again, or pass --broken-shards keep to use what is whole."
-        ) from error
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case suffix), as WebDataset splits: at the first dot after the last slash."""
-    readable = name.encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
-    match = KEY_AND_SUFFIX.fullmatch(readable)
-    return (match[1], match[2].lower()) if match else (readable, "")
-
-
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[bytes, str | None]:
-    """(data, problem)."""
-    if member.name.startswith("/") or ".." in member.name.split("/") or "\0" in member.name:
-        return b"", "unsafe_name"
-    if not split_name(member.name)[1]:
-        return b"", "name_without_suffix"
-    if not member.isreg() or member.issparse():
-        return b"", "not_a_plain_file"
-    if member.size > MAX_MEMBER_BYTES:
-        return b"", "member_too_large"
-    file = tar.extractfile(member)
-    assert file is not None  # a plain file has content
-    data = file.read()
-    if len(data) != member.size:
-        raise tarfile.ReadError("unexpected end of data")
-    check_swallows_nothing(member.name, data)
-    return data, None
-
-
-def check_swallows_nothing(name: str, data: bytes) -> None:
-    """A header that claims too many bytes takes the following members for its own data."""
-    found = data.find(b"ustar")
-    while found >= 0:
-        start = found - 257
-        if start >= 0 and start % BLOCK == 0:
-            try:
-                tarfile.TarInfo.frombuf(data[start : start + BLOCK], "utf-8", "surrogateescape")
-            except tarfile.HeaderError:
-                pass
-            else:
-                raise tarfile.ReadError(f"the header of {name} claims {len(data)} bytes and swallows other members")
-        found = data.find(b"ustar", found + 1)
-
-
-def check_end_of_archive(tar: tarfile.TarFile) -> None:
-    """A tar ends in zero blocks. One cut between two members, or with a broken header, would else pass for whole."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(BLOCK)
-    if len(block) < BLOCK:
-        raise tarfile.ReadError("its end-of-archive mark is missing")
-    if any(block):
-        raise tarfile.ReadError(f"the header at byte {tar.offset} is broken")
 
 
 def uid_of(members: Members) -> str | None:

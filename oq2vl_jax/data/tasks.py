@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +31,7 @@ from oq2vl_jax.errors import UserError
 
 RAY_TASKS_IN_FLIGHT = 4
 """Per CPU of the cluster; more would only fill its queue."""
+SECONDS_TO_CONNECT = 10
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,9 @@ def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], address:
         raise UserError("--executor ray needs the extra: pip install 'oq2vl-jax[ray]'.") from error
     if not ray.is_initialized():
         try:
+            check_is_listening(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except ConnectionError as error:
+        except OSError as error:  # ConnectionError among them
             raise UserError(
                 f"--ray-address {address}: no Ray cluster is running there; start one, or pass local."
             ) from error
@@ -202,6 +205,13 @@ def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], address:
         if i + window < len(tasks):
             running.append(remote.remote(function, tasks[i + window]))
         yield result
+
+
+def check_is_listening(address: str) -> None:
+    """Ray itself waits for minutes where nobody listens. Raises OSError. Names such as auto and local pass."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT).close()
 
 
 def call(function: Callable[[Task], dict], task: Task) -> dict:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from oq2vl_jax.data.documents import Limits, make_document, read_documents
 from oq2vl_jax.data.images import ImageError, check_image, decode_image
-from oq2vl_jax.data.shards import CutOffError, read_members, read_samples
+from oq2vl_jax.data.shards import read_samples
+from oq2vl_jax.data.tars import CutOffError, read_members
 from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import caption_sample, png
@@ -221,9 +222,9 @@ def test_a_header_that_lies_about_its_size_ends_the_shard_with_a_sentence(tmp_pa
 
 
 def test_a_member_too_large_to_hold_is_refused_from_its_header(tmp_path, monkeypatch):
-    from oq2vl_jax.data import shards
+    from oq2vl_jax.data import tars
 
-    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr(tars, "MAX_MEMBER_BYTES", 1000)
     members = list(read_members(tar_of(tmp_path / "0.tar", caption_members(0))))
     assert [group.problem for group in members] == ["member_too_large"]
 
@@ -265,3 +266,33 @@ def test_an_image_error_names_its_reason():
     with pytest.raises(ImageError) as error:
         check_image(b"GIF89a")
     assert error.value.reason == "image_undecodable"
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_format_are_read_as_tarfile_reads_them(tmp_path, tar_format):
+    """Long names, names with prefixes and umlauts, times with fractions, folders, empty files."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        for i in range(40):
+            name = f"{'deep/' * int(rng.integers(0, 28))}{i:09d}{'ü' * (i % 3)}{'n' * int(rng.integers(0, 60))}"
+            if tar_format != tarfile.USTAR_FORMAT and i % 10 == 9:
+                name += "x" * 150
+            if i == 20:
+                tar.addfile(folder)
+            for suffix in ("png", "json"):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.mtime = 1.7e9 + (0.25 if i % 2 else 0)
+                data = rng.bytes(int(rng.integers(0, 3000)) if i else 0)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        expected = [(m.name, tar.extractfile(m).read()) for m in tar if m.isfile()]
+    found = [
+        (f"{members.key}.{suffix}", data)
+        for members in read_members(str(path))
+        for suffix, data in members.files.items()
+    ]
+    assert found == expected

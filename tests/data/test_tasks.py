@@ -143,7 +143,7 @@ def test_impossible_executions_are_refused(execution, message):
 
 def test_a_cluster_that_is_not_there_is_one_sentence(shards, tmp_path, byte_tokenizer_folder):
     with pytest.raises(UserError, match="no Ray cluster is running there"):
-        pack(shards, tmp_path / "rows", byte_tokenizer_folder, executor="ray")
+        pack(shards, tmp_path / "rows", byte_tokenizer_folder, executor="ray", ray_address="127.0.0.1:1")
 
 
 def test_remote_paths_are_read_and_written(shards, byte_tokenizer_folder, expected):

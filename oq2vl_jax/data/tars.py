@@ -1,0 +1,197 @@
+"""The files of a tar, grouped by key as WebDataset groups them, every kind of damage named.
+
+Nothing is extracted and nothing passes unseen: what cannot be used is a Members with a `problem`, or ends the tar with
+a CutOffError. Deviation from webdataset's reader: that one takes a broken header for the end of the tar, and stops at
+the first duplicate. Headers of ordinary files are read here, at a third of tarfile's time; the first one that is
+anything else hands the rest of the tar to tarfile.
+"""
+
+import gzip
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import BinaryIO, NamedTuple
+
+from oq2vl_jax.data import paths
+from oq2vl_jax.errors import UserError
+
+MAX_MEMBER_BYTES = 256 * 2**20
+"""A larger member is refused from its header, before it is read."""
+BLOCK = 512
+KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)", re.DOTALL)
+PAX_NAMES_OF_NO_EFFECT = re.compile(rb"\d+ (mtime|atime|ctime|uid|gid|uname|gname)=")
+"""webdataset writes an extended header before each member, for its time alone."""
+
+ReadData = Callable[[], tuple[bytes, str | None]]
+"""(content of a file, why it cannot be used)."""
+
+
+class CutOffError(UserError):
+    """A tar that ends before its end-of-archive mark, holds a broken header, or is none."""
+
+
+class Members(NamedTuple):
+    """The files of one key, by lower-case suffix, bytes as they came; `problem` says why they cannot be used."""
+
+    key: str
+    files: dict[str, bytes]
+    problem: str | None = None
+
+
+def read_members(path: str) -> Iterator[Members]:
+    """The keys of a tar in its order, neighbours of the same key together. Raises CutOffError; see there."""
+    num_keys, seen = 0, set()
+    group: Members | None = None
+    try:
+        with paths.open_input(path) as stream:
+            for name, read in read_files(stream):
+                key, suffix = split_name(name)
+                if group is None or key != group.key:
+                    if group is not None:
+                        num_keys += 1
+                        yield group
+                    group = Members(key, {}, "duplicate_key" if key in seen else None)
+                    seen.add(key)
+                data, problem = read()
+                if suffix in group.files:
+                    problem = problem or "duplicate_member"
+                group.files[suffix] = data
+                if problem and not group.problem:
+                    group = group._replace(problem=problem)
+        if group is not None:
+            yield group
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise CutOffError(
+            f"{path}: the tar is broken or cut off after {num_keys} whole samples ({error}); "
+            "fetch it again, or pass --broken-shards keep to use what is whole."
+        ) from error
+
+
+def read_files(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
+    """(name, function that reads the content) of each file; to be called before the next is asked for."""
+    position = 0
+    while True:
+        stream.seek(position)
+        start = position
+        header = stream.read(BLOCK)
+        if header[156:157] == b"x":
+            size = parse_octal(header[124:136])
+            records = stream.read(-(-(size or 0) // BLOCK) * BLOCK)[:size]
+            if is_ordinary(header) and all(map(PAX_NAMES_OF_NO_EFFECT.match, records.splitlines())):
+                position += BLOCK + len(records) + -len(records) % BLOCK
+                header = stream.read(BLOCK)
+        name, size = ordinary_file(header)
+        if name is None:
+            stream.seek(start)
+            yield from read_files_with_tarfile(stream)
+            return
+        yield name, partial(read_file, stream, name, size)
+        position += BLOCK + size + -size % BLOCK
+
+
+def read_file(stream: BinaryIO, name: str, size: int) -> tuple[bytes, str | None]:
+    problem = name_problem(name) or ("member_too_large" if size > MAX_MEMBER_BYTES else None)
+    if problem:
+        return b"", problem
+    data = stream.read(size)
+    if len(data) != size:
+        raise tarfile.ReadError("unexpected end of data")
+    check_swallows_nothing(name, data)
+    return data, None
+
+
+def ordinary_file(header: bytes) -> tuple[str | None, int]:
+    """(name, size) of the header of a plain file; None for everything that tarfile had better look at."""
+    if header[156:157] not in (b"0", b"\0") or not is_ordinary(header):
+        return None, 0
+    name, prefix, size = until_zero(header[:100]), until_zero(header[345:500]), parse_octal(header[124:136])
+    if size is None or not name or name.endswith(b"/"):
+        return None, 0
+    if prefix and header[257:263] == b"ustar\0":  # GNU's magic has other fields there
+        name = prefix + b"/" + name
+    return name.decode("utf-8", "surrogateescape"), size
+
+
+def is_ordinary(header: bytes) -> bool:
+    """A header of ustar, pax or GNU tar whose checksum is right."""
+    if len(header) != BLOCK or header[257:262] != b"ustar":
+        return False
+    return parse_octal(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+
+
+def until_zero(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+def parse_octal(field: bytes) -> int | None:
+    """None for an empty field and for GNU's binary numbers."""
+    digits = until_zero(field).strip(b" ")
+    return int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else None
+
+
+def read_files_with_tarfile(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
+    """The rest of a tar from the position of the stream: compressed, or with headers that are not ordinary."""
+    with tarfile.open(fileobj=stream, mode="r:*") as tar:
+        for member in tar:
+            if not member.isdir():
+                yield member.name, partial(read_with_tarfile, tar, member)
+        check_end_of_archive(tar)
+
+
+def read_with_tarfile(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[bytes, str | None]:
+    problem = name_problem(member.name)
+    if not problem and (not member.isreg() or member.issparse()):
+        problem = "not_a_plain_file"
+    if not problem and member.size > MAX_MEMBER_BYTES:
+        problem = "member_too_large"
+    if problem:
+        return b"", problem
+    file = tar.extractfile(member)
+    assert file is not None  # a plain file has content
+    data = file.read()
+    if len(data) != member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    check_swallows_nothing(member.name, data)
+    return data, None
+
+
+def name_problem(name: str) -> str | None:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        return "unsafe_name"
+    return None if split_name(name)[1] else "name_without_suffix"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, lower-case suffix), as WebDataset splits: at the first dot after the last slash."""
+    readable = name.encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
+    match = KEY_AND_SUFFIX.fullmatch(readable)
+    return (match[1], match[2].lower()) if match else (readable, "")
+
+
+def check_swallows_nothing(name: str, data: bytes) -> None:
+    """A header that claims too many bytes takes the following members for its own data."""
+    found = data.find(b"ustar")
+    while found >= 0:
+        start = found - 257
+        if start >= 0 and start % BLOCK == 0:
+            try:
+                tarfile.TarInfo.frombuf(data[start : start + BLOCK], "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                pass
+            else:
+                raise tarfile.ReadError(f"the header of {name} claims {len(data)} bytes and swallows other members")
+        found = data.find(b"ustar", found + 1)
+
+
+def check_end_of_archive(tar: tarfile.TarFile) -> None:
+    """A tar ends in zero blocks. One cut between two members, or with a broken header, would else pass for whole."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(BLOCK)
+    if len(block) < BLOCK:
+        raise tarfile.ReadError("its end-of-archive mark is missing")
+    if any(block):
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is broken")
