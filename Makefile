@@ -9,7 +9,11 @@ DEMO := demo
 demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
 demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.demo.easy_vqa --out $(DEMO)/data
-	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/captions/*.tar' --out $(DEMO)/packed/captions \
+	$(BIN)/python -m oq2vl_jax.data.filter configs/filter_easy_vqa.toml --metadata '$(DEMO)/data/captions/*.parquet' \
+	    --shards '$(DEMO)/data/captions/*.tar' --out $(DEMO)/filter
+	$(BIN)/python -m oq2vl_jax.data.reshard --shards '$(DEMO)/data/captions/*.tar' --uids $(DEMO)/filter/uids.npy \
+	    --out $(DEMO)/data/filtered
+	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/filtered/*.tar' --out $(DEMO)/packed/captions \
 	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 256 --max-images 10 --visual-tokens 16 --template plain
 	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/questions/*.tar' --out $(DEMO)/packed/questions \
 	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 576 --max-images 2 --visual-tokens 64
@@ -28,8 +32,9 @@ demo: .venv/.demo-installed
 bridge-full-size: .venv/.test-installed
 	$(BIN)/python -m pytest -m slow tests/convert/test_full_size.py -s
 
+# A process per core: compiling for the tests is most of the time.
 test: .venv/.test-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: .venv/.test-installed
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright

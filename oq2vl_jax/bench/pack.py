@@ -31,7 +31,7 @@ class Pack:
 
     tokenizer: str
     """Hugging Face tokenizer folder."""
-    num_shards: int = 2
+    num_shards: int = 6
     samples_per_shard: int = 10_000
     """As in DataComp."""
     num_workers: int = multiprocessing.cpu_count()
@@ -141,9 +141,10 @@ def check_image_bytes(shards: list[str], folder: Path) -> None:
     from oq2vl_jax.data.rows import decode_row
     from oq2vl_jax.data.tars import read_members
 
-    expected = {members.key: members.files["jpg"] for shard in shards for members in read_members(shard)}
-    source = ArrayRecordDataSource(sorted(str(file) for file in (folder / "ours").glob("*.array_record")))
-    rows = [decode_row(source[i]) for i in range(len(source))]
-    packed = {key: image for row in rows for key, image in zip(row.keys, row.images, strict=True)}
-    if packed != expected:
-        raise UserError("the images in the rows are not those of the tars: this is a bug, please report it.")
+    files = sorted(str(file) for file in (folder / "ours").glob("*.array_record"))
+    for shard, file in zip(shards, files, strict=True):
+        source = ArrayRecordDataSource([file])
+        rows = (decode_row(source[i]) for i in range(len(source)))
+        packed = {key: image for row in rows for key, image in zip(row.keys, row.images, strict=True)}
+        if packed != {members.key: members.files["jpg"] for members in read_members(shard)}:
+            raise UserError(f"the images in {file} are not those of {shard}: this is a bug, please report it.")

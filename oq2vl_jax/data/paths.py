@@ -6,6 +6,7 @@ uploaded in one piece, which object stores show only when it is complete.
 
 import contextlib
 import glob
+import importlib.util
 import json
 import os
 import shutil
@@ -130,6 +131,12 @@ def write_folder(source: Path, folder: str) -> None:
     for file in sorted(source.iterdir()):
         with whole_output(join(folder, file.name)) as partial:
             shutil.copyfile(file, partial)
+
+
+def check_has_polars(command: str) -> None:
+    """Parquet files are read and written with Polars, an extra."""
+    if importlib.util.find_spec("polars") is None:
+        raise UserError(f"{command} needs the extra: pip install 'oq2vl-jax[filter]'.")
 
 
 def expand_paths(flag: str, pattern: str) -> list[str]:

@@ -46,6 +46,7 @@ def score_shards(config: ScoreConfig) -> dict | None:
     """Scores every shard and returns the manifest; None while other ranks are at work. Raises UserError."""
     from oq2vl_jax.data import paths
 
+    paths.check_has_polars("oq2vl_jax.data.score")
     if config.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {config.batch_size}.")
     files = paths.expand_paths("--shards", config.shards)

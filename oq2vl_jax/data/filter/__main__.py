@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.data.paths import check_has_polars
+from oq2vl_jax.errors import run_command
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class FilterCommand:
 
 def run_filter(command: FilterCommand) -> dict:
     """Writes the files of --out; returns the report."""
-    try:
-        import polars as pl
-    except ImportError as error:
-        raise UserError("oq2vl_jax.data.filter needs the extra: pip install 'oq2vl-jax[filter]'.") from error
-    del pl
+    check_has_polars("oq2vl_jax.data.filter")
     from oq2vl_jax.data import paths
     from oq2vl_jax.data.filter.apply import apply_rules, load_filter
     from oq2vl_jax.data.filter.pool import read_pool
