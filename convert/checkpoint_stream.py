@@ -18,8 +18,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from oq2vl_jax.config import CheckpointDescription, ClipDescription
+from oq2vl_jax.config import CheckpointDescription
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.train.checkpoint import FilesHandler, SaveFiles, step_folder
 
 

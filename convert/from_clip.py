@@ -11,8 +11,8 @@ from typing import Literal
 
 import tyro
 
-from oq2vl_jax.config import ClipConfig, ClipTowerConfig
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.model.clip_config import ClipConfig, ClipTowerConfig
 
 ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh", "quick_gelu"]] = {
     "quick_gelu": "quick_gelu",
@@ -40,8 +40,8 @@ def convert(config: FromClipConfig) -> str:
     from convert.from_hf import local_folder, name_of
     from convert.import_weights import Import, summarize_left_out
     from convert.tensor_files import SafetensorsSource
-    from oq2vl_jax.config import ClipDescription
     from oq2vl_jax.model.clip import Clip
+    from oq2vl_jax.model.clip_config import ClipDescription
     from oq2vl_jax.train.checkpoint import named_arrays
 
     check_is_free(Path(config.out))

@@ -1,6 +1,7 @@
 """What a user caused, and how a command says it: one sentence on stderr, exit code 2, no traceback."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -40,4 +41,4 @@ def is_full_or_forbidden(error: Exception) -> bool:
             errno.ENOTDIR,
             errno.EISDIR,
         )
-    return "No space left on device" in str(error)
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))

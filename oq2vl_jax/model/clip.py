@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from oq2vl_jax.config import ClipConfig, ClipTowerConfig
+from oq2vl_jax.model.clip_config import ClipConfig, ClipTowerConfig
 from oq2vl_jax.model.layers import LayerNorm, Linear, normal, stack_layers
 from oq2vl_jax.model.siglip import SiglipBlock, patchify
 

@@ -12,8 +12,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, UInt8
 
-from oq2vl_jax.config import ClipTowerConfig, VisionConfig
+from oq2vl_jax.config import VisionConfig
 from oq2vl_jax.model.attention import attention
+from oq2vl_jax.model.clip_config import ClipTowerConfig
 from oq2vl_jax.model.layers import LayerNorm, Linear, normal, remat_layer, stack_layers
 
 ACTIVATIONS = {

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from oq2vl_jax.config import ClipDescription, MeshConfig, from_dict
+from oq2vl_jax.config import MeshConfig, from_dict
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import open_rgb
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip import Clip
+from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.train.checkpoint import find_checkpoint, load_weights
 from oq2vl_jax.train.sharding import make_mesh, replicated, row_sharding
 
