@@ -167,13 +167,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_looks_whole(
 ):
     """A limit on the size of files stands for the full disk; on a tmpfs of 3 MB both commands did the same."""
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-    commands = {
-        "oq2vl_jax.data.pack": ["--tokenizer", byte_tokenizer_folder, "--num-tokens", "96", "--max-images", "3",
-                                "--visual-tokens", "4", "--out", str(tmp_path / "rows")],
-        "oq2vl_jax.data.reshard": ["--uids", f"{shards}/uids.npy", "--tars-per-task", "2", "--out", str(tmp_path / "tars")],
-    }  # fmt: skip
-    for module, arguments in commands.items():
-        arguments = [*arguments, "--shards", f"{shards}/*.tar", "--num-workers", "1"]
+    packing = ["--tokenizer", byte_tokenizer_folder, "--num-tokens", "96", "--max-images", "3", "--visual-tokens", "4"]
+    selecting = ["--uids", f"{shards}/uids.npy", "--tars-per-task", "2"]
+    commands = {"oq2vl_jax.data.pack": (packing, "rows"), "oq2vl_jax.data.reshard": (selecting, "tars")}
+    for module, (options, out) in commands.items():
+        arguments = [*options, "--out", str(tmp_path / out), "--shards", f"{shards}/*.tar", "--num-workers", "1"]
         code = f"{limited}sys.argv = {['x', *arguments]!r}; runpy.run_module({module!r}, run_name='__main__')"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
