@@ -19,9 +19,7 @@ def load_pictures() -> list:
     try:
         import skimage.data
     except ImportError as error:
-        raise UserError(
-            "this measurement needs scikit-image: pip install 'oq2vl-jax[bench]'; or pass --shards."
-        ) from error
+        raise UserError("this measurement needs scikit-image: pip install 'oq2vl-jax[bench]'.") from error
     from PIL import Image
 
     pictures = []

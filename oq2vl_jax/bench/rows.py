@@ -1,5 +1,6 @@
 """Reading packed rows: random rows per second, and decoded images per second and core, against a plain decode loop."""
 
+import dataclasses
 import io
 import random
 import tempfile
@@ -45,6 +46,7 @@ def measure(config: Rows) -> list[dict]:
         )
         assert manifest is not None
         source = ArrayRecordDataSource([str(folder / "rows" / manifest["files"][0]["file"])])
+        model = dataclasses.replace(model, image_token_id=manifest["image_id"])
         decoder = RowDecoder(data, model, manifest["pad_id"])
         order = random.Random(config.seed).choices(range(len(source)), k=20 * len(source))
         read = [seconds_of(lambda: [source[i] for i in order]) for _ in range(config.repeats)]

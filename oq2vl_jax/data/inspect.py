@@ -46,12 +46,15 @@ def inspect_rows(command: InspectCommand) -> str:
     files = find_files(command.rows)
     folder = files[0].parent
     settings = paths.read_json(str(folder / "settings.json"))
-    codec = TextCodec(str(folder / "tokenizer"))
+    missing = [name for name in ("num_tokens", "visual_tokens") if name not in settings]
+    if missing:
+        raise UserError(f"{folder / 'settings.json'}: lacks {missing[0]}; it is not of a packed folder.")
+    codec = TextCodec.load(str(folder / "tokenizer"))
     source = open_rows(files)
     if not len(source):
         raise UserError(f"{files[0]}: holds no rows.")
     chosen = sorted(random.Random(command.seed).sample(range(len(source)), min(command.num_rows, len(source))))
-    line, body = statistics(source, settings)
+    line, body = statistics(source, settings, files)
     body += [row_html(i, read_row(source, i, files), codec, settings["visual_tokens"]) for i in chosen]
     lead = f"{line} Shown: {len(chosen)} at random, seed {command.seed}."
     paths.write_text(command.out, page(f"Packed rows of {folder.name}", lead, [STYLE, *body]))
@@ -94,14 +97,13 @@ def read_row(source, index: int, files: list[Path]):
         raise UserError(f"{files[0].parent}: row {index} cannot be read ({error}); pack the shards again.") from error
 
 
-def statistics(source, settings: dict) -> tuple[str, list[str]]:
+def statistics(source, settings: dict, files: list[Path]) -> tuple[str, list[str]]:
     """A line, and charts, over every row."""
     from oq2vl_jax.data.pack import LENGTH_BIN, histogram
     from oq2vl_jax.data.pack_report import numbers
     from oq2vl_jax.data.page import bars
-    from oq2vl_jax.data.rows import decode_row
 
-    rows = (decode_row(source[i]) for i in range(len(source)))
+    rows = (read_row(source, i, files) for i in range(len(source)))
     counts = [(len(row.tokens), int(row.is_labelled.sum()), len(row.images), row.lengths) for row in rows]
     tokens, labelled, images = (sum(int(row[i]) for row in counts) for i in range(3))  # pyright: ignore[reportArgumentType]
     documents = sum(len(row[3]) for row in counts)

@@ -52,7 +52,7 @@ class PackConfig:
         """What the written bytes depend on, next to the input."""
         from oq2vl_jax.data.rows import FORMAT_VERSION
 
-        names = ("num_tokens", "max_images", "visual_tokens", "template")
+        names = ("num_tokens", "max_images", "visual_tokens", "template", "files_per_task")
         return {"format": FORMAT_VERSION} | {name: getattr(self, name) for name in names}
 
 
@@ -70,6 +70,7 @@ def pack_shards(config: PackConfig) -> dict | None:
         settings=settings,
         work=functools.partial(pack_files, config, settings["tokenizer_sha256"]),
         progress="{documents} documents in {rows} rows",
+        broken_shards=config.broken_shards,
     )
     reports = run_job(job, make_tasks(files, config.files_per_task), config.execution)
     if reports is None:

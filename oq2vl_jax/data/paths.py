@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 from oq2vl_jax.errors import UserError
 
 PARTIAL = ".partial"
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}
+"""Where an upload shows only when it is complete."""
 
 
 def is_remote(path: str) -> bool:
@@ -57,7 +59,7 @@ def read_json(path: str) -> Any:
         return json.loads(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}).") from error
 
 
@@ -88,7 +90,10 @@ def list_names(folder: str) -> set[str]:
 
 
 def make_folder(folder: str) -> None:
-    if not is_remote(folder):
+    if is_remote(folder):
+        fs, name = filesystem(folder)
+        fs.makedirs(name, exist_ok=True)
+    else:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
 
@@ -110,7 +115,11 @@ def whole_output(path: str) -> Iterator[Path]:
             partial = Path(folder) / "partial"
             yield partial
             fs, name = filesystem(path)
-            fs.put_file(str(partial), name)
+            if OBJECT_STORES & set(fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+                fs.put_file(str(partial), name)
+            else:
+                fs.put_file(str(partial), f"{name}{PARTIAL}")
+                fs.mv(f"{name}{PARTIAL}", name)
         return
     partial = Path(f"{path}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
     try:

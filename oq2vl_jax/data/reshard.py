@@ -57,6 +57,7 @@ def reshard(config: ReshardConfig) -> dict | None:
         settings=settings,
         work=functools.partial(reshard_files, config),
         progress="{written} of {samples} samples",
+        broken_shards=config.broken_shards,
     )
     reports = run_job(job, make_tasks(files, config.tars_per_task), config.execution)
     if reports is None:

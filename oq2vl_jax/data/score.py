@@ -50,7 +50,8 @@ def score_shards(config: ScoreConfig) -> dict | None:
     if config.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {config.batch_size}.")
     files = paths.expand_paths("--shards", config.shards)
-    settings = {"model": config.model, "checkpoint": checkpoint_identity(config.checkpoint)}
+    settings: dict[str, Any] = {"model": config.model, "checkpoint": checkpoint_identity(config.checkpoint)}
+    settings["batch_size"] = config.batch_size  # the last bits of a score can depend on it
     if config.model == "mlm-filter":
         settings |= {"metrics": list(config.metrics), "criteria": criteria_identity(config)}
     job = Job(
@@ -60,6 +61,7 @@ def score_shards(config: ScoreConfig) -> dict | None:
         settings=settings,
         work=functools.partial(score_files, config),
         progress="{scored} of {samples} samples scored",
+        broken_shards=config.broken_shards,
     )
     reports = run_job(job, make_tasks(files), config.execution)
     if reports is None:

@@ -11,12 +11,14 @@ Whatever cannot be used is a Sample with a `problem`, never a sample less.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import ImageError, embedded_image, tiff_pages
 from oq2vl_jax.data.tars import Members, read_members
+from oq2vl_jax.data.uids import uid_of_key
 from oq2vl_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -53,13 +55,14 @@ def read_samples(path: str) -> Iterator[Sample]:
 
 
 def uid_of(members: Members) -> str | None:
-    """The "uid" of KEY.json, 32 hex digits in DataComp; None where there is none."""
+    """The "uid" of KEY.json, 32 hex digits in DataComp; where there is none (img2dataset) one made of the key."""
     try:
         metadata = json.loads(members.files.get("json", b"null"))
     except (ValueError, RecursionError):
-        return None
-    uid = metadata.get("uid") if isinstance(metadata, dict) else None
-    return uid if isinstance(uid, str) else None
+        metadata = None
+    if isinstance(metadata, dict) and "uid" in metadata:
+        return printable(metadata["uid"]) if isinstance(metadata["uid"], str) else None
+    return uid_of_key(members.key.rsplit("/", 1)[-1])
 
 
 def parse_sample(members: Members) -> Sample:
@@ -103,6 +106,7 @@ def parse_interleaved(key: str, metadata: dict, tiff: bytes | None = None) -> Sa
         return Sample(key, [], problem="interleaved_invalid" if tiff is None else "image_count_mismatch")
     places = [(text, image) for text, image in zip(texts, images, strict=True) if text is not None or image is not None]
     notes = ["empty_image_place"] * (len(texts) - len(places)) + ["pages_re_encoded"] * (tiff is not None)
+    notes += ["image_beside_text"] * sum(text is not None and image is not None for text, image in places)
     kept = [image for text, image in places if text is None and image is not None]
     return Sample(key, kept, elements=[text for text, _ in places], notes=tuple(notes))
 
@@ -119,7 +123,8 @@ def embedded_images(image_info: Any, count: int) -> list[bytes | None] | None:
     """The images of the parallel list "image_info"; None where there is none. None for a list that is not parallel."""
     if not isinstance(image_info, list) or len(image_info) != count:
         return None
-    return [embedded_image(info["image_base64"]) if info and info.get("image_base64") else None for info in image_info]
+    encoded = [info.get("image_base64") if isinstance(info, dict) else None for info in image_info]
+    return [embedded_image(text) if text else None for text in encoded]
 
 
 def read_packed_json(path: str) -> Iterator[Sample]:
@@ -131,7 +136,7 @@ def read_packed_json(path: str) -> Iterator[Sample]:
             f'{path}: expected {{"data": [{{"texts", "image_info", ...}}]}}, as *_packed.json files hold it.'
         )
     for i, document in enumerate(documents):
-        key = str(document.get("key") or document.get("uid") or f"{os.path.basename(path)}#{i}")
+        key = printable(str(document.get("key") or document.get("uid") or f"{os.path.basename(path)}#{i}"))
         sample = parse_interleaved(key, document)
         texts = [text for text in sample.elements or () if text is not None]
         if len(sample.images) == 1 and len(texts) == 1 and sample.elements and sample.elements[0] is None:
@@ -139,6 +144,11 @@ def read_packed_json(path: str) -> Iterator[Sample]:
         yield sample
 
 
+def printable(text: str) -> str:
+    """JSON can spell lone surrogates, which no file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _image_order(name: str) -> tuple[int, str]:
     number = name.split(".", 1)[0]
-    return (int(number) if number.isdigit() else -1, name)
+    return (int(number) if re.fullmatch("[0-9]{1,9}", number) else -1, name)

@@ -63,7 +63,7 @@ def read_members(path: str) -> Iterator[Members]:
                     group = group._replace(problem=problem)
         if group is not None:
             yield group
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise CutOffError(
             f"{path}: the tar is broken or cut off after {num_keys} whole samples ({error}); "
             "fetch it again, or pass --broken-shards keep to use what is whole."
@@ -187,7 +187,8 @@ def check_swallows_nothing(name: str, data: bytes) -> None:
 
 
 def check_end_of_archive(tar: tarfile.TarFile) -> None:
-    """A tar ends in zero blocks. One cut between two members, or with a broken header, would else pass for whole."""
+    """A tar ends in zero blocks, and nothing follows them. One cut between two members, one with a broken or zeroed
+    header and one with another tar behind it would else pass for whole."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(BLOCK)
@@ -195,3 +196,6 @@ def check_end_of_archive(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("its end-of-archive mark is missing")
     if any(block):
         raise tarfile.ReadError(f"the header at byte {tar.offset} is broken")
+    while block := tar.fileobj.read(2**20):
+        if block.count(0) != len(block):
+            raise tarfile.ReadError(f"more data follows the end-of-archive mark at byte {tar.offset}")

@@ -48,6 +48,8 @@ class Execution:
     """ray: on the cluster at --ray-address, one CPU a task."""
     ray_address: str = "auto"
     """"auto" joins the cluster of this machine, "local" starts one."""
+    gpus_per_task: float = 0
+    """What a task asks Ray for beside one CPU; 1 for oq2vl_jax.data.score."""
 
     def __post_init__(self):
         if self.num_workers < 1:
@@ -71,6 +73,8 @@ class Job(NamedTuple):
     settings: dict[str, Any]
     work: Callable[[tuple[str, ...], Path], dict[str, Any]]
     progress: str
+    broken_shards: Literal["stop", "keep"] = "stop"
+    """stop: a report that counts a shard_cut_off, written under keep, does not stand."""
 
     def stem(self, index: int) -> str:
         return f"{self.name}{index:0{5 if self.name else 8}d}"
@@ -84,7 +88,7 @@ def make_tasks(files: list[str], inputs_per_task: int = 1) -> list[Task]:
 def run_job(job: Job, tasks: list[Task], execution: Execution) -> list[dict[str, Any]] | None:
     """Runs this rank's tasks; the reports of all tasks in order, or None while other ranks have some to do."""
     paths.make_folder(job.out)
-    check_out_is_ours(job)
+    check_out_is_ours(job, tasks)
     paths.remove(paths.join(job.out, "manifest.json"))  # a manifest says that everything is whole
     paths.write_text(paths.join(job.out, "settings.json"), json.dumps(job.settings, indent=2) + "\n")
     mine = tasks[execution.rank :: execution.world_size]
@@ -94,12 +98,26 @@ def run_job(job: Job, tasks: list[Task], execution: Execution) -> list[dict[str,
     return collect_reports(job, tasks)
 
 
-def check_out_is_ours(job: Job) -> None:
-    """A folder written with other settings is neither mixed with nor overwritten."""
-    file = paths.join(job.out, "settings.json")
-    if not paths.exists(file):
+def check_out_is_ours(job: Job, tasks: list[Task]) -> None:
+    """A folder of something else, or written with other settings or more input, is not mixed with or overwritten."""
+    file, names = paths.join(job.out, "settings.json"), paths.list_names(job.out)
+    if "settings.json" not in names:
+        ours = {"manifest.json", *(f"{job.stem(task.index)}.json" for task in tasks)}
+        foreign = sorted(name for name in names if name in ours or name.endswith(job.suffix))
+        if foreign:
+            raise UserError(
+                f"--out {job.out} holds {foreign[0]}, which this command did not write; choose another folder."
+            )
         return
+    mine = {f"{job.stem(task.index)}{job.suffix}" for task in tasks}
+    older = sorted(name for name in names if name.endswith(job.suffix) and name not in mine)
+    if older:
+        raise UserError(
+            f"--out {job.out} holds {older[0]}, made from more input than this time; choose another folder."
+        )
     there = paths.read_json(file)
+    if not isinstance(there, dict):
+        raise UserError(f"{file}: expected a JSON object; choose another --out folder.")
     changed = [
         f"{key}: {there.get(key)} there, {value} now" for key, value in job.settings.items() if there.get(key) != value
     ]
@@ -112,7 +130,7 @@ def check_out_is_ours(job: Job) -> None:
 def write_manifest(job: Job, manifest: dict[str, Any]) -> None:
     """The last file of a job. Partial files of killed workers are of no use to anyone then."""
     for name in paths.list_names(job.out):
-        if name.endswith(paths.PARTIAL):
+        if name.endswith(paths.PARTIAL) and job.suffix in name:  # not another rank's manifest that is being written
             paths.remove(paths.join(job.out, name))
     paths.write_text(paths.join(job.out, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
 
@@ -134,9 +152,14 @@ def finished_report(job: Job, task: Task) -> dict[str, Any] | None:
     file = paths.join(job.out, f"{job.stem(task.index)}.json")
     if not paths.exists(file):
         return None
-    report = paths.read_json(file)
-    is_whole = report.pop("identity") == task_identity(job, task) and paths.exists(paths.join(job.out, report["file"]))
-    return report if is_whole else None
+    try:
+        report = paths.read_json(file)
+        identity, output = report.pop("identity"), report["file"]
+    except (UserError, KeyError, TypeError, AttributeError):  # damaged: the task is done again
+        return None
+    is_cut_off = "shard_cut_off" in report.get("skipped", {}) and job.broken_shards == "stop"
+    is_whole = identity == task_identity(job, task) and paths.exists(paths.join(job.out, output))
+    return report if is_whole and not is_cut_off else None
 
 
 def task_identity(job: Job, task: Task) -> str:
@@ -165,7 +188,7 @@ def execute(function: Callable[[Task], dict], tasks: list[Task], execution: Exec
     """Results in the order of the tasks."""
     num_workers = min(execution.num_workers, len(tasks))
     if execution.executor == "ray":
-        return execute_on_ray(function, tasks, execution.ray_address)
+        return execute_on_ray(function, tasks, execution)
     return map(function, tasks) if num_workers <= 1 else execute_locally(function, tasks, num_workers)
 
 
@@ -180,10 +203,12 @@ def execute_locally(function: Callable[[Task], dict], tasks: list[Task], num_wor
             pool.shutdown(cancel_futures=True)
 
 
-def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], address: str) -> Iterator[dict]:
+def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], execution: Execution) -> Iterator[dict]:
+    """Workers change to this process's folder, so that relative paths mean the same there."""
+    address = execution.ray_address
     try:
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayError, RayTaskError
     except ImportError as error:
         raise UserError("--executor ray needs the extra: pip install 'oq2vl-jax[ray]'.") from error
     if not ray.is_initialized():
@@ -194,16 +219,20 @@ def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], address:
             raise UserError(
                 f"--ray-address {address}: no Ray cluster is running there; start one, or pass local."
             ) from error
-    remote = ray.remote(num_cpus=1)(call)
+    remote = ray.remote(num_cpus=1, num_gpus=execution.gpus_per_task)(call_in_folder)
     window = RAY_TASKS_IN_FLIGHT * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    running = [remote.remote(function, task) for task in tasks[:window]]
+    running = [remote.remote(os.getcwd(), function, task) for task in tasks[:window]]
     for i in range(len(tasks)):
         try:
             result = ray.get(running[i])
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        except RayError as error:  # a worker or node that died
+            raise UserError(
+                f"Ray lost a task: {str(error).strip().splitlines()[0]}; the same command goes on."
+            ) from error
         if i + window < len(tasks):
-            running.append(remote.remote(function, tasks[i + window]))
+            running.append(remote.remote(os.getcwd(), function, tasks[i + window]))
         yield result
 
 
@@ -214,7 +243,8 @@ def check_is_listening(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT).close()
 
 
-def call(function: Callable[[Task], dict], task: Task) -> dict:
+def call_in_folder(folder: str, function: Callable[[Task], dict], task: Task) -> dict:
+    os.chdir(folder)
     return function(task)
 
 

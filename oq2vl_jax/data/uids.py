@@ -71,12 +71,21 @@ class UidSet:
         found = np.full(len(high), -1, np.int64)
         if not len(self):
             return found
+        if self._longest_run > MAX_PER_BUCKET:
+            return self._find_pairs(high, low)
         start = self._lower_bound(high)
         for offset in range(self._longest_run - 1, -1, -1):  # ids with the same high half; 1 for random ids
             position = np.minimum(start + offset, len(self) - 1)
             matches = (self.high[position] == high) & (self.low[position] == low)
             found[matches] = position[matches]
         return found
+
+    def _find_pairs(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+        """find for sets whose high halves are not random: numpy's structured comparison, 0.1M ids a second."""
+        ours, asked = np.empty(len(self), UID_DTYPE), np.empty(len(high), UID_DTYPE)
+        ours["f0"], ours["f1"], asked["f0"], asked["f1"] = self.high, self.low, high, low
+        position = np.minimum(ours.searchsorted(asked), len(self) - 1)
+        return np.where((self.high[position] == high) & (self.low[position] == low), position, -1)
 
     @functools.cached_property
     def _index(self) -> tuple[np.uint64, np.ndarray | None]:
@@ -110,6 +119,21 @@ def parse_uid(text: object) -> tuple[int, int] | None:
     if not isinstance(text, str) or not re.fullmatch(HEX_DIGITS, text):
         return None
     return int(text[:16], 16), int(text[16:], 16)
+
+
+def uid_of_key(key: str) -> str | None:
+    """An id for samples that have none but a number, as img2dataset's keys are; None for other keys. The number is
+    its low half, and mixed its high half, for sets are fast where that is random."""
+    if not re.fullmatch("[0-9]{1,18}", key):
+        return None
+    return f"{int(mixed(np.array([int(key)], np.uint64))[0]):016x}{int(key):016x}"
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al. 2014): 64 bits that look random, the same on every machine."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _is_sorted(high: np.ndarray, low: np.ndarray) -> bool:

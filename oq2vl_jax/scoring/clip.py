@@ -15,6 +15,9 @@ from oq2vl_jax.train.checkpoint import find_checkpoint, load_weights
 from oq2vl_jax.train.sharding import make_mesh, replicated, row_sharding
 
 COLUMN = "clip_score"
+MAX_ASPECT = 20
+"""Longer strips are cut before they are resized, one grey level off at most: a strip of 1,000,000 x 2 would else
+become 25 billion pixels."""
 
 
 class ClipScorer:
@@ -64,6 +67,10 @@ def crop(data: bytes, size: int) -> np.ndarray:
     image = open_rgb(data)
     shorter = min(image.size)
     width, height = (max(size, int(size * side / shorter)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    if max(width, height) <= MAX_ASPECT * size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(image.crop((left, top, left + size, top + size)))
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))

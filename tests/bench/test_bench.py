@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from oq2vl_jax.bench import filter, pack, packing, rows
+from oq2vl_jax.bench.photo_shards import write_photo_shards
 
 
 def test_bin_assignment_as_json():
@@ -26,10 +27,16 @@ def test_bin_assignment_as_json():
     assert packing.measure(packing.Packing(num_documents=2000))[0]["rows"] == results[0]["rows"]
 
 
-def test_packing_end_to_end_keeps_the_image_bytes(byte_tokenizer_folder):
-    ours, theirs = pack.measure(pack.Pack(byte_tokenizer_folder, num_shards=1, samples_per_shard=30, num_workers=1))
+def test_packing_end_to_end_and_the_published_approach_keep_every_sample(byte_tokenizer_folder, tmp_path):
+    config = pack.Pack(byte_tokenizer_folder, num_shards=1, samples_per_shard=30, num_workers=1)
+    ours, theirs = pack.measure(config)
     assert ours["samples"] == theirs["samples"] == 30
-    assert theirs["times_published"] == 1
+    (shard,) = write_photo_shards(tmp_path, 1, 30, seed=0)
+    (tmp_path / "published").mkdir()
+    pack.pack_shard_as_published(byte_tokenizer_folder, tmp_path / "published", shard)
+    rows = [json.loads(file.read_text()) for file in (tmp_path / "published").glob("*.json")]
+    assert len({document["key"] for row in rows for document in row["data"]}) == 30
+    assert all(sum(row["lengths"]) <= pack.NUM_TOKENS for row in rows)
 
 
 def test_reading_rows(byte_tokenizer_folder):
@@ -40,3 +47,5 @@ def test_reading_rows(byte_tokenizer_folder):
 def test_filtering():
     membership, filtering = filter.measure(filter.Filter(num_rows=20_000, repeats=1))
     assert membership["rows"] == filtering["rows"] == 20_000
+    share = int(filtering["what"].split(", ")[1].split()[0]) / 20_000
+    assert 0.2 < share < 0.2 + 0.8 * 0.3  # the subset, and of the rest what is both basic and among the top 30 %

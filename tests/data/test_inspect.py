@@ -46,7 +46,12 @@ def test_the_report_of_a_packed_folder_shows_its_manifest(packed):
 
 def test_files_that_are_no_rows_are_explained(packed, tmp_path):
     folder, _ = packed
-    (folder / "rows-00000.array_record").write_bytes(b"\0" * 3000)
+    content = bytearray((folder / "rows-00000.array_record").read_bytes())
+    content[300:500] = bytes(byte ^ 0xFF for byte in content[300:500])
+    for damaged in (content, b"\0" * 3000):
+        (folder / "rows-00000.array_record").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot be read|holds no rows"):
+            inspect_rows(InspectCommand((str(folder),), str(tmp_path / "rows.html")))
     with pytest.raises(UserError, match=r"cannot be read|holds no rows"):
         inspect_rows(InspectCommand((str(folder),), str(tmp_path / "rows.html")))
     shutil.copy(folder / "rows-00000.array_record", tmp_path / "alone.array_record")

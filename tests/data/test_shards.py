@@ -296,3 +296,59 @@ def test_tars_of_every_format_are_read_as_tarfile_reads_them(tmp_path, tar_forma
         for suffix, data in members.files.items()
     ]
     assert found == expected
+
+
+def test_a_zeroed_header_and_a_second_tar_behind_the_first_are_noticed(tmp_path):
+    path = tmp_path / "0.tar"
+    tar_of(path, [member for i in range(5) for member in caption_members(i)])
+    content = path.read_bytes()
+    start = content.index(b"000002.png\0")
+    path.write_bytes(content[:start] + bytes(512) + content[start + 512 :])
+    with pytest.raises(CutOffError, match="more data follows the end-of-archive mark"):
+        list(read_members(str(path)))
+    path.write_bytes(content + content)
+    with pytest.raises(CutOffError, match="more data follows"):
+        list(read_members(str(path)))
+    path.write_bytes(content + bytes(100_000))  # padding is no data
+    assert len(list(read_members(str(path)))) == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"texts": [None], "image_info": ["abc"]},
+        {"texts": [None], "image_info": [{"image_base64": 3}]},
+        {"texts": [None], "image_info": [[1]]},
+        {"texts": {"a": 1}},
+        {"texts": [None, "x"], "image_info": [None]},
+        {"conversations": [{"from": "human"}]},
+        {"uid": "\ud800", "texts": []},
+        {"uid": 5},
+        [1, 2],
+        "text",
+    ],
+)
+def test_hostile_metadata_is_counted(tmp_path, codec, content):
+    shard = tar_of(tmp_path / "0.tar", [("0.json", json.dumps(content).encode()), *caption_members(1)])
+    documents, counts = read_documents([shard], codec, LIMITS, "stop")
+    assert len(documents) == sum(counts["skipped"].values()) == 1
+
+
+def test_hostile_names_and_packed_rows_are_read(tmp_path, codec):
+    members = [("0.json", b'{"conversations": []}'), ("0.\u00b2.jpg", png()), ("0.99999999999999999999.jpg", png())]
+    assert len(list(read_samples(tar_of(tmp_path / "0.tar", members)))) == 1
+    file = tmp_path / "x_packed.json"
+    content = {"texts": [None, "a"], "image_info": [embedded(png()), None], "key": "\ud800"}
+    file.write_text(json.dumps({"data": [content]}))
+    ((document,), _) = read_documents([str(file)], codec, LIMITS, "stop")
+    document.key.encode()
+    file.write_text('{"data": ' + "[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        list(read_samples(str(file)))
+
+
+def test_an_image_beside_a_text_is_noted(tmp_path, codec):
+    content = {"texts": ["hi", None], "image_info": [embedded(png(seed=1)), embedded(png(seed=2))]}
+    (sample,) = read_samples(tar_of(tmp_path / "0.tar", [("0.json", json.dumps(content).encode())]))
+    assert sample.notes == ("image_beside_text",)
+    assert sample.images == [png(seed=2)]

@@ -1,5 +1,6 @@
 """One job on every executor, interrupted and not: the same names, order and bytes."""
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -114,7 +115,7 @@ def test_killed_at_random_moments_and_started_again_ends_in_the_same_bytes(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             for path, digest in digests(tmp_path).items():  # whatever looks whole is whole
-                assert digest == expected[path] or not path.endswith((".array_record", ".tar", "manifest.json"))
+                assert digest == expected.get(path) or not path.endswith((".array_record", ".tar", "manifest.json"))
         subprocess.run(command, check=True)
     assert digests(tmp_path) == expected
 
@@ -180,3 +181,35 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_looks_whole(
         assert "what was whole before is still whole" in done.stderr
         subprocess.run([sys.executable, "-m", module, *arguments], check=True)  # with room again, the same command
     assert digests(tmp_path) == expected
+
+
+def test_a_folder_that_holds_the_input_or_something_else_is_not_overwritten(shards, tmp_path, byte_tokenizer_folder):
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "in")
+    (tmp_path / "in" / "00000.tar").rename(tmp_path / "in" / "00000000.tar")  # the name that the output would have
+    before = digests(tmp_path / "in")
+    config = ReshardConfig(f"{tmp_path}/in/*.tar", f"{shards}/uids.npy", f"{tmp_path}/in", execution=Execution(1))
+    with pytest.raises(UserError, match=r"holds 00000000\.tar, which this command did not write"):
+        reshard(config)
+    assert digests(tmp_path / "in") == before
+    pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+    with pytest.raises(UserError, match=r"rows-00001\.array_record, made from more input than this time"):
+        pack_shards(PackConfig(f"{shards}/00000.tar", f"{tmp_path}/rows", byte_tokenizer_folder, 96, 3, 4))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"file": 3}'])
+def test_a_damaged_report_means_that_the_task_is_done_again(shards, tmp_path, byte_tokenizer_folder, expected, content):
+    pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+    (tmp_path / "rows" / "rows-00002.json").write_text(content)
+    pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+    assert digests(tmp_path) == {name: digest for name, digest in expected.items() if name.startswith("rows/")}
+
+
+def test_what_was_kept_of_a_cut_off_tar_does_not_stand_when_it_should_stop(shards, tmp_path, byte_tokenizer_folder):
+    (tmp_path / "0.tar").write_bytes((shards / "00000.tar").read_bytes()[:60_000])
+    keep = PackConfig(f"{tmp_path}/0.tar", f"{tmp_path}/rows", byte_tokenizer_folder, 96, 3, 4, broken_shards="keep",
+                      execution=Execution(1))  # fmt: skip
+    assert pack_shards(keep)["skipped"] == {"shard_cut_off": 1}
+    with pytest.raises(UserError, match="broken or cut off"):
+        pack_shards(dataclasses.replace(keep, broken_shards="stop"))

@@ -84,6 +84,15 @@ def test_the_crop_is_that_of_the_image_processor(size):
     assert abs(crop(data, IMAGE_SIZE).astype(int) - np.round(theirs).astype(int)).max() <= 1
 
 
+def test_a_long_strip_is_cut_before_it_is_resized():
+    data = picture(3000, 40, seed=1)
+    whole = Image.open(io.BytesIO(data)).resize((3000 * IMAGE_SIZE // 40, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    left = (whole.width - IMAGE_SIZE) // 2
+    expected = np.asarray(whole.crop((left, 0, left + IMAGE_SIZE, IMAGE_SIZE))).astype(int)
+    assert abs(crop(data, IMAGE_SIZE) - expected).max() <= 2
+    assert crop(picture(100_000, 2, seed=2), IMAGE_SIZE).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
 def test_the_command_writes_a_parquet_per_tar_and_counts_the_rest(clip, tmp_path, write_shard):
     samples = [caption_sample(i, text="the cat", image=png(40, 30, seed=i)) | {
         "json": f'{{"uid": "{i:032x}"}}'.encode()} for i in range(11)]  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import tyro
 
 from oq2vl_jax.data.paths import check_has_polars
-from oq2vl_jax.errors import run_command
+from oq2vl_jax.errors import UserError, run_command
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FilterCommand:
     rules: tyro.conf.Positional[str]
     """TOML file with `expression`."""
     metadata: str
-    """Parquet files with uid, text, original_width, original_height (DataComp, img2dataset): a glob or braces."""
+    """Parquet files in the columns of DataComp or img2dataset: uid or key, text, original_width, original_height."""
     out: str
     """Folder for uids.npy, report.json and report.html."""
     scores: tuple[str, ...] = ()
@@ -43,18 +43,20 @@ def run_filter(command: FilterCommand) -> dict:
     from oq2vl_jax.data.filter.pool import read_pool
     from oq2vl_jax.data.filter.report import choose_pictures, make_report, write_page
 
+    if command.num_pictures < 0:
+        raise UserError(f"--num-pictures must be at least 0, got {command.num_pictures}.")
     selection = load_filter(command.rules)
     metadata = paths.expand_paths("--metadata", command.metadata)
     scores = [file for pattern in command.scores for file in paths.expand_paths("--scores", pattern)]
     shards = paths.expand_paths("--shards", command.shards) if command.shards else []
     pool = read_pool(metadata, scores, selection.rules)
     result = apply_rules(selection, pool)
-    paths.make_folder(command.out)
-    result.uids.save(paths.join(command.out, "uids.npy"))
     report = make_report(selection, pool, result) | {"metadata_files": len(metadata), "score_files": len(scores)}
     pictures = choose_pictures(shards, pool, selection, result, command.num_pictures)
+    paths.make_folder(command.out)
     write_page(paths.join(command.out, "report.html"), report, pictures)
     paths.write_text(paths.join(command.out, "report.json"), json.dumps(report, indent=2) + "\n")
+    result.uids.save(paths.join(command.out, "uids.npy"))  # last: it says that everything is whole
     return report
 
 

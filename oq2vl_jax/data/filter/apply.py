@@ -12,7 +12,7 @@ from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Expression, Leaf, evaluate, leaves, parse
 from oq2vl_jax.data.filter.pool import Pool
 from oq2vl_jax.data.filter.rules import Basic, Rule, make_rule
-from oq2vl_jax.data.uids import UidSet
+from oq2vl_jax.data.uids import UidSet, mixed
 from oq2vl_jax.errors import UserError
 
 
@@ -51,7 +51,10 @@ def load_filter(path: str) -> Selection:
         raise UserError(f"{path}: no such file; a TOML file with `expression` is expected.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}.") from error
-    if values.get("basic", {}).get("language") == "":
+    basic = values.get("basic", {})
+    if not isinstance(basic, dict):
+        raise UserError(f"{path}: basic is a table: [basic], then lines such as min_words = 3; got {basic!r}.")
+    if basic.get("language") == "":
         values["basic"]["language"] = None  # TOML has no null
     config = from_dict(
         FilterConfig, values | {"basic": dataclasses.asdict(Basic()) | values.get("basic", {})}, where=path
@@ -94,9 +97,9 @@ def keep_top(rule: Rule, pool: Pool, seed: int) -> tuple[np.ndarray, float]:
     assert rule.top is not None
     values = pool.values[rule.column]
     is_scored = ~np.isnan(values) & pool.is_valid
-    count = int(rule.top * int(is_scored.sum()))
+    count = int(rule.top * int(is_scored.sum()) + 1e-9)  # 0.29 of 100 is 29
     if count == 0:
-        return np.zeros(len(pool), bool), float("nan")
+        return np.zeros(len(pool), bool), float("inf")
     threshold = float(-np.partition(-values[is_scored], count - 1)[count - 1])
     keep = is_scored & (values >= threshold)
     if rule.has_exact_top:
@@ -105,10 +108,3 @@ def keep_top(rule: Rule, pool: Pool, seed: int) -> tuple[np.ndarray, float]:
         order = np.argsort(mixed(pool.high[ties] ^ mixed(pool.low[ties] + np.uint64(seed))), kind="stable")
         keep[ties[order[len(ties) - num_too_many :]]] = False
     return keep, threshold
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): 64 bits that look random, the same on every machine."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

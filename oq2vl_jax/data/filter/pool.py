@@ -12,7 +12,7 @@ from oq2vl_jax.config import hint
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Leaf
 from oq2vl_jax.data.filter.rules import Rule
-from oq2vl_jax.data.uids import UidSet
+from oq2vl_jax.data.uids import UidSet, mixed
 from oq2vl_jax.errors import UserError
 
 FILES_PER_BATCH = 64
@@ -47,12 +47,7 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     from_scores = [column for column in score_columns if column not in names]
     needed = sorted({column for rule in rules if not rule.column for column in rule.columns})
     present = {column: present_name(column, names, metadata[0]) for column in needed}
-    uid = pl.col(present_name("uid", names, metadata[0]))
-    selected = [
-        hex_half(uid, 0).alias("high"),
-        hex_half(uid, 16).alias("low"),
-        ((uid.str.len_bytes() == 32) & ~uid.str.contains("+", literal=True)).alias("is_hex"),
-    ]
+    selected = id_columns(names, metadata[0])
     selected += [pl.col(column).cast(pl.Float64, strict=False) for column in score_columns if column in names]
     tests = [rule for rule in rules if not rule.column and not rule.uids]
     languages = [(i, rule) for i, rule in enumerate(tests) if rule.test is None]
@@ -76,6 +71,19 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     keeps |= {rule.leaf: UidSet.load(rule.uids).contains(high, low) for rule in rules if rule.uids}
     values = {c: frame[c].fill_null(float("nan")).to_numpy() for c in score_columns if c in names}
     return Pool(high, low, is_valid, keeps, values | read_scores(scores, from_scores, high, low))
+
+
+def id_columns(names: list[str], file: str) -> list[Any]:
+    """high, low and is_hex: of the column uid, else made of the column key as uid_of_key makes them."""
+    import polars as pl
+
+    if "uid" not in names and "key" in names:
+        number = pl.col("key").cast(pl.String).str.to_integer(dtype=pl.UInt64, strict=False)
+        high = number.map_batches(lambda keys: pl.Series(mixed(keys.fill_null(0).to_numpy())), return_dtype=pl.UInt64)
+        return [high.alias("high"), number.alias("low"), number.is_not_null().alias("is_hex")]
+    uid = pl.col(present_name("uid", names, file)).cast(pl.String)
+    is_hex = (uid.str.len_bytes() == 32) & ~uid.str.contains("+", literal=True)
+    return [hex_half(uid, 0).alias("high"), hex_half(uid, 16).alias("low"), is_hex.alias("is_hex")]
 
 
 def hex_half(uid: Any, start: int) -> Any:
@@ -141,8 +149,7 @@ def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.
         missing -= set(there)
         if not there:
             continue
-        uid = pl.col(present_name("uid", names, batch[0]))
-        selected = [hex_half(uid, 0).alias("high"), hex_half(uid, 16).alias("low")]
+        selected = id_columns(names, batch[0])[:2]
         selected += [pl.col(column).cast(pl.Float64, strict=False) for column in there]
         lazy = pl.scan_parquet(batch, missing_columns="insert", extra_columns="ignore").select(selected)
         frame = collect(lazy.drop_nulls(["high", "low"]), batch).sort("high", "low", maintain_order=True)

@@ -1,8 +1,11 @@
 """What a filter did: counts, overlaps, score distributions, and a sheet of kept and rejected pictures to look at."""
 
+import contextlib
 import html
 import itertools
+import math
 import random
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +15,8 @@ from oq2vl_jax.data.filter.apply import Result, Selection
 from oq2vl_jax.data.filter.expression import leaves, takes_away
 from oq2vl_jax.data.filter.pool import Pool
 from oq2vl_jax.data.page import bars, page, picture, table
-from oq2vl_jax.data.shards import read_samples
+from oq2vl_jax.data.shards import Sample, read_samples
+from oq2vl_jax.data.tars import CutOffError
 from oq2vl_jax.data.uids import UidSet, parse_uid
 
 NUM_BINS = 40
@@ -61,7 +65,7 @@ def thresholds_by_column(selection: Selection, result: Result) -> dict[str, dict
     thresholds: dict[str, dict[str, float]] = {}
     for rule in selection.rules:
         value = result.thresholds.get(rule.leaf, rule.threshold)
-        if rule.column and value is not None:
+        if rule.column and value is not None and math.isfinite(value):
             thresholds.setdefault(rule.column, {})[str(rule.leaf)] = value
     return thresholds
 
@@ -90,7 +94,7 @@ def distribution(values: np.ndarray) -> dict:
 def choose_pictures(shards: list[str], pool: Pool, selection: Selection, result: Result, count: int) -> list[Picture]:
     """Up to `count` kept and `count` rejected samples from the first samples of the tars that the pool knows."""
     candidates = []
-    for sample in itertools.chain.from_iterable(map(read_samples, shards)):
+    for sample in itertools.chain.from_iterable(map(whole_samples, shards)):
         parsed = parse_uid(sample.uid)
         if parsed and sample.images and sample.text is not None:
             candidates.append((parsed, sample))
@@ -114,6 +118,12 @@ def choose_pictures(shards: list[str], pool: Pool, selection: Selection, result:
     rng = random.Random(selection.config.seed)
     kept, rejected = ([p for p in pictures if p.is_kept is is_kept] for is_kept in (True, False))
     return [p for group in (kept, rejected) for p in rng.sample(group, min(count, len(group)))]
+
+
+def whole_samples(shard: str) -> Iterator[Sample]:
+    """A tar that is cut off is no reason to do without a report."""
+    with contextlib.suppress(CutOffError):
+        yield from read_samples(shard)
 
 
 def write_page(path: str, report: dict, pictures: list[Picture]) -> None:

@@ -141,7 +141,12 @@ def threshold_rule(leaf: Leaf, column: str, operator: str, number: str) -> Rule:
 
 
 def top_rule(leaf: Leaf, column: str, has_exact_top: bool) -> Rule:
-    fraction = float(matched(TOP, leaf, "(0.3)")[1])
+    named, number = matched(TOP, leaf, "(0.3)")
+    if named and not has_exact_top:
+        raise UserError(
+            f"expression: {leaf}: {leaf.name} takes the fraction alone; top({named}, {number}) names a column."
+        )
+    fraction = float(number)
     if not 0 < fraction <= 1:
         raise UserError(f"expression: {leaf}: the fraction must be above 0 and at most 1.")
     return Rule(leaf, (column,), column=column, top=fraction, has_exact_top=has_exact_top)

@@ -196,3 +196,38 @@ def test_metadata_that_does_not_fit_is_explained(tmp_path):
     pl.DataFrame({"id": ["0" * 32], "text": ["a"]}).write_parquet(tmp_path / "0.parquet")
     with pytest.raises(UserError, match=r"no column"):
         run_filter(command)
+
+
+def test_img2dataset_shards_without_uids_go_by_their_keys(tmp_path, write_shard):
+    """From metadata with keys to tars: filter, then reshard."""
+    from oq2vl_jax.data.reshard import ReshardConfig, reshard
+    from oq2vl_jax.data.tars import read_members
+    from oq2vl_jax.data.tasks import Execution
+
+    keys = [f"{i:09d}" for i in range(20)]
+    texts = ["a photograph of a house" if i % 3 else "house" for i in range(20)]
+    pl.DataFrame({"key": keys, "caption": texts, "width": [300] * 20, "height": [300] * 20}).write_parquet(
+        tmp_path / "0.parquet"
+    )
+    (tmp_path / "rules.toml").write_text("expression = 'basic'\n" + NO_LANGUAGE)
+    run_filter(FilterCommand(str(tmp_path / "rules.toml"), f"{tmp_path}/*.parquet", str(tmp_path / "out")))
+    samples = [{**caption_sample(i, text=texts[i]), "__key__": key} for i, key in enumerate(keys)]
+    shard = write_shard(tmp_path / "0.tar", samples)
+    reshard(ReshardConfig(shard, f"{tmp_path}/out/uids.npy", f"{tmp_path}/tars", execution=Execution(1)))
+    kept = [members.key for members in read_members(str(tmp_path / "tars" / "00000000.tar"))]
+    assert kept == [key for i, key in enumerate(keys) if i % 3]
+
+
+def test_a_top_fraction_of_nothing_keeps_nothing_and_the_report_is_json(pool, tmp_path):
+    report, kept = run(pool[0], tmp_path, "clip_l14_top(0.001)")
+    assert not kept
+    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert report["thresholds"] == {}
+
+
+def test_a_cut_off_tar_is_no_reason_to_do_without_a_report(pool, tmp_path, write_shard):
+    shard = tmp_path / "0.tar"
+    write_shard(shard, [caption_sample(i) for i in range(5)])
+    shard.write_bytes(shard.read_bytes()[:5000])
+    report, _ = run(pool[0], tmp_path, "basic", NO_LANGUAGE, shards=str(shard))
+    assert report["samples"] == COUNT
