@@ -78,7 +78,8 @@ def fill_row(left: "DocumentsLeft", num_tokens: int, max_images: int):
         if free_tokens <= NEAR_END * shortest:
             longest = left.longest(free_tokens, free_images)
             num_more = -(-free_tokens // longest) if longest else 0
-            if num_more > 1 and num_more * shortest <= free_tokens:
+            has_room = num_more * left.fewest_images <= free_images  # else images end the row, and the longest are best
+            if num_more > 1 and num_more * shortest <= free_tokens and has_room:
                 longest_wanted = -(-free_tokens // num_more)
 
 
@@ -96,6 +97,8 @@ class DocumentsLeft:
         self.lengths = list(itertools.accumulate(by_images, operator.or_))
         """Bit n of lengths[i]: a document of n tokens and at most i images is left."""
         self._most_images = len(by_images) - 1
+        self.fewest_images = min(images)
+        """Of any document, at the start."""
         self._up_to = [(2 << length) - 1 for length in range(lengths[0] + 1)]
 
     def shortest(self) -> int:

@@ -47,6 +47,14 @@ def test_rows_are_filled(share_long, min_fill):
     assert tokens.sum() / (4096 * len(rows)) >= min_fill
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_images_end_are_those_of_first_fit_decreasing(seed):
+    tokens = np.random.default_rng(seed).integers(22, 26, 300)
+    images = np.ones(300, int)
+    rows = pack_rows(tokens, images, 256, 10)
+    assert [row.tolist() for row in rows] == one_by_one(tokens, images, 256, 10)
+
+
 def test_every_document_is_in_exactly_one_row_within_both_budgets():
     rng = np.random.default_rng(0)
     tokens, images = rng.integers(150, 400, 20_000), np.ones(20_000, int)
