@@ -3,9 +3,9 @@
 import ast
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -35,6 +35,12 @@ COMMANDS = (
     "convert.ask_hf",
 )
 MAX_HELP_SECONDS = 2.0  # measured 0.3
+
+
+def children_seconds():
+    """CPU time of the processes started so far; other tests beside this one do not count."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -111,11 +117,11 @@ def test_help_is_quick_and_imports_neither_jax_nor_torch(command):
         "    assert e.code in (0, None), e.code\n"
         "assert not {'jax', 'torch', 'flax', 'grain', 'transformers'} & set(sys.modules)\n"
     )
-    start = time.monotonic()
+    start = children_seconds()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
-    assert time.monotonic() - start < MAX_HELP_SECONDS
+    assert children_seconds() - start < MAX_HELP_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+THIRD_PARTY = ("jax", "flax", "numpy", "jaxtyping")
+"""What a model may import."""
 FILES = sorted(path for folder in ("oq2vl_jax", "convert", "configs") for path in Path(folder).rglob("*.py"))
 
 
@@ -25,7 +27,7 @@ def test_import_rules(path):
     ours = {module for module in imported(path) if module.startswith("oq2vl_jax")}
     if path.is_relative_to("oq2vl_jax/model"):
         assert all(module == "oq2vl_jax.config" or module.startswith("oq2vl_jax.model") for module in ours)
-        assert tops <= {"jax", "flax", "numpy", "jaxtyping", "oq2vl_jax", "functools", "math", "collections", "typing"}
+        assert tops <= {*THIRD_PARTY, "oq2vl_jax", "functools", "math", "collections", "typing", "dataclasses"}
     if path.is_relative_to("oq2vl_jax/data"):
         assert not tops & {"jax", "flax", "optax", "orbax"}
         assert not any(module.startswith(("oq2vl_jax.model", "oq2vl_jax.train")) for module in ours)
