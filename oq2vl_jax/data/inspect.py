@@ -43,6 +43,10 @@ def inspect_rows(command: InspectCommand) -> str:
     from oq2vl_jax.data.page import page
     from oq2vl_jax.data.text import TextCodec
 
+    if command.num_rows < 1:
+        raise UserError(f"--num-rows must be at least 1, got {command.num_rows}.")
+    if not Path(command.out).absolute().parent.is_dir():
+        raise UserError(f"--out {command.out}: its folder does not exist.")
     files = find_files(command.rows)
     folder = files[0].parent
     settings = paths.read_json(str(folder / "settings.json"))

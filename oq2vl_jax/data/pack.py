@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from oq2vl_jax.config import Template
-from oq2vl_jax.data.tasks import Execution, Job, make_tasks, run_job, write_manifest
+from oq2vl_jax.data.tasks import Execution, Job, make_tasks, read_settings, run_job, write_manifest
 from oq2vl_jax.errors import UserError, run_command
 
 LENGTH_BIN = 64
@@ -95,7 +95,6 @@ def check_config(config: PackConfig) -> None:
 
 def save_tokenizer(config: PackConfig) -> dict:
     """Writes OUT/tokenizer, as the model has to have it; returns its identity for the settings."""
-    import json
     import tempfile
 
     from oq2vl_jax.data import paths
@@ -106,7 +105,7 @@ def save_tokenizer(config: PackConfig) -> dict:
         codec.save(Path(folder))
         identity = tokenizer_sha256(Path(folder))
         there = paths.join(config.out, "settings.json")
-        if not paths.exists(there) or json.loads(paths.read_text(there)).get("tokenizer_sha256") == identity:
+        if not paths.exists(there) or read_settings(config.out).get("tokenizer_sha256") == identity:
             paths.write_folder(Path(folder), paths.join(config.out, "tokenizer"))
     return {
         "tokenizer_sha256": identity,

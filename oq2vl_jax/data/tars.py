@@ -64,8 +64,9 @@ def read_members(path: str) -> Iterator[Members]:
         if group is not None:
             yield group
     except (tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        reason = str(error).partition("\n")[0].rstrip(":")
         raise CutOffError(
-            f"{path}: the tar is broken or cut off after {num_keys} whole samples ({error}); "
+            f"{path}: the tar is broken or cut off after {num_keys} whole samples ({reason}); "
             "fetch it again, or pass --broken-shards keep to use what is whole."
         ) from error
 

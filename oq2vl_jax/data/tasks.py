@@ -100,7 +100,7 @@ def run_job(job: Job, tasks: list[Task], execution: Execution) -> list[dict[str,
 
 def check_out_is_ours(job: Job, tasks: list[Task]) -> None:
     """A folder of something else, or written with other settings or more input, is not mixed with or overwritten."""
-    file, names = paths.join(job.out, "settings.json"), paths.list_names(job.out)
+    names = paths.list_names(job.out)
     if "settings.json" not in names:
         ours = {"manifest.json", *(f"{job.stem(task.index)}.json" for task in tasks)}
         foreign = sorted(name for name in names if name in ours or name.endswith(job.suffix))
@@ -115,9 +115,7 @@ def check_out_is_ours(job: Job, tasks: list[Task]) -> None:
         raise UserError(
             f"--out {job.out} holds {older[0]}, made from more input than this time; choose another folder."
         )
-    there = paths.read_json(file)
-    if not isinstance(there, dict):
-        raise UserError(f"{file}: expected a JSON object; choose another --out folder.")
+    there = read_settings(job.out)
     changed = [
         f"{key}: {there.get(key)} there, {value} now" for key, value in job.settings.items() if there.get(key) != value
     ]
@@ -125,6 +123,14 @@ def check_out_is_ours(job: Job, tasks: list[Task]) -> None:
         raise UserError(
             f"--out {job.out} was written with other settings ({'; '.join(changed)}); choose another folder."
         )
+
+
+def read_settings(out: str) -> dict[str, Any]:
+    """What OUT/settings.json holds. Raises UserError for a damaged one."""
+    settings = paths.read_json(paths.join(out, "settings.json"))
+    if not isinstance(settings, dict):
+        raise UserError(f"{paths.join(out, 'settings.json')}: expected a JSON object; choose another --out folder.")
+    return settings
 
 
 def write_manifest(job: Job, manifest: dict[str, Any]) -> None:

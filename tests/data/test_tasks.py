@@ -213,3 +213,11 @@ def test_what_was_kept_of_a_cut_off_tar_does_not_stand_when_it_should_stop(shard
     assert pack_shards(keep)["skipped"] == {"shard_cut_off": 1}
     with pytest.raises(UserError, match="broken or cut off"):
         pack_shards(dataclasses.replace(keep, broken_shards="stop"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_damaged_settings_are_one_sentence(shards, tmp_path, byte_tokenizer_folder, content):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "settings.json").write_text(content)
+    with pytest.raises(UserError, match=r"settings\.json: (not valid JSON|expected a JSON object)"):
+        pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
