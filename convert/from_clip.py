@@ -100,6 +100,10 @@ def read_clip_config(folder: Path, eos_id: int) -> ClipConfig:
 def load_tokenizer(folder: Path):
     import transformers
 
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(
+            f"{folder}: no tokenizer there (tokenizer.json or vocab.json)."
+        )  # transformers makes an empty one
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what the Rust library raises for a broken file is a plain Exception

@@ -41,6 +41,7 @@ def inspect_rows(command: InspectCommand) -> str:
     """Writes the page and returns a line about the rows. Raises UserError for files that are no packed rows."""
     from oq2vl_jax.data import paths
     from oq2vl_jax.data.page import page
+    from oq2vl_jax.data.tasks import read_settings
     from oq2vl_jax.data.text import TextCodec
 
     if command.num_rows < 1:
@@ -49,10 +50,12 @@ def inspect_rows(command: InspectCommand) -> str:
         raise UserError(f"--out {command.out}: its folder does not exist.")
     files = find_files(command.rows)
     folder = files[0].parent
-    settings = paths.read_json(str(folder / "settings.json"))
-    missing = [name for name in ("num_tokens", "visual_tokens") if name not in settings]
-    if missing:
-        raise UserError(f"{folder / 'settings.json'}: lacks {missing[0]}; it is not of a packed folder.")
+    settings = read_settings(str(folder))
+    for name in ("num_tokens", "visual_tokens"):
+        if not isinstance(settings.get(name), int) or settings[name] < 1:
+            raise UserError(
+                f"{folder / 'settings.json'}: {name} is {settings.get(name)!r}; it is not of a packed folder."
+            )
     codec = TextCodec.load(str(folder / "tokenizer"))
     source = open_rows(files)
     if not len(source):
@@ -96,7 +99,10 @@ def read_row(source, index: int, files: list[Path]):
     from oq2vl_jax.data.rows import decode_row
 
     try:
-        return decode_row(source[index])
+        row = decode_row(source[index])
+        if not row.lengths or sum(row.lengths) != len(row.tokens) or len(row.keys) != len(row.lengths):
+            raise ValueError("its documents do not add up")
+        return row
     except Exception as error:  # the same, or bytes of another format
         raise UserError(f"{files[0].parent}: row {index} cannot be read ({error}); pack the shards again.") from error
 
@@ -126,6 +132,11 @@ def statistics(source, settings: dict, files: list[Path]) -> tuple[str, list[str
 
 
 def row_html(index: int, row, codec, visual_tokens: int) -> str:
+    num_places = int((row.tokens == codec.special.image).sum())
+    if num_places != len(row.images) * visual_tokens:
+        raise UserError(
+            f"row {index}: {len(row.images)} images for {num_places} visual tokens, {visual_tokens} an image."
+        )
     documents, start, images = [], 0, iter(row.images)
     for number, length in enumerate(row.lengths):
         tokens, is_labelled = row.tokens[start : start + length], row.is_labelled[start : start + length]

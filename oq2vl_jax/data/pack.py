@@ -86,7 +86,9 @@ def pack_shards(config: PackConfig) -> dict | None:
 
 def check_config(config: PackConfig) -> None:
     from oq2vl_jax.config import check_square
+    from oq2vl_jax.data import paths
 
+    paths.check_out(config.out)
     check_square("--visual-tokens", config.visual_tokens)
     for name in ("num_tokens", "max_images", "files_per_task"):
         if getattr(config, name) < 1:

@@ -89,6 +89,12 @@ def list_names(folder: str) -> set[str]:
     return {path.rsplit("/", 1)[-1] for path in fs.ls(name, detail=False)} if fs.exists(name) else set()
 
 
+def check_out(out: str) -> None:
+    """An unset shell variable would else write into the folder one happens to be in."""
+    if not out.strip():
+        raise UserError("--out is empty; give a folder.")
+
+
 def make_folder(folder: str) -> None:
     if is_remote(folder):
         fs, name = filesystem(folder)

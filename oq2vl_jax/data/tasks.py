@@ -87,8 +87,10 @@ def make_tasks(files: list[str], inputs_per_task: int = 1) -> list[Task]:
 
 def run_job(job: Job, tasks: list[Task], execution: Execution) -> list[dict[str, Any]] | None:
     """Runs this rank's tasks; the reports of all tasks in order, or None while other ranks have some to do."""
+    paths.check_out(job.out)
     paths.make_folder(job.out)
     check_out_is_ours(job, tasks)
+    check_inputs_are_no_outputs(job, tasks)
     paths.remove(paths.join(job.out, "manifest.json"))  # a manifest says that everything is whole
     paths.write_text(paths.join(job.out, "settings.json"), json.dumps(job.settings, indent=2) + "\n")
     mine = tasks[execution.rank :: execution.world_size]
@@ -125,6 +127,13 @@ def check_out_is_ours(job: Job, tasks: list[Task]) -> None:
         )
 
 
+def check_inputs_are_no_outputs(job: Job, tasks: list[Task]) -> None:
+    outputs = {os.path.abspath(paths.join(job.out, f"{job.stem(task.index)}{job.suffix}")) for task in tasks}
+    both = [path for task in tasks for path in task.inputs if os.path.abspath(path) in outputs]
+    if both:
+        raise UserError(f"--out {job.out}: {both[0]} is an input and would be overwritten; choose another folder.")
+
+
 def read_settings(out: str) -> dict[str, Any]:
     """What OUT/settings.json holds. Raises UserError for a damaged one."""
     settings = paths.read_json(paths.join(out, "settings.json"))
@@ -146,10 +155,11 @@ def run_task(job: Job, task: Task) -> dict[str, Any]:
     finished = finished_report(job, task)
     if finished is not None:
         return finished
-    file = f"{job.stem(task.index)}{job.suffix}"
-    with paths.whole_output(paths.join(job.out, file)) as partial_file:
+    file, identity = f"{job.stem(task.index)}{job.suffix}", task_identity(job, task)
+    output = paths.join(job.out, file)
+    with paths.whole_output(output) as partial_file:
         report = {"file": file, "inputs": list(task.inputs), **job.work(task.inputs, partial_file)}
-    stored = json.dumps(report | {"identity": task_identity(job, task)})
+    stored = json.dumps(report | {"identity": identity, "size_bytes": paths.file_version(output)[0]})
     paths.write_text(paths.join(job.out, f"{job.stem(task.index)}.json"), stored)
     return json.loads(json.dumps(report))
 
@@ -160,12 +170,14 @@ def finished_report(job: Job, task: Task) -> dict[str, Any] | None:
         return None
     try:
         report = paths.read_json(file)
-        identity, output = report.pop("identity"), report["file"]
+        identity, size = report.pop("identity"), report.pop("size_bytes")
+        is_its_own = report["file"] == f"{job.stem(task.index)}{job.suffix}" and report["inputs"] == list(task.inputs)
+        is_cut_off = "shard_cut_off" in report["skipped"] and job.broken_shards == "stop"
     except (UserError, KeyError, TypeError, AttributeError):  # damaged: the task is done again
         return None
-    is_cut_off = "shard_cut_off" in report.get("skipped", {}) and job.broken_shards == "stop"
-    is_whole = identity == task_identity(job, task) and paths.exists(paths.join(job.out, output))
-    return report if is_whole and not is_cut_off else None
+    output = paths.join(job.out, f"{job.stem(task.index)}{job.suffix}")
+    is_whole = paths.exists(output) and paths.file_version(output)[0] == size
+    return report if is_its_own and is_whole and not is_cut_off and identity == task_identity(job, task) else None
 
 
 def task_identity(job: Job, task: Task) -> str:

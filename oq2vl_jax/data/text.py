@@ -269,6 +269,8 @@ def tokenizer_sha256(folder: Path) -> str:
     the same tokenizer in more than one way, for example when a model's config.json stands beside it.
     """
     saved = json.loads((folder / "tokenizer.json").read_text())
+    if saved["model"].get("type") != "BPE":
+        raise UserError(f"{folder}: a tokenizer of type {saved['model'].get('type')}, expected BPE as Qwen2.5's.")
     added = [(token["id"], token["content"]) for token in saved["added_tokens"]]
     identity = [saved["model"]["vocab"], saved["model"]["merges"], added, saved["normalizer"], saved["pre_tokenizer"]]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

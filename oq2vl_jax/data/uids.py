@@ -45,8 +45,10 @@ class UidSet:
                 uids = np.load(file, allow_pickle=False)
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file; a uid set (.npy of dtype u8,u8) is expected.") from error
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, MemoryError) as error:
             raise UserError(f"{path}: not a whole .npy file ({error}).") from error
+        if not isinstance(uids, np.ndarray):
+            raise UserError(f"{path}: an archive of arrays; a uid set is one array (np.save).")
         if uids.dtype != UID_DTYPE or uids.ndim != 1:
             raise UserError(f"{path}: expected a 1-d array of dtype u8,u8, got {uids.dtype} with shape {uids.shape}.")
         return UidSet(uids["f0"], uids["f1"])

@@ -221,3 +221,45 @@ def test_damaged_settings_are_one_sentence(shards, tmp_path, byte_tokenizer_fold
     (tmp_path / "rows" / "settings.json").write_text(content)
     with pytest.raises(UserError, match=r"settings\.json: (not valid JSON|expected a JSON object)"):
         pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+
+
+def test_an_output_that_was_cut_off_later_is_made_again(shards, tmp_path, byte_tokenizer_folder, expected):
+    pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+    select(shards, tmp_path / "tars", num_workers=1)
+    for file in (tmp_path / "rows" / "rows-00003.array_record", tmp_path / "tars" / "00000001.tar"):
+        file.write_bytes(file.read_bytes()[:100])
+    pack(shards, tmp_path / "rows", byte_tokenizer_folder, num_workers=1)
+    select(shards, tmp_path / "tars", num_workers=1)
+    assert digests(tmp_path) == expected
+
+
+def test_an_input_replaced_while_its_task_ran_is_read_again(shards, tmp_path, monkeypatch):
+    from oq2vl_jax.data import reshard as module
+
+    (tmp_path / "0.tar").write_bytes((shards / "00000.tar").read_bytes())
+    config = ReshardConfig(f"{tmp_path}/0.tar", f"{shards}/uids.npy", f"{tmp_path}/out", execution=Execution(1))
+
+    def reshard_and_replace(*arguments, work=module.reshard_files):
+        report = work(*arguments)
+        (tmp_path / "0.tar").write_bytes((shards / "00001.tar").read_bytes())
+        return report
+
+    monkeypatch.setattr(module, "reshard_files", reshard_and_replace)
+    first = reshard(config)
+    monkeypatch.undo()
+    again = reshard(config)
+    assert first["written"] != again["written"]
+
+
+def test_an_input_that_is_an_output_and_an_empty_folder_name_are_refused(shards, tmp_path, byte_tokenizer_folder):
+    select(shards, tmp_path / "tars", num_workers=1)
+    config = ReshardConfig(
+        f"{tmp_path}/tars/*.tar", f"{shards}/uids.npy", f"{tmp_path}/tars", 2, execution=Execution(1)
+    )
+    with pytest.raises(UserError, match=r"choose another folder"):
+        reshard(config)
+    for out in ("", " "):
+        with pytest.raises(UserError, match="--out is empty"):
+            pack(shards, out, byte_tokenizer_folder)
+        with pytest.raises(UserError, match="--out is empty"):
+            select(shards, out)

@@ -82,3 +82,14 @@ def test_other_files_are_explained(tmp_path, content, message):
         UidSet.load(str(file))
     with pytest.raises(UserError, match="no such file"):
         UidSet.load(str(tmp_path / "nothing.npy"))
+
+
+def test_an_archive_and_a_header_that_claims_too_much_are_explained(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="an archive of arrays"):
+        UidSet.load(str(tmp_path / "a.npz"))
+    np.save(tmp_path / "b.npy", np.zeros(3, UID_DTYPE))
+    content = (tmp_path / "b.npy").read_bytes().replace(b"(3,)", b"(9999999999999,)", 1)
+    (tmp_path / "b.npy").write_bytes(content)
+    with pytest.raises(UserError, match="not a whole"):
+        UidSet.load(str(tmp_path / "b.npy"))

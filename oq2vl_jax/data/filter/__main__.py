@@ -43,6 +43,7 @@ def run_filter(command: FilterCommand) -> dict:
     from oq2vl_jax.data.filter.pool import read_pool
     from oq2vl_jax.data.filter.report import choose_pictures, make_report, write_page
 
+    paths.check_out(command.out)
     if command.num_pictures < 0:
         raise UserError(f"--num-pictures must be at least 0, got {command.num_pictures}.")
     selection = load_filter(command.rules)
@@ -65,7 +66,8 @@ def main() -> None:
     report = run_filter(command)
     print(
         f"{report['kept']:,} of {report['samples']:,} samples kept ({report['kept'] / max(report['samples'], 1):.1%}), "
-        f"{report['uids']:,} ids in {command.out}/uids.npy; report: {command.out}/report.html"
+        f"{report['uids']:,} ids in {command.out}/uids.npy; samples without a valid id: {report['invalid_uids']:,}; "
+        f"report: {command.out}/report.html"
     )
 
 

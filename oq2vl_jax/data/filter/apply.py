@@ -105,6 +105,6 @@ def keep_top(rule: Rule, pool: Pool, seed: int) -> tuple[np.ndarray, float]:
     if rule.has_exact_top:
         ties = np.flatnonzero(keep & (values == threshold))
         num_too_many = int(keep.sum()) - count
-        order = np.argsort(mixed(pool.high[ties] ^ mixed(pool.low[ties] + np.uint64(seed))), kind="stable")
+        order = np.argsort(mixed(pool.high[ties] ^ mixed(pool.low[ties] + np.uint64(seed % 2**64))), kind="stable")
         keep[ties[order[len(ties) - num_too_many :]]] = False
     return keep, threshold

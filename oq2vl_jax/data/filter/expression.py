@@ -40,7 +40,10 @@ Expression = Leaf | Combination
 
 def parse(text: str) -> Expression:
     """Raises UserError with the place of a mistake."""
-    return _Parser(text).parse()
+    try:
+        return _Parser(text).parse()
+    except RecursionError as error:
+        raise UserError("expression: nested too deeply.") from error
 
 
 def leaves(expression: Expression) -> Iterator[Leaf]:

@@ -16,6 +16,8 @@ from oq2vl_jax.data.uids import UidSet, mixed
 from oq2vl_jax.errors import UserError
 
 FILES_PER_BATCH = 64
+TEXT = "text for the language rule"
+"""A name that no file has for a column."""
 COLUMN_NAMES = {
     "text": ("text", "caption"),
     "original_width": ("original_width", "width"),
@@ -55,13 +57,13 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
         if rule.test is not None:
             selected.append(rule.test(lambda column: pl.col(present[column])).fill_null(False).alias(f"rule {i}"))
     if languages:
-        selected.append(pl.col(present["text"]).alias("text"))
+        selected.append(pl.col(present["text"]).alias(TEXT))
     frames = []
     for batch in batches(metadata):
         frame = collect(pl.scan_parquet(batch, missing_columns="raise", extra_columns="ignore").select(selected), batch)
         for i, rule in languages:
-            frame = frame.with_columns(is_language(frame["text"], rule.leaf.arguments).alias(f"rule {i}"))
-        frames.append(frame.drop("text", strict=False))
+            frame = frame.with_columns(is_language(frame[TEXT], rule.leaf.arguments).alias(f"rule {i}"))
+        frames.append(frame.drop(TEXT, strict=False))
     frame = pl.concat(frames)
     is_valid = (frame["high"].is_not_null() & frame["low"].is_not_null() & frame["is_hex"].fill_null(False)).to_numpy()
     high, low = (
@@ -70,7 +72,13 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     keeps = {rule.leaf: frame[f"rule {i}"].to_numpy() for i, rule in enumerate(tests)}
     keeps |= {rule.leaf: UidSet.load(rule.uids).contains(high, low) for rule in rules if rule.uids}
     values = {c: frame[c].fill_null(float("nan")).to_numpy() for c in score_columns if c in names}
-    return Pool(high, low, is_valid, keeps, values | read_scores(scores, from_scores, high, low))
+    values |= read_scores(scores, from_scores, high, low)
+    for column, numbers in values.items():
+        if len(numbers) and np.isnan(numbers).all():
+            raise UserError(
+                f"column {column}: no sample of the metadata has a number in it; do the ids of the files match?"
+            )
+    return Pool(high, low, is_valid, keeps, values)
 
 
 def id_columns(names: list[str], file: str) -> list[Any]:

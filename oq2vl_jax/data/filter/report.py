@@ -1,10 +1,10 @@
 """What a filter did: counts, overlaps, score distributions, and a sheet of kept and rejected pictures to look at."""
 
-import contextlib
 import html
 import itertools
 import math
 import random
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ def other_rules(result: Result, written: list, leaf) -> np.ndarray:
 
 def distribution(values: np.ndarray) -> dict:
     """Counts in NUM_BINS bins; integer scores of 0-100 fall into bins of whole numbers."""
-    scored = values[~np.isnan(values)]
+    scored = values[np.isfinite(values)]
     if not len(scored):
         return {"scored": 0, "bins": {}}
     low, high = float(scored.min()), float(scored.max())
@@ -122,8 +122,10 @@ def choose_pictures(shards: list[str], pool: Pool, selection: Selection, result:
 
 def whole_samples(shard: str) -> Iterator[Sample]:
     """A tar that is cut off is no reason to do without a report."""
-    with contextlib.suppress(CutOffError):
+    try:
         yield from read_samples(shard)
+    except CutOffError as problem:
+        print(f"no pictures from here on: {problem}", file=sys.stderr)
 
 
 def write_page(path: str, report: dict, pictures: list[Picture]) -> None:

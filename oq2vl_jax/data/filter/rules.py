@@ -30,8 +30,9 @@ CLIP_COLUMNS = {
 }
 MLM_METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
 TEXT_AND_SIZE = ("language", "words", "characters", "short_side", "aspect")
-COMPARISON = re.compile(r"(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)")
-SCORE_COMPARISON = re.compile(r"(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)")
+NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
+COMPARISON = re.compile(r"(>=|<=|>|<)\s*" + NUMBER)
+SCORE_COMPARISON = re.compile(r"(\w+)\s*(>=|<=|>|<)\s*" + NUMBER)
 TOP = re.compile(r"(?:(\w+)\s*,\s*)?(\d*\.?\d+)")
 
 
@@ -79,7 +80,9 @@ def make_rule(leaf: Leaf) -> Rule:
     name, arguments = leaf.name, leaf.arguments
     if name in TEXT_AND_SIZE:
         return text_or_size_rule(leaf)
-    if name == "uids" and arguments:
+    if name == "uids":
+        if not arguments:
+            raise UserError("expression: uids: expected a file, like uids(dfn.npy).")
         return Rule(leaf, (), uids=arguments)
     if name in CLIP_COLUMNS:
         operator, number = matched(COMPARISON, leaf, "(>= 0.28)")
@@ -118,8 +121,9 @@ def text_or_size_rule(leaf: Leaf) -> Rule:
         if leaf.name == "characters":
             return column("text").str.len_chars()
         sides = [column(name).cast(pl.Float64, strict=False) for name in columns]
+        is_known = sides[0].is_not_null() & sides[1].is_not_null() & (pl.min_horizontal(sides) > 0)
         shorter, longer = pl.min_horizontal(sides), pl.max_horizontal(sides)
-        return shorter if leaf.name == "short_side" else longer / shorter
+        return pl.when(is_known).then(shorter if leaf.name == "short_side" else longer / shorter)
 
     if leaf.name == "words" and operator == ">=" and re.fullmatch(r"[1-9]\d?", number):
         enough = r"\S" + r"\s+\S+" * (int(number) - 2) + r"\s+\S" * (int(number) > 1)

@@ -90,7 +90,7 @@ def test_mistakes_are_named_with_their_place(text, message):
         ("mlm(semantic_understandin >= 85)", "Did you mean 'semantic_understanding'"),
         ("mlm_top(0.2)", "expected a column and a fraction"),
         ("language(english)", "language code"),
-        ("uids()", "no such rule"),
+        ("uids()", "expected a file"),
         ("words(three)", "something like"),
     ],
 )

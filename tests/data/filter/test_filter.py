@@ -231,3 +231,47 @@ def test_a_cut_off_tar_is_no_reason_to_do_without_a_report(pool, tmp_path, write
     shard.write_bytes(shard.read_bytes()[:5000])
     report, _ = run(pool[0], tmp_path, "basic", NO_LANGUAGE, shards=str(shard))
     assert report["samples"] == COUNT
+
+
+def test_unknown_sizes_pass_no_rule_about_them(tmp_path):
+    sizes = [(None, 300), (300, None), (0, 0), (300, 300)]
+    pl.DataFrame(
+        {
+            "uid": [f"{i:032x}" for i in range(4)],
+            "original_width": [w for w, _ in sizes],
+            "original_height": [h for _, h in sizes],
+        }
+    ).write_parquet(tmp_path / "0.parquet")
+    for expression in ("short_side(>= 32)", "aspect(<= 1e20)", "aspect(>= 1)"):
+        (tmp_path / "rules.toml").write_text(f"expression = '{expression}'")
+        run_filter(FilterCommand(str(tmp_path / "rules.toml"), f"{tmp_path}/*.parquet", str(tmp_path / "out")))
+        assert np.load(tmp_path / "out" / "uids.npy").tolist() == [(0, 3)]
+
+
+def test_scores_that_belong_to_no_sample_are_an_error_and_not_an_empty_set(pool, tmp_path):
+    folder, _ = pool
+    (tmp_path / "rules.toml").write_text("expression = 'top(quality, 0.5)'\nseed = -1")
+    for name, frame in {
+        "other ids": pl.DataFrame({"uid": ["f" * 32], "quality": [1.0]}),
+        "no numbers": pl.DataFrame({"uid": ["f" * 32], "quality": ["high"]}),
+        "no rows": pl.DataFrame(schema={"uid": pl.String, "quality": pl.Float32}),
+    }.items():
+        frame.write_parquet(tmp_path / "scores.parquet")
+        command = FilterCommand(
+            str(tmp_path / "rules.toml"), f"{folder}/*.parquet", f"{tmp_path}/out", (f"{tmp_path}/scores.parquet",)
+        )
+        with pytest.raises(UserError, match="do the ids of the files match"):
+            run_filter(command)
+        assert not (tmp_path / "out").exists(), name
+
+
+def test_a_negative_seed_and_infinite_scores_are_no_crash(pool, tmp_path):
+    folder, rows = pool
+    uids = [row["uid"] for row in rows if len(row["uid"] or "") == 32]
+    quality = [float("inf")] * 3 + [1.0] * (len(uids) - 3)
+    pl.DataFrame({"uid": uids, "quality": quality}).write_parquet(tmp_path / "scores.parquet")
+    (tmp_path / "rules.toml").write_text("expression = 'top(quality, 0.5)'\nseed = -1")
+    command = FilterCommand(
+        str(tmp_path / "rules.toml"), f"{folder}/*.parquet", f"{tmp_path}/out", (f"{tmp_path}/scores.parquet",)
+    )
+    assert run_filter(command)["kept"] == len(uids) // 2
