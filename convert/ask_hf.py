@@ -56,11 +56,11 @@ def ask(config: AskHFConfig) -> str:
 
 
 def ask_checkpoint(config: AskHFConfig) -> str:
-    from oq2vl_jax.generate import Generator, read_images
+    from oq2vl_jax.eval.generator import Generator, SamplingOptions
+    from oq2vl_jax.generate import read_images
 
     generator = Generator(str(config.same_as))
-    prompt = generator.encode_prompt(config.prompt, len(config.image))
-    return generator.reply([prompt], [read_images(config.image)], config.max_new_tokens)[0]
+    return generator.ask(config.prompt, read_images(config.image), SamplingOptions(config.max_new_tokens))
 
 
 def check_images(paths: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from oq2vl_jax.errors import UserError
 
-Template = Literal["plain", "open_qwen2vl", "chatml"]
+Template = Literal["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"]
 """How text is written around images and turns; see data/text.py."""
 
 

@@ -3,8 +3,9 @@
     python -m oq2vl_jax.generate --checkpoint runs/tiny --image cat.png --prompt "what is the blue shape?"
     python -m oq2vl_jax.generate --checkpoint runs/tiny --requests test.jsonl --out predictions.jsonl
 
-A request is {"image": path or list of paths, relative to the file, "prompt": text, ...}; a prediction is the request
-with "reply" added. Requests are answered in batches of similar length; the order of the file is kept.
+A request is {"prompt": text, "image": path or list of paths, relative to the file, ...}; a prediction is the request
+with "reply" and "finish_reason" added. Requests are answered in batches of similar length; the order of the file is
+kept. The reply to a single prompt is printed as it is written.
 """
 
 import json
@@ -13,18 +14,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oq2vl_jax.config import Template
-from oq2vl_jax.data.text import IMAGE
 from oq2vl_jax.errors import UserError, run_command
 
-PROMPT_BUCKET = 32
-"""Prompts are padded to a multiple of this many tokens, so that few shapes are compiled."""
+if TYPE_CHECKING:
+    from oq2vl_jax.eval.generator import Generator, SamplingOptions
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Asks a checkpoint about images, by greedy decoding."""
+    """Asks a checkpoint about images. Greedy by default: the most likely token each time."""
 
     checkpoint: str
     """Run directory (its newest checkpoint) or one checkpoint folder."""
@@ -39,79 +40,38 @@ class GenerateConfig:
     template: Template | None = None
     """How the question is written; default: as the checkpoint's data was."""
     max_new_tokens: int = 64
+    temperature: float = 0.0
+    """Above 0: draw each token, from flatter probabilities the higher it is."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0: from all."""
+    seed: int = 0
+    """The same request with the same seed gets the same reply."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply, and are cut off."""
     batch_size: int = 64
-
-
-class Generator:
-    """A loaded checkpoint that answers prompts."""
-
-    def __init__(self, checkpoint: str, template: str | None = None):
-        import jax
-
-        from oq2vl_jax.config import MeshConfig
-        from oq2vl_jax.data.text import TextCodec
-        from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-        from oq2vl_jax.train.checkpoint import find_checkpoint, load_description, load_weights
-        from oq2vl_jax.train.sharding import make_mesh, parameter_shardings
-
-        folder = find_checkpoint(checkpoint)
-        description = load_description(folder)
-        self.model_config, self.template = description.model, template or description.template
-        self.codec = TextCodec(str(folder / "tokenizer"))
-        shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), description.model))
-        shardings = parameter_shardings(shapes, make_mesh(MeshConfig()))
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        self.model = load_weights(folder, like)
-
-    def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
-        """Token ids with the images before the text. Raises UserError for a text that names images of its own."""
-        if IMAGE in prompt:
-            raise UserError(f"the prompt {prompt!r} contains {IMAGE}; images are put before the prompt, in order.")
-        return self.codec.prompt(prompt, self.template, num_images, self.model_config.num_visual_tokens)
-
-    def reply(self, prompts: list[list[int]], images: list[list[bytes]], max_new_tokens: int) -> list[str]:
-        """Replies to tokenised prompts, whose i-th placeholder run is the i-th of the images (encoded)."""
-        return [self.codec.decode(tokens).strip() for tokens in self.reply_tokens(prompts, images, max_new_tokens)]
-
-    def reply_tokens(self, prompts: list[list[int]], images: list[list[bytes]], max_new_tokens: int) -> list[list[int]]:
-        """The same as token ids, without the stop token."""
-        import numpy as np
-
-        from oq2vl_jax.data.images import decode_image
-        from oq2vl_jax.eval.decoding import generate_greedy
-
-        size, eos = self.model_config.vision.image_size, self.codec.special.eos
-        lengths = np.array([len(prompt) for prompt in prompts])
-        tokens = np.full((len(prompts), -(-lengths.max() // PROMPT_BUCKET) * PROMPT_BUCKET), self.codec.special.pad)
-        pixels = np.zeros((len(prompts), max(map(len, images)), size, size, 3), np.uint8)
-        for row, (prompt, encoded) in enumerate(zip(prompts, images, strict=True)):
-            tokens[row, : len(prompt)] = prompt
-            for slot, data in enumerate(encoded):
-                pixels[row, slot] = decode_image(data, size)
-        new_tokens = np.asarray(generate_greedy(self.model, tokens, lengths, pixels, max_new_tokens, eos))
-        return [cut_at(row.tolist(), eos) for row in new_tokens]
 
 
 def read_images(paths: Iterable[str]) -> list[bytes]:
     return [Path(path).read_bytes() for path in paths]
 
 
-def cut_at(tokens: list[int], stop: int) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+def answer_requests(
+    generator: "Generator", requests: list[dict], options: "SamplingOptions", batch_size: int
+) -> Iterator[tuple[int, dict]]:
+    """(number, prediction) for every request."""
+    from oq2vl_jax.eval.generator import Request
 
-
-def answer_requests(generator: Generator, requests: list[dict], config: GenerateConfig) -> Iterator[tuple[int, dict]]:
-    """(number, prediction) for every request, batched by length."""
-    prompts = [generator.encode_prompt(request["prompt"], len(request["image"])) for request in requests]
-    order = sorted(range(len(requests)), key=lambda i: (len(requests[i]["image"]), len(prompts[i]), i))
-    for start in range(0, len(order), config.batch_size):
-        chosen = order[start : start + config.batch_size]
-        padded = chosen + [chosen[-1]] * (config.batch_size - len(chosen))  # one shape for the last batch as well
-        replies = generator.reply(
-            [prompts[i] for i in padded], [read_images(requests[i]["image"]) for i in padded], config.max_new_tokens
+    contents = {path: Path(path).read_bytes() for request in requests for path in request["image"]}
+    encoded = [
+        Request(
+            generator.encode_prompt(request["prompt"], len(request["image"])), [contents[p] for p in request["image"]]
         )
-        for i, reply in zip(chosen, replies, strict=False):
-            yield i, {**requests[i], "reply": reply}
+        for request in requests
+    ]
+    for i, reply in generator.generate_all(encoded, options, batch_size):
+        yield i, {**requests[i], "reply": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
 def read_requests(path: str) -> list[dict]:
@@ -123,10 +83,11 @@ def read_requests(path: str) -> list[dict]:
     for number, line in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
         try:
             request = json.loads(line)
-            images = [request["image"]] if isinstance(request["image"], str) else list(request["image"])
+            images = request.get("image", [])
+            images = [images] if isinstance(images, str) else list(images)
             if not isinstance(request["prompt"], str):
                 raise TypeError("prompt is not a string")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"line {number}: {type(error).__name__}: {error}")
             continue
         images = [str(file.parent / image) for image in images]
@@ -139,10 +100,7 @@ def read_requests(path: str) -> list[dict]:
     return requests
 
 
-def main() -> None:
-    import tyro
-
-    config = tyro.cli(GenerateConfig, prog="python -m oq2vl_jax.generate")
+def check(config: GenerateConfig) -> None:
     if (config.requests is None) == (config.prompt is None):
         raise UserError("give either --prompt (with --image) or --requests.")
     if config.requests is not None and config.out is None:
@@ -158,25 +116,41 @@ def main() -> None:
     missing = [image for image in config.image if not Path(image).is_file()]
     if missing:
         raise UserError(f"--image {missing[0]}: no such file.")
+
+
+def main() -> None:
+    import tyro
+
+    config = tyro.cli(GenerateConfig, prog="python -m oq2vl_jax.generate")
+    check(config)
     from oq2vl_jax.data.images import ImageError
 
     requests = read_requests(config.requests) if config.requests else None
+    from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+
+    options = SamplingOptions(
+        config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.seed, config.stop
+    )
     generator = Generator(config.checkpoint, config.template)
     try:
         if requests is None:
             prompt = generator.encode_prompt(config.prompt or "", len(config.image))
-            print(generator.reply([prompt], [read_images(config.image)], config.max_new_tokens)[0])
+            for piece in generator.stream(Request(prompt, read_images(config.image)), options):
+                print(piece, end="", flush=True)
+            print()
         else:
-            write_predictions(generator, requests, config)
+            write_predictions(generator, requests, options, config)
     except ImageError as problem:
         raise UserError(f"an image cannot be used: {problem}.") from problem
 
 
-def write_predictions(generator: Generator, requests: list[dict], config: GenerateConfig) -> None:
+def write_predictions(
+    generator: "Generator", requests: list[dict], options: "SamplingOptions", config: GenerateConfig
+) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    predictions = answer_requests(generator, requests, config)
+    predictions = answer_requests(generator, requests, options, config.batch_size)
     if sys.stderr.isatty():
         predictions = track(predictions, "answering", total=len(requests), console=Console(stderr=True))
     answered = dict(predictions)

@@ -51,6 +51,32 @@ OPEN_QWEN2VL = (
     "{%- endfor -%}"
 )
 
+IMAGES_FIRST = (
+    "{%- if message.content is not string -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- BEHIND -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+)
+RELEASED = (
+    "{%- set turns = namespace(human=0) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}"
+    "{%- set turns.human = turns.human + 1 -%}"
+    "{%- if turns.human == 1 -%}"
+    + IMAGES_FIRST.replace("BEHIND", "'<|image_pad|>\\n'")
+    + "{{- '<s><|im_start|>system\\n' + (messages[0].content if messages[0].role == 'system' else "
+    "'You are a helpful assistant.') + '<|im_end|>\\n<|im_start|>user\\n' -}}"
+    + IMAGES_FIRST.replace("BEHIND", NEWLINE)
+    + "{%- if message.content is string -%}{{- message.content | trim -}}{%- else -%}"
+    "{%- for part in message.content if part.type == 'text' -%}{{- part.text | trim -}}{%- endfor -%}{%- endif -%}"
+    "{%- else -%}"
+    "{{- '<|im_start|>user\\n' -}}" + content(NEWLINE) + "{%- endif -%}"
+    "{{- '<|im_end|>assistant' -}}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{%- if not message.content -%}{{- ' ' -}}{%- endif -%}" + content("''") + "{{- '<|im_end|>\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
 CHATML = (
     SYSTEM + "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message.role + '\\n' -}}" + content(NEWLINE) + "{{- '<|im_end|>\\n' -}}"
@@ -58,4 +84,4 @@ CHATML = (
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
-CHAT_TEMPLATES = {"plain": PLAIN, "open_qwen2vl": OPEN_QWEN2VL, "chatml": CHATML}
+CHAT_TEMPLATES = {"plain": PLAIN, "open_qwen2vl": OPEN_QWEN2VL, "open_qwen2vl_released": RELEASED, "chatml": CHATML}

@@ -1,10 +1,12 @@
 """Samples to Documents: tokenizer, special tokens, templates, and which tokens are labelled.
 
-Captions and interleaved documents have one form, conversations three templates (arXiv 2504.00595 and its code):
+Captions and interleaved documents have one form, conversations four templates (arXiv 2504.00595 and its code):
   interleaved   <s>, then <image>\\n or text <|endofchunk|> per element, <|im_end|>
   plain         <s> <image>\\n caption <|im_end|>                            everything but the image labelled
   open_qwen2vl  the published tuning template, exactly: no newline before "assistant", and in the first turn the token
                 after an image is dropped (a rule meant for Llama that fires because the turn begins with <s>)
+  open_qwen2vl_released   what the released instruct weights very likely saw, inferred from the history of that code:
+                the images of the first turn before everything, no newline before an answer
   chatml        Qwen2.5's own
 Conversations are labelled on assistant turns only.
 """
@@ -29,6 +31,7 @@ TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja")
 IMAGE_IN_TEXT = "<image-placeholder>"
 """What a literal <image> becomes in captions and interleaved documents, as in the published code."""
 HUMAN, ASSISTANT = "human", "gpt"
+DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 class SampleError(ValueError):
@@ -145,14 +148,22 @@ class TextCodec:
                 is_labelled += [False] * num_visual_tokens if token is None else [turn_labelled]
         return Document(np.array(tokens, np.int32), np.array(is_labelled, bool), sample.images, sample.key)
 
-    def prompt(self, question: str, template: str, num_images: int, num_visual_tokens: int) -> list[int]:
-        """Tokens to generate from: the images, the question, and for conversations the header of the answer."""
-        text = f"{IMAGE}\n" * num_images + question.strip()
+    def prompt(self, turns: list[str], template: str, num_visual_tokens: int, system: str | None = None) -> list[int]:
+        """Tokens to generate from: a conversation, human first and last, and the header of the answer.
+
+        Images stand where the turns have <image>. A plain prompt is <s> and the texts as they are. Raises SampleError.
+        """
         if template == "plain":
-            turn = self._encode_items([self.special.bos, *split_at_images(text)])
+            texts = [system or "", *turns]
+            encoded = self._encode_items([self.special.bos, *split_at_images("".join(texts))])
         else:
-            turn = self._human_turn(text, template, is_first=True)
-        runs = [[self.special.image] * num_visual_tokens if token is None else [token] for token in turn]
+            encoded = []
+            for i, text in enumerate(turns):
+                if i % 2:
+                    encoded += [token for turn, _ in self._assistant_turns(text.strip(), template) for token in turn]
+                else:
+                    encoded += self._human_turn(text.strip(), template, i == 0, system or DEFAULT_SYSTEM)
+        runs = [[self.special.image] * num_visual_tokens if token is None else [token] for token in encoded]
         return [token for run in runs for token in run]
 
     def text_notes(self, sample: Sample) -> list[str]:
@@ -189,6 +200,8 @@ class TextCodec:
         turns = []
         for i, message in enumerate(conversations):
             speaker = HUMAN if i % 2 == 0 else ASSISTANT
+            if i == 0 and isinstance(message, dict) and message.get("from") == ASSISTANT:
+                raise SampleError("conversation_starts_with_assistant")
             if not isinstance(message, dict) or message.get("from") != speaker:
                 raise SampleError("conversation_invalid")
             if not isinstance(message.get("value"), str):
@@ -200,12 +213,19 @@ class TextCodec:
                 turns += self._assistant_turns(text, template)
         return turns
 
-    def _human_turn(self, text: str, template: str, is_first: bool) -> "Turn":
+    def _human_turn(self, text: str, template: str, is_first: bool, system: str = DEFAULT_SYSTEM) -> "Turn":
         turn_start, eos = self.special.turn_start, self.special.eos
-        header = [turn_start, "system\nYou are a helpful assistant.", eos, "\n"] if is_first else []
+        header = [turn_start, f"system\n{system}", eos, "\n"] if is_first else []
+        if template == "open_qwen2vl_released" and is_first:
+            images, text = [None, "\n"] * text.count(IMAGE), text.replace(IMAGE, "")
+            return self._encode_items(
+                [*images, self.special.bos, *header, turn_start, f"user\n{text}", eos, "assistant"]
+            )
         message = [turn_start, "user\n", *split_at_images(text), eos]
         if template == "chatml":
             return self._encode_items([*header, *message, "\n", turn_start, "assistant\n"])
+        if template == "open_qwen2vl_released":
+            return self._encode_items([*message, "assistant"])
         if not is_first:
             return self._encode_items([*message, "assistant\n"])
         turn = self._encode_items([self.special.bos, *header, *message, "assistant\n"])

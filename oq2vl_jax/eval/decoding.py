@@ -1,59 +1,202 @@
-"""Greedy generation: one prefill over the prompts, then cached decoding, both inside one jitted call.
+"""Generation on the device: one prefill over the prompts, then cached decoding, each jitted once per shape.
 
-Prompts of a batch are padded on the right. Slot = position in the cache, so a row's first new token overwrites its
-first padding slot and padding is never attended to: batched output equals one-by-one output.
+Prompts of a batch are padded on the right, and a token's slot in the cache is its position. A row's first new token
+therefore overwrites its first padding slot, and a token at position p sees slots 0..p, all of them real: batched output
+is one-by-one output, without masks or shifted positions (padding on the left would need both).
 
-    prompt of 3, padded to 5   a b c . .      filled slots 1 1 1 0 0
-    after two new tokens       a b c x y      filled slots 1 1 1 1 1
+    prompt of 3, padded to 5   a b c . .      the row sees slots 0..2
+    after two new tokens       a b c x y      the row sees slots 0..4
+
+Rows are independent of each other down to the random numbers, which depend on a row's seed and position alone.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.model.qwen2 import init_cache
+from oq2vl_jax.model.qwen2 import KVCache, Qwen2Layer, unstack_layers
+
+NOTHING = -1
+"""Stands after the stop token of a row, and for "no visual token here"."""
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "stop_id", "dtype"))
-def generate_greedy(
-    model: OpenQwen2VL,
+class Weights(NamedTuple):
+    """A model taken apart for decoding: `model` without the decoder's layers, and these one by one."""
+
+    model: OpenQwen2VL
+    layers: tuple[Qwen2Layer, ...]
+
+
+class Sampling(NamedTuple):
+    """How each of B rows chooses its tokens. temperature 0 = the most likely one; top_k 0 = any; top_p 1 = any."""
+
+    temperature: Float[Array, "B"]
+    top_p: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    seed: Int[Array, "B"]
+
+
+class DecodeState(NamedTuple):
+    """token: chosen last and not in the cache yet, at `position`; is_done: a stop token was chosen."""
+
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    is_done: Bool[Array, "B"]
+    cache: KVCache
+
+
+def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
+    """The weights as decoding reads them, the decoder's matrices in `dtype`. The stacked layers are let go."""
+    layers = unstack_layers(model.decoder)
+    rest = jax.tree.map(lambda x: x, model)
+    rest.decoder.layers = None  # type: ignore[assignment]
+    if dtype != "float32":
+        layers, rest.decoder = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, (layers, rest.decoder))
+    return Weights(rest, layers)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def encode_images(
+    model: OpenQwen2VL, images: UInt8[Array, "I height width 3"], dtype: str = "float32"
+) -> Float[Array, "I M D"]:
+    """Visual tokens of images, from Weights.model."""
+    return model.encode(images[:, None], jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnames=("num_slots", "dtype"))
+def prefill(
+    weights: Weights,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    images: UInt8[Array, "B I height width 3"],
-    max_new_tokens: int,
-    stop_id: int,
+    visual_tokens: Float[Array, "N D"] | None,
+    visual_index: Int[Array, "B T"],
+    num_slots: int,
     dtype: str = "float32",
-) -> Int[Array, "B new"]:
-    """The most likely continuation of each prompt, at most max_new_tokens; `stop_id` from the stop token on.
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """float32 logits of the token after each prompt, and the cache of num_slots >= T slots.
 
-    tokens: prompts, row b real up to lengths[b] >= 1; images fill the placeholders in order, unused slots are zero.
+    tokens: row b is real up to lengths[b] >= 1. visual_index: which of the visual tokens stands at a position, or
+    NOTHING; visual tokens are shared by the rows.
     """
-    batch, num_tokens = tokens.shape
-    rows = jnp.arange(batch)
-    positions = jnp.broadcast_to(jnp.arange(num_tokens), tokens.shape)
-    cache = init_cache(model.config.decoder, batch, num_tokens + max_new_tokens, jnp.dtype(dtype))
-    x = model.embed(tokens, images, jnp.dtype(dtype))
-    hidden, cache = model.decoder.extend(x, positions, positions < lengths[:, None], cache)
-    token = next_token(model, hidden[rows, lengths - 1])
-    output = jnp.full((batch, max_new_tokens), stop_id, jnp.int32)
+    x = weights.model.decoder.embed(tokens, jnp.dtype(dtype))
+    if visual_tokens is not None:
+        x = jnp.where((visual_index >= 0)[:, :, None], visual_tokens[jnp.maximum(visual_index, 0)].astype(x.dtype), x)
+    hidden, cache = weights.model.decoder.prefill(weights.layers, x, num_slots)
+    last = hidden[jnp.arange(len(tokens)), lengths - 1]
+    return weights.model.logits(last[:, None])[:, 0], cache
+
+
+@jax.jit
+def start(
+    logits: Float[Array, "B V"],
+    cache: KVCache,
+    lengths: Int[Array, "B"],
+    sampling: Sampling,
+    stop_tokens: Int[Array, "stops"],
+) -> DecodeState:
+    """Chooses the first new token of each row after prefill."""
+    token = choose(logits, sampling, lengths)
+    return DecodeState(token, lengths, jnp.isin(token, stop_tokens), cache)
+
+
+@partial(jax.jit, static_argnames=("num_steps", "dtype"), donate_argnames="state")
+def decode(
+    weights: Weights,
+    state: DecodeState,
+    sampling: Sampling,
+    stop_tokens: Int[Array, "stops"],
+    num_steps: int,
+    dtype: str = "float32",
+) -> tuple[DecodeState, Int[Array, "B num_steps"]]:
+    """num_steps more tokens of each row, its stop token included, NOTHING after it; ends early when all are done."""
+    batch = state.token.shape[0]
 
     def is_running(carry):
-        step, token, *_ = carry
-        return (step < max_new_tokens) & (token != stop_id).any()
+        step, state, _ = carry
+        return (step < num_steps) & ~state.is_done.all()
 
-    def decode(carry):
-        step, token, cache, output = carry
-        output = output.at[:, step].set(token)
-        x = model.decoder.embed(token[:, None], jnp.dtype(dtype))
-        hidden, cache = model.decoder.extend(x, (lengths + step)[:, None], jnp.ones((batch, 1), bool), cache)
-        following = next_token(model, hidden[:, 0])
-        return step + 1, jnp.where(token == stop_id, stop_id, following), cache, output
+    def step_once(carry):
+        step, state, output = carry
+        x = weights.model.decoder.embed(state.token[:, None], jnp.dtype(dtype))
+        hidden, cache = weights.model.decoder.extend(weights.layers, x, state.position[:, None], state.cache)
+        position = state.position + 1
+        token = choose(weights.model.logits(hidden)[:, 0], sampling, position)
+        output = output.at[:, step].set(jnp.where(state.is_done, NOTHING, token))
+        is_done = state.is_done | jnp.isin(token, stop_tokens)
+        return step + 1, DecodeState(token, position, is_done, cache), output
 
-    return jax.lax.while_loop(is_running, decode, (0, token, cache, output))[3]
+    output = jnp.full((batch, num_steps), NOTHING, jnp.int32)
+    _, state, output = jax.lax.while_loop(is_running, step_once, (0, state, output))
+    return state, output
 
 
-def next_token(model: OpenQwen2VL, hidden: Array) -> Int[Array, "B"]:
-    return model.logits(hidden[:, None])[:, 0].argmax(-1).astype(jnp.int32)
+@jax.jit
+def insert_row(state: DecodeState, row: DecodeState, index: Int[Array, ""]) -> DecodeState:
+    """`state` with its row `index` replaced by the only row of `row`, whose cache may have fewer slots."""
+
+    def put(old, new):
+        start = (index, *[0] * (old.ndim - 1))
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+
+    return jax.tree.map(put, state, row)
+
+
+def choose(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, "B"]) -> Int[Array, "B"]:
+    """The next token of each row: the most likely, or drawn after temperature, then top-k, then top-p, in the order
+    of transformers' warpers. Tokens as likely as the last one that is kept are kept."""
+    greedy = logits.argmax(-1).astype(jnp.int32)
+
+    def draw():
+        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)[:, None]
+        descending = -jnp.sort(-scaled, axis=-1)
+        rank = jnp.arange(logits.shape[-1])
+        top_k = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
+        in_top_k = jnp.where(rank < top_k[:, None], descending, -jnp.inf)
+        probabilities = jax.nn.softmax(in_top_k, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = (before < sampling.top_p[:, None]) & jnp.isfinite(in_top_k)
+        kept = kept.at[:, 0].set(True)
+        threshold = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
+        allowed = jnp.where(scaled >= threshold, scaled, -jnp.inf)
+        noise = jax.vmap(partial(row_noise, num_tokens=logits.shape[-1]))(sampling.seed, positions)
+        drawn = (allowed + noise).argmax(-1).astype(jnp.int32)
+        return jnp.where(sampling.temperature > 0, drawn, greedy)
+
+    return jax.lax.cond((sampling.temperature > 0).any(), draw, lambda: greedy)
+
+
+def row_noise(seed: Int[Array, ""], position: Int[Array, ""], num_tokens: int) -> Float[Array, "V"]:
+    """Gumbel noise of one row at one position."""
+    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (num_tokens,))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def score_options(
+    weights: Weights,
+    logits: Float[Array, "B V"],
+    cache: KVCache,
+    lengths: Int[Array, "B"],
+    options: Int[Array, "B O T"],
+    dtype: str = "float32",
+) -> Float[Array, "B O"]:
+    """Log-probability of each option after its row's prompt, summed over the option's tokens.
+
+    logits, cache: from prefill, with T - 1 slots to spare. options: padded with NOTHING; one of no tokens scores 0.
+    The prompt is run once: its cache is shared by the options, of which the last token is never run.
+    """
+    batch, num_options, num_tokens = options.shape
+    targets = jnp.maximum(options, 0)
+    first = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, 0], axis=-1)[:, :, None]
+    if num_tokens > 1:
+        shared = jax.tree.map(lambda x: jnp.repeat(x, num_options, axis=0), cache)
+        x = weights.model.decoder.embed(targets.reshape(-1, num_tokens)[:, :-1], jnp.dtype(dtype))
+        positions = jnp.repeat(lengths, num_options)[:, None] + jnp.arange(num_tokens - 1)
+        hidden, _ = weights.model.decoder.extend(weights.layers, x, positions, shared)
+        following = jax.nn.log_softmax(weights.model.logits(hidden)).reshape(batch, num_options, num_tokens - 1, -1)
+        rest = jnp.take_along_axis(following, targets[:, :, 1:, None], axis=-1)[..., 0]
+        first = jnp.concatenate([first, rest], axis=-1)
+    return jnp.where(options >= 0, first, 0.0).sum(-1)

@@ -3,7 +3,7 @@
 The layers are stacked and scanned. The KV cache is a value: a call takes one and returns the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -20,14 +20,13 @@ from oq2vl_jax.model.layers import Linear, RMSNorm, normal, remat_layer, stack_l
 
 
 class KVCache(NamedTuple):
-    """Keys and values of S slots in every layer. Slot s of a row holds the token at position s.
+    """Keys and values of S slots, an array per layer. Slot s of a row holds the token at position s of that row.
 
-    k, v: [L, B, S, K, H]; is_filled: [B, S], False where nothing has been written or where a prompt was padded.
+    A token at position p sees slots 0..p, so what later slots hold, the padding of a prompt for example, is never read.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
-    is_filled: Bool[Array, "B S"]
+    k: tuple[Float[Array, "B S K H"], ...]
+    v: tuple[Float[Array, "B S K H"], ...]
 
 
 class Qwen2Attention(nnx.Module):
@@ -50,7 +49,7 @@ class Qwen2Attention(nnx.Module):
             rows = jnp.arange(x.shape[0])[:, None]
             k, v = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
         attended = attention(q, k, v, mask).reshape(*x.shape[:2], -1)
-        return self.o_proj(attended), None if cache is None else (k, v)
+        return self.o_proj(attended), (k, v)
 
 
 class Qwen2MLP(nnx.Module):
@@ -118,26 +117,44 @@ class Qwen2Decoder(nnx.Module):
         x, _ = jax.lax.scan(remat_layer(apply, remat), constrain(x), self.layers)
         return self.norm(x)
 
+    def prefill(
+        self, layers: Iterable[Qwen2Layer], x: Float[Array, "B T D"], num_slots: int
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Runs prompts from position 0 on and fills the first T of num_slots slots. `layers`: see unstack_layers."""
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        mask = positions[:, :, None] >= positions[:, None, :]
+        rope = rope_table(positions, self.config)
+        caches = []
+        for layer in layers:
+            x, kv = layer(x, rope, mask)
+            caches.append([jnp.pad(new, ((0, 0), (0, num_slots - x.shape[1]), (0, 0), (0, 0))) for new in kv])
+        k, v = zip(*caches, strict=True)
+        return self.norm(x), KVCache(k, v)
+
     def extend(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], is_real: Bool[Array, "B T"], cache: KVCache
+        self, layers: Iterable[Qwen2Layer], x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Runs T more tokens of each row against the cache and writes them into slot = position.
 
-        A padded token (is_real False) is written too, but its slot stays unfilled until a real one takes it.
+        The positions of a row ascend without gaps; one past the last slot is not written.
         """
-        rows = jnp.arange(x.shape[0])[:, None]
-        is_filled = cache.is_filled.at[rows, positions].max(is_real)
-        slots = jnp.broadcast_to(jnp.arange(is_filled.shape[1]), is_filled.shape)
-        ones = jnp.ones_like(positions)
-        mask = causal_segment_mask(ones, positions, is_filled.astype(jnp.int32), slots)
+        mask = jnp.arange(cache.k[0].shape[1]) <= positions[:, :, None]
         rope = rope_table(positions, self.config)
+        caches = []
+        for layer, *kv in zip(layers, *cache, strict=True):
+            x, kv = layer(x, rope, mask, kv, positions)
+            caches.append(kv)
+        k, v = zip(*caches, strict=True)
+        return self.norm(x), KVCache(k, v)
 
-        def apply(x, layer_and_cache):
-            layer, k, v = layer_and_cache
-            return layer(x, rope, mask, (k, v), positions)
 
-        x, (k, v) = jax.lax.scan(apply, x, (self.layers, cache.k, cache.v))
-        return self.norm(x), KVCache(k, v, is_filled)
+def unstack_layers(decoder: Qwen2Decoder) -> tuple[Qwen2Layer, ...]:
+    """The layers of a decoder one by one, each with arrays of its own.
+
+    Decoding reads every weight once per token; a scan over stacked layers copies each out of its stack first, which
+    takes four times as long on a CPU (docs/experiments.md).
+    """
+    return tuple(jax.tree.map(lambda x, i=i: x[i], decoder.layers) for i in range(decoder.config.num_layers))
 
 
 def init_std(config: DecoderConfig) -> float:
@@ -149,8 +166,9 @@ def init_std(config: DecoderConfig) -> float:
 
 
 def init_cache(config: DecoderConfig, batch: int, num_slots: int, dtype: DTypeLike) -> KVCache:
-    zeros = jnp.zeros((config.num_layers, batch, num_slots, config.num_kv_heads, config.head_dim), dtype)
-    return KVCache(zeros, zeros, jnp.zeros((batch, num_slots), bool))
+    shape = (batch, num_slots, config.num_kv_heads, config.head_dim)
+    k, v = ([jnp.zeros(shape, dtype) for _ in range(config.num_layers)] for _ in "kv")
+    return KVCache(tuple(k), tuple(v))
 
 
 def rope_table(positions: Int[Array, "B T"], config: DecoderConfig):

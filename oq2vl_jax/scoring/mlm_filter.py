@@ -14,7 +14,7 @@ from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.generate import Generator
+from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
 
 METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
 DEFAULT_CRITERIA = Path(__file__).parent / "criteria.json"
@@ -51,10 +51,10 @@ class MLMFilterScorer:
         for start in range(0, len(questions), self.batch_size):
             batch = questions[start : start + self.batch_size]
             filled = batch + [batch[-1]] * (self.batch_size - len(batch))
-            prompts, images = [question[0] for question in filled], [[question[1]] for question in filled]
-            replies = self.generator.reply(prompts, images, MAX_NEW_TOKENS)
+            requests = [Request(prompt, [image]) for prompt, image, _, _ in filled]
+            replies = self.generator.generate(requests, SamplingOptions(MAX_NEW_TOKENS))
             for (_, _, i, name), reply in zip(batch, replies, strict=False):
-                scores[i][name] = parse_score(reply)
+                scores[i][name] = parse_score(reply.text)
         return scores
 
 

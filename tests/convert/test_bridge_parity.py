@@ -12,10 +12,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from convert import from_hf, from_prismatic, to_hf
+from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.images import decode_image
-from oq2vl_jax.generate import Generator, read_images
+from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions, load_model
+from oq2vl_jax.generate import read_images
 from oq2vl_jax.model.siglip import normalize
 from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
+from oq2vl_jax.train.sharding import make_mesh
 from tests.convert.conftest import IMAGE_SIZE, IMAGE_TOKEN, NUM_PATCHES
 from tests.convert.published_forward import published_logits, round_rotary
 from tests.convert.test_round_trips import write_prismatic_run
@@ -36,7 +39,7 @@ def random_row(num_images, num_visual_tokens, length=11, seed=0):
 
 
 def our_logits(checkpoint, tokens, images):
-    model = Generator(str(checkpoint)).model
+    model = load_model(find_checkpoint(str(checkpoint)), make_mesh(MeshConfig()))
     ones, positions = np.ones_like(tokens)[None], np.arange(len(tokens))[None]
     hidden = model(jnp.asarray(tokens[None]), jnp.asarray(images[None]), jnp.asarray(ones), jnp.asarray(positions))
     return np.asarray(model.logits(hidden)[0])
@@ -164,7 +167,7 @@ def test_greedy_replies_have_identical_token_ids(bridge, photos, question, num_i
     checkpoint, model, processor = bridge
     generator = Generator(str(checkpoint))
     prompt = generator.encode_prompt(question, num_images)
-    ours = generator.reply_tokens([prompt], [read_images(photos[:num_images])], 12)[0]
+    ours = generator.generate([Request(prompt, read_images(photos[:num_images]))], SamplingOptions(12))[0].tokens
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     images = [Image.open(path) for path in photos[:num_images]] or None
@@ -176,7 +179,7 @@ def test_greedy_replies_have_identical_token_ids(bridge, photos, question, num_i
     assert [token for token in theirs if token != eos] == ours
 
 
-@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "chatml"])
+@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"])
 def test_chat_templates_write_what_the_codec_writes(byte_tokenizer_folder, template):
     """Whole conversations of text, turn by turn; pictures are covered by the replies above."""
     from transformers import AutoTokenizer
@@ -190,7 +193,7 @@ def test_chat_templates_write_what_the_codec_writes(byte_tokenizer_folder, templ
     tokenizer.add_tokens(["<|endofchunk|>", "<s>"], special_tokens=True)
     turns = ["first question ", "an answer", " second\nquestion", "another"]
     if template == "plain":
-        expected = codec.prompt(turns[0], template, 0, 4)
+        expected = codec.prompt(turns[:1], template, 4)
         turns = turns[:1]
     else:
         conversation = [
@@ -202,7 +205,7 @@ def test_chat_templates_write_what_the_codec_writes(byte_tokenizer_folder, templ
     assert tokenizer.encode(written, add_special_tokens=False) == expected
 
 
-@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "chatml"])
+@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"])
 def test_serving_software_sees_that_the_template_takes_images(template):
     """vLLM looks for a loop over message.content at the top level (not in a macro); else it would write <image>."""
     import jinja2

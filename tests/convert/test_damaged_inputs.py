@@ -140,7 +140,10 @@ def test_a_decoder_that_this_model_is_not(parts, tmp_path, values, message):
         ({"text_config": {"model_type": "qwen2", "num_attention_heads": 0}}, "not a configuration of such a model"),
         ({"text_config": {"model_type": "qwen2", "rope_theta": None}}, "config.json"),
         ({"oq2vl_jax": []}, "not a configuration of such a model"),
-        ({"oq2vl_jax": {"template": "x"}}, "template is 'x', expected one of plain, open_qwen2vl, chatml"),
+        (
+            {"oq2vl_jax": {"template": "x"}},
+            "template is 'x', expected one of plain, open_qwen2vl, open_qwen2vl_released, chatml",
+        ),
         ({"oq2vl_jax": {"rope_inv_freq": "int8"}}, "rope_inv_freq: expected"),
         ({"num_visual_tokens": "16"}, "config.json"),
         ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl', expected 'llava'"),

@@ -158,10 +158,13 @@ np.save(out, np.concatenate(logits))
 
 OUR_LOGITS = """
 import sys, jax, numpy as np, jax.numpy as jnp
-from oq2vl_jax.generate import Generator
+from oq2vl_jax.config import MeshConfig
+from oq2vl_jax.eval.generator import load_model
+from oq2vl_jax.train.checkpoint import find_checkpoint
+from oq2vl_jax.train.sharding import make_mesh
 checkpoint, rows, out = sys.argv[1:]
 row = np.load(rows)
-model = Generator(checkpoint).model
+model = load_model(find_checkpoint(checkpoint), make_mesh(MeshConfig()))
 fields = [jnp.asarray(row[name][None]) for name in ("tokens", "images", "segment_ids", "positions")]
 np.save(out, np.asarray(jax.jit(lambda model, *fields: model.logits(model(*fields)))(model, *fields))[0])
 """

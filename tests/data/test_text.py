@@ -62,6 +62,39 @@ def test_open_qwen2vl_template_is_the_published_one(codec):
     assert spell(codec, document.tokens[document.is_labelled]) == "A bus.<|im_end|>\n <|im_end|>\n"
 
 
+def test_released_template_puts_first_images_first_and_no_newline_before_an_answer(codec):
+    sample = conversation("<image>\nWhat is it?", "A bus.", "And <image>?", "A car.", images=2)
+    document = codec.document(sample, "open_qwen2vl_released", M)
+    image = "<|image_pad|>" * M
+    assert spell(codec, document.tokens) == (
+        f"{image}\n<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "\nWhat is it?<|im_end|>assistantA bus.<|im_end|>\n"
+        f"<|im_start|>user\nAnd {image}?<|im_end|>assistantA car.<|im_end|>\n"
+    )
+    assert spell(codec, document.tokens[document.is_labelled]) == "A bus.<|im_end|>\nA car.<|im_end|>\n"
+
+
+TURNS = ["<image>\nWhat is it?", "A bus.", "And <image> or <image>?", "", "Why?", "It has\nwheels."]
+
+
+@pytest.mark.parametrize("template", ["open_qwen2vl", "open_qwen2vl_released", "chatml"])
+def test_labelled_text_is_each_answer_turn_by_turn_and_nothing_else(codec, template):
+    document = codec.document(conversation(*TURNS, images=3), template, M)
+    starts = np.flatnonzero(np.diff(document.is_labelled.astype(int), prepend=0, append=0))
+    turns = [spell(codec, document.tokens[a:b]) for a, b in starts.reshape(-1, 2)]
+    end = "<|im_end|>" if template == "chatml" else "<|im_end|>\n"
+    empty = "" if template == "chatml" else " "  # the published code writes a space for an empty message
+    assert turns == [f"A bus.{end}", f"{empty}{end}", f"It has\nwheels.{end}"]
+
+
+def test_a_system_message_takes_the_place_of_the_default(codec):
+    prompt = spell(codec, codec.prompt(["Hi", "Hello.", "Bye"], "chatml", M, system="Be brief."))
+    assert prompt == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello."
+        "<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 def test_chatml_template_is_qwens_own_and_labels_answers_only(codec):
     document = codec.document(conversation("<image>\nWhat is it?", "A bus."), "chatml", M)
     image = "<|image_pad|>" * M
@@ -72,14 +105,14 @@ def test_chatml_template_is_qwens_own_and_labels_answers_only(codec):
     assert spell(codec, document.tokens[document.is_labelled]) == "A bus.<|im_end|>"
 
 
-@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "chatml"])
+@pytest.mark.parametrize("template", ["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"])
 def test_a_prompt_is_the_beginning_of_the_document_it_asks_for(codec, template):
     if template == "plain":
         document = codec.document(Sample("key", [b"image"], text="a red bus"), template, M)
-        prompt = codec.prompt("a", template, 1, M)
+        prompt = codec.prompt(["<image>\na"], template, M)
     else:
         document = codec.document(conversation("<image>\nWhat is it?", "A bus."), template, M)
-        prompt = codec.prompt("What is it?", template, 1, M)
+        prompt = codec.prompt(["<image>\nWhat is it?"], template, M)
     assert prompt == document.tokens[: len(prompt)].tolist()
 
 
@@ -89,7 +122,8 @@ def test_a_prompt_is_the_beginning_of_the_document_it_asks_for(codec, template):
         (conversation("<image><image>\nWhat?", "A bus."), "image_count_mismatch"),
         (conversation("What?", "A bus."), "image_count_mismatch"),
         (conversation("<image>\nWhat?"), "conversation_invalid"),
-        (Sample("key", [], conversations=[{"from": "gpt", "value": "hi"}] * 2), "conversation_invalid"),
+        (Sample("key", [], conversations=[{"from": "gpt", "value": "hi"}] * 2), "conversation_starts_with_assistant"),
+        (Sample("key", [], conversations=[{"from": "human", "value": "hi"}] * 2), "conversation_invalid"),
         (Sample("key", [], conversations=[{"from": "human", "value": 3}] * 2), "conversation_invalid"),
         (Sample("key", [b"image"], text="  \n"), "text_empty"),
         (Sample("key", [], problem="json_invalid"), "json_invalid"),

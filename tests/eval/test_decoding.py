@@ -1,51 +1,43 @@
-"""Cached, batched decoding against the plain forward pass, one prompt at a time."""
+"""Cached, batched decoding against the plain forward pass, one prompt at a time; sampling against its definition."""
 
-import dataclasses
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.decoding import generate_greedy
-from oq2vl_jax.generate import GenerateConfig, Generator, answer_requests, cut_at, read_images, read_requests
-from oq2vl_jax.train.run import run
+from oq2vl_jax.config import MeshConfig
+from oq2vl_jax.data.images import decode_image
+from oq2vl_jax.eval.decoding import Sampling, choose
+from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions, load_model
+from oq2vl_jax.train.checkpoint import find_checkpoint
+from oq2vl_jax.train.sharding import make_mesh
 from tests.data.conftest import png
-from tests.train.conftest import TINY, tiny_model
 
-STOP = 258
-NEW_TOKENS = 7
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    """Five prompts of different lengths, with 0, 1 or 2 images of 4 placeholders."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for length, num_images in ((3, 0), (9, 1), (14, 2), (5, 1), (11, 0)):
-        tokens = np.concatenate([np.full(4 * num_images, 268), rng.integers(0, 256, length)])
-        images = np.zeros((2, 32, 32, 3), np.uint8)
-        images[:num_images] = rng.integers(0, 256, (num_images, 32, 32, 3))
-        rows.append((tokens, images))
-    return rows
+NEW_TOKENS = 20  # more than are decoded in one call
+MAX_SCORE_ERROR = 2e-5  # measured 4e-6, log-probabilities summed over three tokens
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+def generator(checkpoint):
+    return Generator(checkpoint)
 
 
-def generate(model, rows, padded_length, stop=STOP):
-    tokens = np.zeros((len(rows), padded_length), np.int32)
-    for row, (prompt, _) in enumerate(rows):
-        tokens[row, : len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt, _ in rows])
-    return np.asarray(generate_greedy(model, tokens, lengths, np.stack([i for _, i in rows]), NEW_TOKENS, stop))
+@pytest.fixture(scope="module")
+def requests(generator):
+    """Five prompts of different lengths, with 0, 1 or 2 images; the second and fourth share one."""
+    pictures = [png(seed=i) for i in range(3)]
+    texts = (("abc", []), ("what is it", [0]), ("a longer question " * 3, [1, 2]), ("x", [0]), ("hello there", []))
+    return [
+        Request(generator.encode_prompt(text, len(images)), [pictures[i] for i in images]) for text, images in texts
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(find_checkpoint(checkpoint), make_mesh(MeshConfig()))
 
 
 @jax.jit
@@ -54,102 +46,131 @@ def plain_logits(model, tokens, images, segments):
     return model.logits(model(tokens, images, segments, positions))[0]
 
 
-def generate_without_cache(model, prompt, images):
-    """One whole forward pass per new token; positions after the last token are padding of segment 0."""
-    tokens = np.zeros((1, 40), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    for length in range(len(prompt), len(prompt) + NEW_TOKENS):
-        segments = (np.arange(40) < length).astype(np.int32)[None]
-        tokens[0, length] = plain_logits(model, tokens, images[None], segments)[length - 1].argmax()
-    return tokens[0, len(prompt) : len(prompt) + NEW_TOKENS]
+def logits_of(model, tokens, images, padded_length=192):
+    """Of every position, by the forward pass of training; what follows the tokens is padding of segment 0."""
+    padded = np.zeros((1, padded_length), np.int32)
+    padded[0, : len(tokens)] = tokens
+    pixels = np.zeros((1, 2, 32, 32, 3), np.uint8)
+    for i, data in enumerate(images):
+        pixels[0, i] = decode_image(data, 32)
+    segments = (np.arange(padded_length) < len(tokens)).astype(np.int32)[None]
+    return np.asarray(plain_logits(model, padded, pixels, segments))[: len(tokens)]
 
 
-def test_cached_batched_decoding_equals_the_plain_forward_pass_one_by_one(model, prompts):
-    together = generate(model, prompts, 24, stop=-1)
-    for row, (prompt, images) in enumerate(prompts):
-        assert together[row].tolist() == generate_without_cache(model, prompt, images).tolist()
+def greedy_without_cache(model, request, stops):
+    """One whole forward pass per new token."""
+    tokens = list(request.prompt)
+    while len(tokens) < len(request.prompt) + NEW_TOKENS:
+        token = int(logits_of(model, tokens, request.images)[-1].argmax())
+        if token in stops:
+            break
+        tokens.append(token)
+    return tokens[len(request.prompt) :]
 
 
-def test_padding_changes_nothing(model, prompts):
-    for row in prompts:
-        assert generate(model, [row], len(row[0])).tolist() == generate(model, [row], 40).tolist()
+def test_cached_batched_decoding_equals_the_plain_forward_pass_one_by_one(generator, model, requests):
+    together = generator.generate(requests, SamplingOptions(NEW_TOKENS))
+    assert len({token for reply in together for token in reply.tokens}) > 20, "the replies are too much alike to tell"
+    for request, reply in zip(requests, together, strict=True):
+        assert reply.tokens == greedy_without_cache(model, request, {258, 256})
 
 
-def test_everything_after_the_stop_token_is_the_stop_token(model, prompts):
-    free = generate(model, prompts, 24, stop=-1)
-    stop = int(free[0, 2])
-    stopped = generate(model, prompts, 24, stop=stop)
-    for before, after in zip(free.tolist(), stopped.tolist(), strict=True):
-        kept = before.index(stop) if stop in before else NEW_TOKENS
-        assert after == before[:kept] + [stop] * (NEW_TOKENS - kept)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 4}])
+def test_batched_is_one_by_one_whatever_else_is_in_the_batch(generator, requests, options):
+    options = SamplingOptions(NEW_TOKENS, **options)
+    together = generator.generate(requests, options)
+    for request, reply in zip(requests, together, strict=True):
+        assert generator.generate([request], options) == [reply]
+    assert generator.generate(requests[::-1], options) == together[::-1]
+    in_batches = dict(generator.generate_all(requests, options, batch_size=2))
+    assert [in_batches[i] for i in range(5)] == together
 
 
-def test_cut_at_drops_the_stop_token_and_what_follows():
-    assert cut_at([5, 6, 2, 2], 2) == [5, 6]
-    assert cut_at([5, 6], 2) == [5, 6]
+def test_jitted_is_eager_is_sharded(generator, requests):
+    """The generator runs on 8 simulated devices; the same without jit, and with everything on one of them."""
+    options = SamplingOptions(6)
+    sharded = generator.generate(requests[:2], options)
+    assert generator.mesh.size == 8
+    with jax.disable_jit():
+        eager = generator.generate(requests[:2], options)
+    assert eager == sharded
+    alone = Generator(generator.checkpoint)
+    alone.mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    alone.weights, alone.stop_tokens = jax.device_put((alone.weights, alone.stop_tokens), jax.devices()[0])
+    assert alone.generate(requests[:2], options) == sharded
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two steps, and pictures to ask it about."""
-    root = tmp_path_factory.mktemp("trained")
-    run(dataclasses.replace(TINY, run_dir=str(root / "run"), num_steps=2))
-    for i in range(3):
-        (root / f"{i}.png").write_bytes(png(seed=i))
-    return root
+def test_streamed_text_is_the_text(generator, requests):
+    for temperature in (0.0, 1.0):
+        options = SamplingOptions(NEW_TOKENS, temperature=temperature)
+        for request in requests[:3]:
+            pieces = list(generator.stream(request, options))
+            assert "".join(pieces) == generator.generate([request], options)[0].text
 
 
-def test_a_checkpoint_answers_requests_in_the_order_of_the_file(trained):
-    lines = [{"image": f"{i % 3}.png", "prompt": "a" * (1 + 5 * (i % 4)), "id": i} for i in range(7)]
-    file = trained / "requests.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    requests = read_requests(str(file))
-    generator = Generator(str(trained / "run"))
-    config = GenerateConfig(str(trained / "run"), max_new_tokens=4, batch_size=4)
-    answered = dict(answer_requests(generator, requests, config))
-    assert sorted(answered) == list(range(7))
-    for i, prediction in answered.items():
-        assert prediction["id"] == i
-        prompt = generator.encode_prompt(lines[i]["prompt"], 1)
-        assert prediction["reply"] == generator.reply([prompt], [read_images(requests[i]["image"])], 4)[0]
+def test_a_stop_text_ends_the_reply_and_is_cut_off(generator, requests):
+    options = SamplingOptions(NEW_TOKENS, temperature=1.0, seed=2)
+    for request in requests:
+        text = generator.generate([request], options)[0].text
+        stop = text[4:6]
+        stopping = SamplingOptions(NEW_TOKENS, temperature=1.0, seed=2, stop=("never", stop))
+        reply = generator.generate([request], stopping)[0]
+        assert (reply.text, reply.finish_reason) == (text[: text.index(stop)], "stop")
+        assert "".join(generator.stream(request, stopping)) == reply.text
 
 
-def test_the_command_prints_a_reply(trained):
-    command = [sys.executable, "-m", "oq2vl_jax.generate", "--checkpoint", str(trained / "run")]
-    command += ["--image", str(trained / "0.png"), "--prompt", "a", "--max-new-tokens", "3"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1
+def test_the_length_ends_a_reply_and_says_so(generator, requests):
+    reply = generator.generate(requests[:1], SamplingOptions(3))[0]
+    assert (len(reply.tokens), reply.finish_reason) == (3, "length")
 
 
-def test_requests_are_checked_before_anything_runs(tmp_path):
-    file = tmp_path / "requests.jsonl"
-    file.write_text('{"image": "no.png", "prompt": "x"}\n{"prompt": "x"}\nnot json\n')
-    with pytest.raises(UserError, match=r"line 1: no image .*no\.png; line 2: KeyError: 'image'; line 3.*3 problems"):
-        read_requests(str(file))
-    with pytest.raises(UserError, match="no such file"):
-        read_requests(str(Path("nowhere.jsonl")))
+def test_options_score_their_log_probability_under_the_plain_forward_pass(generator, model, requests):
+    options = [[[97], [98, 99, 100], [120, 97]], [[65, 66, 67]], [[1], [2]], [[97, 98]] * 4, [[3, 4], [5]]]
+    scores = generator.score(requests, options)
+    for request, of_row, scored in zip(requests, options, scores, strict=True):
+        assert len(scored) == len(of_row)
+        for option, score in zip(of_row, scored, strict=True):
+            logits = logits_of(model, request.prompt + option, request.images)[len(request.prompt) - 1 : -1]
+            expected = jax.nn.log_softmax(logits)[np.arange(len(option)), np.array(option)].sum()
+            assert abs(score - expected) < MAX_SCORE_ERROR
+    assert generator.score(requests[2:3], options[2:3])[0] == pytest.approx(scores[2], abs=MAX_SCORE_ERROR)
 
 
-def test_a_prompt_with_an_image_marker_is_refused(trained):
-    with pytest.raises(UserError, match="images are put before the prompt"):
-        Generator(str(trained / "run")).encode_prompt("<image> what?", 1)
+def drawn(logits, **options):
+    """Frequencies of 20,000 draws from one row of logits."""
+    num = 20_000
+    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
+    sampling = Sampling(*(jnp.full(num, value) for value in values.values()), jnp.arange(num))
+    tokens = choose(jnp.tile(jnp.array(logits), (num, 1)), sampling, jnp.full(num, 7))
+    counts = Counter(np.asarray(tokens).tolist())
+    return {token: count / num for token, count in sorted(counts.items())}
 
 
-def test_an_image_that_does_not_decode_is_one_sentence(trained):
-    (trained / "broken.png").write_bytes(b"no picture")
-    command = [sys.executable, "-m", "oq2vl_jax.generate", "--checkpoint", str(trained / "run")]
-    done = subprocess.run(
-        [*command, "--image", str(trained / "broken.png"), "--prompt", "a"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "image_undecodable" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_sampling_follows_temperature_top_k_and_top_p():
+    logits = np.log([0.5, 0.3, 0.15, 0.05]).astype(np.float32)
+    assert drawn(logits) == pytest.approx({0: 0.5, 1: 0.3, 2: 0.15, 3: 0.05}, abs=0.015)
+    squared = np.array([0.25, 0.09, 0.0225, 0.0025])
+    assert drawn(logits, temperature=0.5) == pytest.approx(dict(enumerate(squared / squared.sum())), abs=0.015)
+    assert drawn(logits, top_k=2) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.015)
+    assert drawn(logits, top_p=0.75) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.015)
+    assert drawn(logits, top_p=0.81, top_k=3) == pytest.approx({0: 0.625, 1: 0.375}, abs=0.015), "top-p after top-k"
+    assert drawn(logits, top_p=1e-6) == {0: 1.0}
+    assert drawn(logits, temperature=0.0) == {0: 1.0}
 
 
-def test_generation_is_the_same_on_every_number_of_devices(model, prompts):
-    from oq2vl_jax.config import MeshConfig
-    from oq2vl_jax.train.sharding import make_mesh, parameter_shardings
+def test_allowed_tokens_are_those_of_transformers_warpers():
+    import torch
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    sharded = jax.device_put(model, parameter_shardings(model, make_mesh(MeshConfig(1, 8))))
-    assert generate(sharded, prompts, 24).tolist() == generate(model, prompts, 24).tolist()
+    rng = np.random.default_rng(0)
+    for temperature, top_k, top_p in ((0.7, 20, 0.9), (1.3, 5, 0.5), (1.0, 64, 0.99)):
+        logits = rng.normal(size=64).astype(np.float32) * 2
+        warped = torch.from_numpy(logits)[None]
+        for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
+            warped = warper(None, warped)
+        allowed = set(torch.isfinite(warped[0]).nonzero()[:, 0].tolist())
+        found = drawn(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        assert set(found) <= allowed
+        probabilities = torch.softmax(warped[0], -1)
+        for token in allowed:
+            assert found.get(token, 0) == pytest.approx(float(probabilities[token]), abs=0.015)

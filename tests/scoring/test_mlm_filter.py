@@ -14,6 +14,7 @@ from oq2vl_jax.data.score import ScoreConfig, score_shards
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.eval.generator import Request, SamplingOptions
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.scoring.mlm_filter import METRICS, MLMFilterScorer, parse_score, read_criteria
 from oq2vl_jax.train.checkpoint import named_arrays
@@ -64,7 +65,7 @@ def test_batched_scores_are_those_asked_one_by_one(checkpoint, tmp_path):
     for (image, prompts), row in zip(prepared, together, strict=True):
         for metric, prompt in zip(METRICS, prompts, strict=True):
             assert prompt[-len(space) :] == space
-            reply = scorer.generator.reply([prompt], [[image]], 3)[0]
+            reply = scorer.generator.generate([Request(prompt, [image])], SamplingOptions(3))[0].text
             replies.append(reply)
             assert row[metric] == parse_score(reply)
     assert len({parse_score(reply) for reply in replies}) > 1, replies

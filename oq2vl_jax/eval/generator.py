@@ -1,0 +1,315 @@
+"""A loaded checkpoint on the host's side: prompts and images in, text out, in batches of few shapes."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from oq2vl_jax.config import MeshConfig
+from oq2vl_jax.data.images import decode_image
+from oq2vl_jax.data.text import IMAGE, TextCodec
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.eval.decoding import (
+    NOTHING,
+    DecodeState,
+    Sampling,
+    decode,
+    encode_images,
+    prefill,
+    score_options,
+    start,
+    take_apart,
+)
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.train.checkpoint import find_checkpoint, load_description, load_weights
+from oq2vl_jax.train.sharding import make_mesh, parameter_shardings, replicated, row_sharding
+
+SMALLEST_BUCKET = 32
+STEPS_PER_CALL = 16
+"""Tokens decoded between two looks at the stop strings."""
+STEPS_PER_PIECE = 4
+"""Tokens of a piece of streamed text."""
+NUM_CACHED_IMAGES = 64
+"""Images whose visual tokens are kept: neighbouring questions often ask about one picture."""
+MAX_IMAGES_AT_ONCE = 32
+BROKEN_CHARACTER = "\ufffd"
+
+
+class Request(NamedTuple):
+    """prompt: token ids, a run of num_visual_tokens placeholders per image; images: encoded, in order."""
+
+    prompt: list[int]
+    images: list[bytes]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How replies are written. Greedy by default."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0: the most likely token."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0: from all."""
+    seed: int = 0
+    """The same request with the same seed gets the same reply, whatever else is in its batch."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply, and are cut off."""
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError(
+                f"temperature must be 0..100, top_p above 0 and at most 1, top_k at least 0; got {self.temperature}, "
+                f"{self.top_p}, {self.top_k}."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed must be 0..{2**31 - 1}, got {self.seed}.")
+        if not all(self.stop):
+            raise UserError("a stop text is empty.")
+
+
+class Reply(NamedTuple):
+    """text: without stop token and stop text; finish_reason: "stop", or "length" where max_new_tokens ended it."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
+def load_model(checkpoint: Path, mesh: Mesh) -> OpenQwen2VL:
+    """The model of a checkpoint, its parameters split over the devices. Raises UserError."""
+    config = load_description(checkpoint).model
+    shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), config))
+    shardings = parameter_shardings(shapes, mesh)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return load_weights(checkpoint, like)
+
+
+class Generator:
+    """A checkpoint that answers prompts and scores options, on all devices."""
+
+    def __init__(self, checkpoint: str, template: str | None = None, dtype: str | None = None):
+        """dtype: of weights and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
+        folder = find_checkpoint(checkpoint)
+        description = load_description(folder)
+        self.checkpoint = str(folder)
+        self.model_config, self.template = description.model, template or description.template
+        self.codec = TextCodec(str(folder / "tokenizer"))
+        self.dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        self.mesh = make_mesh(MeshConfig())
+        self.weights = take_apart(load_model(folder, self.mesh), self.dtype)
+        self.stop_tokens = jnp.array([self.codec.special.eos, self.codec.special.pad])
+        self._stops = set(self.stop_tokens.tolist())
+        self._visual_tokens: OrderedDict[bytes, jax.Array] = OrderedDict()
+
+    def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
+        """Token ids with the images before the text. Raises UserError for a text that names images of its own."""
+        if IMAGE in prompt:
+            raise UserError(f"the prompt {prompt!r} contains {IMAGE}; images are put before the prompt, in order.")
+        return self.encode_turns([f"{IMAGE}\n" * num_images + prompt.strip()])
+
+    def encode_turns(self, turns: list[str], system: str | None = None, template: str | None = None) -> list[int]:
+        """Token ids of a conversation, human first and last; images stand where <image> does."""
+        return self.codec.prompt(turns, template or self.template, self.model_config.num_visual_tokens, system)
+
+    def ask(self, prompt: str, images: Sequence[bytes], options: SamplingOptions) -> str:
+        """The reply to one question about encoded images."""
+        request = Request(self.encode_prompt(prompt, len(images)), list(images))
+        return self.generate([request], options)[0].text.strip()
+
+    def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Reply]:
+        """Replies to one batch. Raises ImageError."""
+        texts = [ReplyText(self, options) for _ in requests]
+        for new_tokens in self._decode(requests, options, STEPS_PER_CALL):
+            for text, tokens in zip(texts, new_tokens, strict=False):
+                text.add(tokens)
+            if all(text.is_done for text in texts):
+                break
+        return [text.reply() for text in texts]
+
+    def generate_all(
+        self, requests: Sequence[Request], options: SamplingOptions, batch_size: int
+    ) -> Iterator[tuple[int, Reply]]:
+        """(number, reply) for any number of requests, in batches of similar length; every batch has batch_size rows."""
+        for chosen in self.batches(requests, batch_size):
+            padded = chosen + [chosen[-1]] * (batch_size - len(chosen))
+            yield from zip(chosen, self.generate([requests[i] for i in padded], options), strict=False)
+
+    @staticmethod
+    def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+        """Numbers of the requests, similar lengths together, questions about one picture beside each other."""
+        order = sorted(
+            range(len(requests)), key=lambda i: (bucket(len(requests[i].prompt)), tuple(requests[i].images), i)
+        )
+        for first in range(0, len(order), batch_size):
+            yield order[first : first + batch_size]
+
+    def stream(self, request: Request, options: SamplingOptions) -> Iterator[str]:
+        """The reply to one request, piece by piece as it is written."""
+        text = ReplyText(self, options)
+        for new_tokens in self._decode([request], options, STEPS_PER_PIECE):
+            text.add(new_tokens[0])
+            piece = text.new_piece()
+            if piece:
+                yield piece
+            if text.is_done:
+                return
+
+    def score(self, requests: Sequence[Request], options: Sequence[Sequence[list[int]]]) -> list[list[float]]:
+        """Log-probability of each option (token ids) after its request, summed over the option's tokens."""
+        width = power_of_two(max(len(option) for row in options for option in row))
+        padded = np.full((len(requests), power_of_two(max(map(len, options))), width), NOTHING, np.int32)
+        for row, of_row in enumerate(options):
+            for i, option in enumerate(of_row):
+                padded[row, i, : len(option)] = option
+        logits, cache, lengths = self.prefill(requests, num_new=width)
+        extra = len(lengths) - len(padded)
+        padded = np.concatenate([padded, np.repeat(padded[-1:], extra, axis=0)])
+        scores = np.asarray(score_options(self.weights, logits, cache, lengths, self._rows(padded), self.dtype))
+        return [scores[row, : len(of_row)].tolist() for row, of_row in enumerate(options)]
+
+    def prefill(self, requests: Sequence[Request], num_new: int, num_slots: int | None = None):
+        """(logits, cache, lengths) of a batch, padded to a bucket of tokens and to rows for every device."""
+        num_rows = -(-len(requests) // self.mesh.size) * self.mesh.size if len(requests) > 1 else 1
+        requests = [*requests, *[requests[-1]] * (num_rows - len(requests))]
+        lengths = np.array([len(request.prompt) for request in requests], np.int32)
+        tokens = np.full((num_rows, bucket(int(lengths.max()))), self.codec.special.pad, np.int32)
+        visual_index = np.full(tokens.shape, NOTHING, np.int32)
+        visual_tokens, number_of = self._encode_images(requests)
+        per_image = self.model_config.num_visual_tokens
+        for row, request in enumerate(requests):
+            prompt = np.array(request.prompt)
+            tokens[row, : len(prompt)] = prompt
+            numbers = np.array([number_of[data] for data in request.images], np.int32)
+            is_image = prompt == self.model_config.image_token_id
+            if is_image.sum() != len(numbers) * per_image:
+                raise UserError(f"a prompt has {is_image.sum() // per_image} places for {len(numbers)} images.")
+            index = (numbers[:, None] * per_image + np.arange(per_image)).reshape(-1)
+            visual_index[row, : len(prompt)][is_image] = index
+        num_slots = num_slots or bucket(tokens.shape[1] + num_new)
+        placed = [self._rows(array) for array in (tokens, lengths, visual_index)]
+        logits, cache = prefill(
+            self.weights, placed[0], placed[1], visual_tokens, placed[2], num_slots=num_slots, dtype=self.dtype
+        )
+        return logits, cache, placed[1]
+
+    def sampling(self, options: SamplingOptions, num_rows: int) -> Sampling:
+        columns = (options.temperature, options.top_p, options.top_k, options.seed)
+        kinds = (np.float32, np.float32, np.int32, np.int32)
+        return Sampling(*(self._rows(np.full(num_rows, c, kind)) for c, kind in zip(columns, kinds, strict=True)))
+
+    def start(self, requests: Sequence[Request], options: SamplingOptions, num_slots: int | None = None) -> DecodeState:
+        """The state after the prompts, with the first new token of each row chosen."""
+        logits, cache, lengths = self.prefill(requests, options.max_new_tokens, num_slots)
+        return start(logits, cache, lengths, self.sampling(options, len(lengths)), self.stop_tokens)
+
+    def _decode(
+        self, requests: Sequence[Request], options: SamplingOptions, steps_per_call: int
+    ) -> Iterator[list[list[int]]]:
+        """New tokens of each row, call by call, stop tokens included."""
+        state = self.start(requests, options)
+        sampling = self.sampling(options, len(state.token))
+        yield [[token] for token in np.asarray(state.token).tolist()]
+        left = options.max_new_tokens - 1
+        while left > 0 and not bool(state.is_done.all()):
+            num_steps = min(left, steps_per_call)
+            state, output = decode(self.weights, state, sampling, self.stop_tokens, num_steps, self.dtype)
+            yield [[token for token in row if token != NOTHING] for row in np.asarray(output).tolist()]
+            left -= num_steps
+
+    def _encode_images(self, requests: Sequence[Request]) -> tuple[jax.Array | None, dict[bytes, int]]:
+        """(visual tokens of all images of the batch [N, D], number of each image), every picture encoded once."""
+        wanted = list(dict.fromkeys(data for request in requests for data in request.images))
+        if not wanted:
+            return None, {}
+        size = self.model_config.vision.image_size
+        new = [data for data in wanted if data not in self._visual_tokens]
+        for first in range(0, len(new), MAX_IMAGES_AT_ONCE):
+            some = new[first : first + MAX_IMAGES_AT_ONCE]
+            pixels = np.zeros((power_of_two(len(some)), size, size, 3), np.uint8)
+            for i, data in enumerate(some):
+                pixels[i] = decode_image(data, size)
+            encoded = encode_images(self.weights.model, self._rows(pixels), self.dtype)
+            for data, tokens in zip(some, encoded, strict=False):
+                self._visual_tokens[data] = tokens
+        for data in wanted:
+            self._visual_tokens.move_to_end(data)
+        rows = [self._visual_tokens[data] for data in wanted]
+        stacked = jnp.concatenate(rows + [jnp.zeros_like(rows[0])] * (power_of_two(len(rows)) - len(rows)))
+        while len(self._visual_tokens) > NUM_CACHED_IMAGES:
+            self._visual_tokens.popitem(last=False)
+        return jax.device_put(stacked, replicated(self.mesh)), {data: i for i, data in enumerate(wanted)}
+
+    def _rows(self, array: np.ndarray) -> jax.Array:
+        """On the devices, split by rows where they divide."""
+        divides = len(array) % self.mesh.size == 0
+        return jax.device_put(array, row_sharding(self.mesh) if divides else replicated(self.mesh))
+
+
+class ReplyText:
+    """One reply while it is written: tokens to text, stop tokens, stop texts, and what may be shown already."""
+
+    def __init__(self, generator: Generator, options: SamplingOptions):
+        self._codec, self._stops, self._options = generator.codec, generator._stops, options
+        self.tokens: list[int] = []
+        self.text, self.is_done, self._finish_reason, self._num_shown = "", False, "length", 0
+
+    def add(self, tokens: list[int]) -> None:
+        """New tokens; those after the end of the reply are not taken."""
+        for token in tokens:
+            if self.is_done:
+                break
+            if token in self._stops:
+                self.is_done, self._finish_reason = True, "stop"
+            else:
+                self.tokens.append(token)
+                self.is_done = len(self.tokens) >= self._options.max_new_tokens
+        self.text = self._codec.decode(self.tokens)
+        if self._stop_place(self.text) is not None:
+            num_tokens = next(
+                n for n in range(1, len(self.tokens) + 1) if self._stop_place(self._codec.decode(self.tokens[:n]))
+                is not None
+            )  # fmt: skip
+            self.tokens = self.tokens[:num_tokens]
+            self.text = self.text[: self._stop_place(self.text)]
+            self.is_done, self._finish_reason = True, "stop"
+
+    def _stop_place(self, text: str) -> int | None:
+        """Where the first stop text begins, or None."""
+        return min((place for stop in self._options.stop if (place := text.find(stop)) >= 0), default=None)
+
+    def new_piece(self) -> str:
+        """Text that was not shown yet and that no later token can change: no half characters, no half stop text."""
+        end = len(self.text)
+        if not self.is_done:
+            end = len(self.text.rstrip(BROKEN_CHARACTER))
+            for stop in self._options.stop:
+                half = next((n for n in range(len(stop) - 1, 0, -1) if self.text[:end].endswith(stop[:n])), 0)
+                end = min(end, len(self.text[:end]) - half)
+        piece = self.text[self._num_shown : end]
+        self._num_shown = max(self._num_shown, end)
+        return piece
+
+    def reply(self) -> Reply:
+        return Reply(self.text, self.tokens, self._finish_reason)
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to one of few sizes: multiples of 32, and of an eighth of the next power of two."""
+    step = max(SMALLEST_BUCKET, power_of_two(length) // 8)
+    return -(-length // step) * step
+
+
+def power_of_two(number: int) -> int:
+    """The smallest one that is at least `number` >= 1."""
+    return 1 << (number - 1).bit_length()

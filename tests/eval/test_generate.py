@@ -1,0 +1,90 @@
+"""The command oq2vl_jax.generate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.eval.generator import Generator, SamplingOptions, bucket
+from oq2vl_jax.generate import answer_requests, read_images, read_requests
+from tests.data.conftest import png
+
+
+def run_command(*arguments):
+    return subprocess.run([sys.executable, "-m", "oq2vl_jax.generate", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(seed=i))
+    return tmp_path
+
+
+def test_a_checkpoint_answers_requests_in_the_order_of_the_file(checkpoint, pictures):
+    lines = [{"image": f"{i % 3}.png", "prompt": "a" * (1 + 5 * (i % 4)), "id": i} for i in range(6)]
+    lines.append({"prompt": "no picture", "id": 6})
+    file = pictures / "requests.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    requests = read_requests(str(file))
+    generator = Generator(checkpoint)
+    answered = dict(answer_requests(generator, requests, SamplingOptions(4), batch_size=4))
+    assert sorted(answered) == list(range(7))
+    for i, prediction in answered.items():
+        assert prediction["id"] == i
+        images = read_images(requests[i]["image"])
+        assert prediction["reply"] == generator.ask(lines[i]["prompt"], images, SamplingOptions(4))
+
+
+def test_the_command_prints_the_reply_it_streams(checkpoint, pictures):
+    image = str(pictures / "0.png")
+    done = run_command("--checkpoint", checkpoint, "--image", image, "--prompt", "ab", "--max-new-tokens", "9")
+    assert done.returncode == 0, done.stderr
+    expected = Generator(checkpoint).ask("ab", read_images([image]), SamplingOptions(9))
+    assert done.stdout.strip() == expected
+
+
+def test_requests_are_checked_before_anything_runs(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"image": "no.png", "prompt": "x"}\n{"image": "no.png"}\nnot json\n')
+    with pytest.raises(UserError, match=r"line 1: no image .*no\.png; line 2: KeyError: 'prompt'; line 3.*3 problems"):
+        read_requests(str(file))
+    with pytest.raises(UserError, match="no such file"):
+        read_requests(str(Path("nowhere.jsonl")))
+
+
+def test_a_prompt_with_an_image_marker_is_refused(checkpoint):
+    with pytest.raises(UserError, match="images are put before the prompt"):
+        Generator(checkpoint).encode_prompt("<image> what?", 1)
+
+
+def test_an_image_that_does_not_decode_is_one_sentence(checkpoint, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    done = run_command("--checkpoint", checkpoint, "--image", str(tmp_path / "broken.png"), "--prompt", "a")
+    assert done.returncode == 2
+    assert "image_undecodable" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature must be 0"),
+        ({"top_p": 0}, "top_p above 0"),
+        ({"seed": -1}, "seed must be"),
+        ({"stop": ("",)}, "a stop text is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        SamplingOptions(**options)
+
+
+def test_buckets_are_few_and_waste_a_quarter_at_most():
+    lengths = range(1, 4097)
+    assert len({bucket(length) for length in lengths}) <= 24
+    assert all(length <= bucket(length) <= max(32, 1.25 * length + 32) for length in lengths)
