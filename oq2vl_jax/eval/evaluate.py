@@ -1,0 +1,233 @@
+"""The evaluation itself: items to predictions, in batches of a fixed plan, resumed exactly.
+
+A batch is written whole and in the order of the plan, so that an interrupted evaluation repeats no finished batch, and
+the batches it goes on with are those it would have had anyway: the same replies, the same results.json.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from oq2vl_jax.data.images import ImageError, check_image
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.eval.__main__ import EvalConfig
+from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt
+from oq2vl_jax.eval.benchmarks import BENCHMARKS
+from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+from oq2vl_jax.eval.report import task_results, write_mistakes, write_results
+from oq2vl_jax.eval.tables import find_files, read_table, sha256_of
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Runs every task and writes OUT; returns what results.json holds. Raises UserError."""
+    tasks = {}
+    for name in config.task_names:  # every file is read and checked before the checkpoint is loaded
+        files = find_files(config.data, name, BENCHMARKS[name].files)
+        tasks[name] = (evenly_spaced(BENCHMARKS[name].read(read_table(name, files)), config.limit), files)
+    generator = Generator(config.checkpoint, config.template, config.dtype)
+    results = {}
+    for name, (items, files) in tasks.items():
+        benchmark, folder = BENCHMARKS[name], Path(config.out) / name
+        settings = run_settings(config, generator, files)
+        unreadable = {item.index: problem for item in items if (problem := image_problem(item))}
+        predictions = predict(benchmark, items, unreadable, generator, config, settings, folder)
+        judgements = [judge(benchmark, item, predictions[item.index], config) for item in items]
+        results[name] = task_results(benchmark, items, judgements, settings, unreadable)
+        write_predictions(folder, items, judgements, predictions, unreadable)
+        write_mistakes(folder / "mistakes.html", benchmark, items, judgements, predictions, results[name])
+        print(summary_line(name, results[name]), flush=True)
+    write_results(Path(config.out), results)
+    return results
+
+
+def evenly_spaced(items: list[Item], limit: int | None) -> list[Item]:
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def run_settings(config: EvalConfig, generator: Generator, files: list[Path]) -> dict[str, Any]:
+    """What the predictions depend on; predictions of other settings in OUT are refused."""
+    identity = (Path(generator.checkpoint) / "_CHECKPOINT_METADATA").read_bytes()
+    return {
+        "profile": config.profile,
+        "method": config.method,
+        "template": generator.template,
+        "checkpoint": generator.checkpoint,
+        "checkpoint_identity": hashlib.sha256(identity).hexdigest()[:16],
+        "data_files": [file.name for file in files],
+        "data_sha256": sha256_of(files),
+        "limit": config.limit,
+        "batch_size": config.batch_size,
+        "dtype": generator.dtype,
+        "model": dataclasses.asdict(generator.model_config),
+    }
+
+
+def image_problem(item: Item) -> str | None:
+    """Why one of the pictures cannot be used; such an item counts as wrong and is listed."""
+    if not item.images:
+        return "no image"
+    try:
+        for image in item.images:
+            check_image(image)
+    except ImageError as problem:
+        return str(problem)
+    return None
+
+
+def predict(
+    benchmark: Benchmark,
+    items: list[Item],
+    unreadable: dict[str, str],
+    generator: Generator,
+    config: EvalConfig,
+    settings: dict[str, Any],
+    folder: Path,
+) -> dict[str, str]:
+    """{index: reply, or the likeliest option}, of earlier runs of the same command as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder, settings)
+    file = folder / "replies.jsonl"
+    replies = read_whole_lines(file)
+    asked = [item for item in items if item.index not in unreadable]
+    batches = plan(benchmark, asked, generator, config)
+    with file.open("a") as stream:
+        for batch, prompts, requests in show_progress(batches, benchmark.name, len(asked)):
+            if all(item.index in replies for item in batch):
+                continue
+            answers = ask(generator, prompts, requests, config)
+            new = {item.index: answer for item, answer in zip(batch, answers, strict=True)}
+            stream.write("".join(json.dumps({"index": index, "reply": reply}) + "\n" for index, reply in new.items()))
+            stream.flush()
+            os.fsync(stream.fileno())
+            replies |= new
+    return replies | dict.fromkeys(unreadable, "")
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    file = folder / "settings.json"
+    if file.exists():
+        there = json.loads(file.read_text())
+        changed = [key for key in settings if there.get(key) != json.loads(json.dumps(settings[key]))]
+        if changed:
+            raise UserError(
+                f"--out {folder.parent} holds an evaluation with another {', '.join(changed)}; choose another folder."
+            )
+        return
+    partial = folder / "settings.json.partial"
+    partial.write_text(json.dumps(settings, indent=2) + "\n")
+    partial.replace(file)
+
+
+def read_whole_lines(file: Path) -> dict[str, str]:
+    """Replies written so far; a last line that a kill cut off is removed from the file."""
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with file.open("r+b") as stream:
+            stream.truncate(len(whole))
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {line["index"]: line["reply"] for line in lines}
+
+
+def plan(
+    benchmark: Benchmark, items: list[Item], generator: Generator, config: EvalConfig
+) -> list[tuple[list[Item], list[Prompt], list[Request]]]:
+    """The batches, each of one kind of prompt. A function of items and settings alone."""
+    prompts = [benchmark.prompt(item, config.profile) for item in items]
+    if config.method == "options" and any(not prompt.options for prompt in prompts):
+        open_item = next(item for item, prompt in zip(items, prompts, strict=True) if not prompt.options)
+        raise UserError(
+            f"--method options: {benchmark.name} has questions without options (row {open_item.index}); use generate."
+        )
+    requests = [request_of(generator, prompt, item) for prompt, item in zip(prompts, items, strict=True)]
+    kinds: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        kinds.setdefault((prompt.max_new_tokens, prompt.stop, prompt.is_raw), []).append(i)
+    batches = []
+    for numbers in kinds.values():
+        for chosen in generator.batches([requests[i] for i in numbers], config.batch_size):
+            of_batch = [numbers[i] for i in chosen]
+            batches.append(tuple([source[i] for i in of_batch] for source in (items, prompts, requests)))
+    return batches
+
+
+def request_of(generator: Generator, prompt: Prompt, item: Item) -> Request:
+    template = "plain" if prompt.is_raw else None
+    return Request(generator.encode_turns([prompt.text], template=template), item.images)
+
+
+def ask(generator: Generator, prompts: list[Prompt], requests: list[Request], config: EvalConfig) -> list[str]:
+    """One batch: replies, or the likeliest option of each."""
+    padded = requests + [requests[-1]] * (config.batch_size - len(requests))
+    is_published_choice = prompts[0].is_raw and bool(prompts[0].options)  # AI2D there: the likeliest letter
+    if config.method == "options" or is_published_choice:
+        options = [prompt.options for prompt in prompts]
+        options += [options[-1]] * (len(padded) - len(options))
+        encoded = [[generator.codec.encode(option) for option in of_item] for of_item in options]
+        scores = generator.score(padded, encoded)
+        return [of_item[row.index(max(row))] for of_item, row in zip(options, scores, strict=True)][: len(requests)]
+    sampling = SamplingOptions(prompts[0].max_new_tokens, stop=prompts[0].stop)
+    return [reply.text.strip() for reply in generator.generate(padded, sampling)][: len(requests)]
+
+
+def judge(benchmark: Benchmark, item: Item, reply: str, config: EvalConfig) -> Judgement:
+    return benchmark.judge(item, reply, config.profile) if reply else Judgement(0.0, None)
+
+
+def write_predictions(
+    folder: Path,
+    items: list[Item],
+    judgements: list[Judgement],
+    predictions: dict[str, str],
+    unreadable: dict[str, str],
+) -> None:
+    lines = []
+    for item, judgement in zip(items, judgements, strict=True):
+        record = {
+            "index": item.index, "question": item.question, "choices": item.choices, "answer": item.answer,
+            "reply": predictions[item.index], "parsed": judgement.parsed, "score": judgement.score,
+        }  # fmt: skip
+        if item.index in unreadable:
+            record["image_problem"] = unreadable[item.index]
+        lines.append(json.dumps(record) + "\n")
+    partial = folder / "predictions.jsonl.partial"
+    partial.write_text("".join(lines))
+    partial.replace(folder / "predictions.jsonl")
+
+
+def show_progress(batches: list, name: str, total: int) -> Iterator[tuple[list[Item], list[Prompt], list[Request]]]:
+    """A bar on a terminal, a line for every tenth of the items otherwise (stderr)."""
+    import sys
+
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(batches, description=name, console=Console(stderr=True))
+        return
+    done = 0
+    for batch in batches:
+        yield batch
+        before, done = done, done + len(batch[0])
+        if done * 10 // total > before * 10 // total:
+            print(f"{name}: {done} of {total}", file=sys.stderr, flush=True)
+
+
+def summary_line(name: str, result: dict[str, Any]) -> str:
+    low, high = result["interval_95"]
+    line = (
+        f"{name} ({result['profile']}, {result['method']}): {100 * result['accuracy']:.1f} % "
+        f"[{100 * low:.1f}, {100 * high:.1f}] of {result['num_units']:,}"
+    )
+    notes = [f"unparsed {100 * result['unparsed_rate']:.1f} %"] if result["unparsed_rate"] else []
+    notes += [f"{len(result['unreadable_images'])} with unreadable images"] if result["unreadable_images"] else []
+    notes += [f"limited to {result['num_items']:,} items"] if result["limit"] else []
+    return line + "".join(f", {note}" for note in notes)

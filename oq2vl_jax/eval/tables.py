@@ -1,0 +1,156 @@
+"""Benchmark files as their projects distribute them: Hugging Face parquet and VLMEvalKit TSV. Local files only.
+
+An image in parquet is a struct {"bytes", "path"}, plain bytes, or a list of either. An image in a TSV is base64, a list
+of base64 written as Python, or, where it is 64 characters or shorter, the index of another row that holds it.
+"""
+
+import ast
+import base64
+import binascii
+import csv
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from oq2vl_jax.data.paths import check_has_polars
+from oq2vl_jax.errors import UserError
+
+MAX_REFERENCE_CHARACTERS = 64
+"""A shorter image cell of a TSV names the row that holds the image; VLMEvalKit's rule."""
+HASH_BLOCK_BYTES = 2**20
+
+
+class Table(NamedTuple):
+    """The rows of a benchmark's files, in order. `is_tsv` tells VLMEvalKit's columns from Hugging Face's."""
+
+    rows: list[dict[str, Any]]
+    is_tsv: bool
+    files: list[Path]
+
+
+def find_files(data: str, task: str, patterns: Iterable[str]) -> list[Path]:
+    """The files of the first pattern that matches anything below --data. Raises UserError naming the patterns."""
+    root = Path(data)
+    if not root.is_dir():
+        raise UserError(f"--data {data}: no such folder.")
+    for pattern in patterns:
+        found = sorted(path for path in root.rglob(pattern) if path.is_file())
+        if found:
+            return found
+    raise UserError(f"--data {data}: no file of {task} here; looked for {', '.join(patterns)}.")
+
+
+def read_table(task: str, files: list[Path]) -> Table:
+    """Raises UserError for files that are damaged, empty, or TSV and parquet mixed."""
+    is_tsv = files[0].suffix == ".tsv"
+    rows = []
+    for file in files:
+        rows += read_tsv(file) if is_tsv else read_parquet(file)
+    if not rows:
+        raise UserError(f"{task}: {files[0]} has no rows.")
+    return Table(resolve_references(rows) if is_tsv else rows, is_tsv, files)
+
+
+def check_columns(task: str, table: Table, expected: Iterable[str]) -> None:
+    """Raises UserError that names every missing column, and those that are there."""
+    there = set().union(*(row.keys() for row in table.rows))
+    missing = [name for name in expected if name not in there]
+    if missing:
+        raise UserError(
+            f"{table.files[0]}: column {', '.join(missing)} is missing for {task}; "
+            f"expected {', '.join(expected)}, found {', '.join(sorted(there))}."
+        )
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    check_has_polars("oq2vl_jax.eval")
+    import polars as pl
+
+    try:
+        return pl.read_parquet(path).to_dicts()
+    except Exception as error:  # Polars raises errors of its own kinds for every kind of damage
+        raise UserError(f"{path}: cannot be read as parquet: {(str(error).splitlines() or ['?'])[0]}.") from error
+
+
+def read_tsv(path: Path) -> list[dict[str, Any]]:
+    """Empty cells are None. Every cell is text."""
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable TSV: {error}.") from error
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, line {number}: the number of cells is not that of the header; is it cut off?")
+    return [{name: cell or None for name, cell in row.items()} for row in rows]
+
+
+def resolve_references(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with every image in place of the index that named it. Rows without an image are left out."""
+    if "image" not in rows[0]:
+        return rows
+    image_of = {str(row.get("index")): row["image"] for row in rows}
+    resolved = []
+    for row in rows:
+        image = row["image"]
+        if image is not None and len(image) <= MAX_REFERENCE_CHARACTERS:
+            image = image_of.get(image)
+            if image is None or len(image) <= MAX_REFERENCE_CHARACTERS:
+                raise UserError(f"row {row.get('index')}: its image is that of row {row['image']}, which holds none.")
+        if image is not None:
+            resolved.append({**row, "image": image})
+    return resolved
+
+
+def images_of(value: Any) -> list[bytes]:
+    """The encoded images of a cell of either format. What cannot be base64 is an empty image: it does not decode."""
+    if value is None:
+        return []
+    if isinstance(value, bytes):
+        return [value]
+    if isinstance(value, dict):
+        return [value.get("bytes") or b""]
+    if isinstance(value, list):
+        return [image for item in value for image in images_of(item)]
+    if value.startswith("[") and value.endswith("]"):
+        return [image for item in literal_list(value) for image in images_of(item)]
+    try:
+        return [base64.b64decode(value, validate=True)]
+    except (binascii.Error, ValueError):
+        return [b""]
+
+
+def literal_list(text: Any) -> list:
+    """A list, or one written as Python in a cell; anything else is a list of itself."""
+    if isinstance(text, list):
+        return text
+    if isinstance(text, str) and text.startswith("[") and text.endswith("]"):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return [text]
+        return list(value)
+    return [text]
+
+
+def is_given(cell: Any) -> bool:
+    """False for what the files mean by "none": null, an empty text, NaN, and the text "nan"."""
+    return cell is not None and cell == cell and str(cell).strip() not in ("", "nan")
+
+
+def sha256_of(files: list[Path]) -> str:
+    """Of the contents of all files, in order."""
+    digest = hashlib.sha256()
+    for file in files:
+        for block in blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            yield block
