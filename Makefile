@@ -16,16 +16,20 @@ demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/filtered/*.tar' --out $(DEMO)/packed/captions \
 	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 256 --max-images 10 --visual-tokens 16 --template plain
 	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/questions/*.tar' --out $(DEMO)/packed/questions \
-	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 576 --max-images 2 --visual-tokens 64
+	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 576 --max-images 4 --visual-tokens 64
 	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa.py
 	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa_tune.py
-	$(BIN)/python -m oq2vl_jax.generate --checkpoint $(DEMO)/runs/questions --requests $(DEMO)/data/test.jsonl \
-	    --out $(DEMO)/predictions.jsonl --max-new-tokens 8
+	$(BIN)/python -m oq2vl_jax.eval --checkpoint $(DEMO)/runs/questions --tasks easy_vqa --data $(DEMO)/data/test \
+	    --out $(DEMO)/results/generate
+	$(BIN)/python -m oq2vl_jax.eval --checkpoint $(DEMO)/runs/questions --tasks easy_vqa --data $(DEMO)/data/test \
+	    --out $(DEMO)/results/options --method options
 	rm -rf $(DEMO)/exported
 	$(BIN)/python -m convert.to_hf $(DEMO)/runs/questions --out $(DEMO)/exported --dtype float32 --native
 	$(BIN)/python -m convert.ask_hf $(DEMO)/exported --image $(DEMO)/data/test/0.png --prompt "what is the red shape?" \
 	    --same-as $(DEMO)/runs/questions
-	$(BIN)/python -m oq2vl_jax.demo.report --predictions $(DEMO)/predictions.jsonl \
+	$(BIN)/python -m oq2vl_jax.demo.report --pictures $(DEMO)/data/test \
+	    --predictions $(DEMO)/results/generate/easy_vqa/predictions.jsonl \
+	    --by-options $(DEMO)/results/options/easy_vqa/predictions.jsonl \
 	    --runs $(DEMO)/runs/captions $(DEMO)/runs/questions --out $(DEMO)/report
 
 # The 2B model through the bridge: 24 GB of memory, 45 GB of disk, about 15 minutes on two cores.

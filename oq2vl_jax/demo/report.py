@@ -26,7 +26,11 @@ class ReportConfig:
     """Report of the easy-VQA demo."""
 
     predictions: str
-    """jsonl that oq2vl_jax.generate wrote for demo/data/test.jsonl."""
+    """predictions.jsonl of python -m oq2vl_jax.eval --tasks easy_vqa."""
+    by_options: str
+    """The same of --method options."""
+    pictures: str
+    """Folder with the test pictures, IMAGE.png."""
     runs: tuple[str, ...]
     """Run directories, in the order they were trained."""
     out: str
@@ -53,11 +57,14 @@ class Prediction:
         return "shape" if self.answer in ("circle", "rectangle", "triangle") else "color"
 
 
-def read_predictions(path: str) -> list[Prediction]:
+def read_predictions(path: str, pictures: str) -> list[Prediction]:
     if not Path(path).is_file():
-        raise UserError(f"--predictions {path}: no such file; python -m oq2vl_jax.generate --requests writes it.")
+        raise UserError(f"{path}: no such file; python -m oq2vl_jax.eval --tasks easy_vqa writes it.")
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [Prediction(row["image"][0], row["prompt"], row["answer"], row["reply"]) for row in rows]
+    return [
+        Prediction(str(Path(pictures) / f"{r['index'].split('-')[0]}.png"), r["question"], r["answer"], r["reply"])
+        for r in rows
+    ]
 
 
 def accuracy(predictions: list[Prediction]) -> float:
@@ -138,7 +145,9 @@ def choose_shown(predictions: list[Prediction], seed: int) -> list[Prediction]:
     return rng.sample(right, min(GRID_ROWS * GRID_COLUMNS - len(wrong), len(right))) + wrong
 
 
-def write_page(path: Path, figures: list[Path], predictions: list[Prediction], question_only: float) -> None:
+def write_page(
+    path: Path, figures: list[Path], predictions: list[Prediction], question_only: float, by_options: float
+) -> None:
     rows = []
     for kind in ("shape", "color", "yes or no"):
         of_kind = [p for p in predictions if p.kind == kind]
@@ -169,7 +178,8 @@ def write_page(path: Path, figures: list[Path], predictions: list[Prediction], q
 Every answer below was generated greedily; a reply counts when it equals the answer.</p>
 <div class="row">
  <div><div class="score">{accuracy(predictions):.1f} %</div>of {len(predictions):,} test questions<br>
- <span class="lead">without looking at the picture: {question_only:.1f} %</span></div>
+ <span class="lead">by the likeliest of 13 options: {by_options:.1f} %<br>
+ without looking at the picture: {question_only:.1f} %</span></div>
  <table><tr><th>asks for</th><th>questions</th><th>right</th></tr>{"".join(rows)}</table>
  <table><tr><th>answer</th><th>reply</th><th>times</th></tr>{mistakes or "<tr><td>no mistakes</td></tr>"}</table>
 </div>
@@ -184,13 +194,15 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(ReportConfig, prog="python -m oq2vl_jax.demo.report")
-    predictions = read_predictions(config.predictions)
+    predictions = read_predictions(config.predictions, config.pictures)
+    by_options = accuracy(read_predictions(config.by_options, config.pictures))
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     draw_losses(config.runs, out / "loss.png")
     draw_answers(choose_shown(predictions, config.seed), out / "answers.png")
     question_only = question_only_accuracy(predictions)
-    write_page(out / "report.html", [out / "loss.png", out / "answers.png"], predictions, question_only)
+    write_page(out / "report.html", [out / "loss.png", out / "answers.png"], predictions, question_only, by_options)
+    print(f"by the likeliest of 13 options instead of a generated reply: {by_options:.1f} %")
     print(f"report: {out / 'report.html'}, {out / 'loss.png'}, {out / 'answers.png'}")
     print(f"easy-VQA test accuracy: {accuracy(predictions):.1f} % (question-only: {question_only:.1f} %)")
 

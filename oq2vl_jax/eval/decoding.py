@@ -134,7 +134,7 @@ def decode(
     return state, output
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def insert_row(state: DecodeState, row: DecodeState, index: Int[Array, ""]) -> DecodeState:
     """`state` with its row `index` replaced by the only row of `row`, whose cache may have fewer slots."""
 

@@ -1,11 +1,18 @@
 """What the demo reads off easy-VQA, and what its report counts."""
 
 import json
+from collections import defaultdict
 
 import easy_vqa
 import pytest
 
-from oq2vl_jax.demo.easy_vqa import caption, group_by_image, named_by_yes_or_no, question_samples
+from oq2vl_jax.demo.easy_vqa import (
+    QUESTIONS_PER_CONVERSATION,
+    caption,
+    group_by_image,
+    named_by_yes_or_no,
+    question_samples,
+)
 from oq2vl_jax.demo.report import Prediction, accuracy, question_only_accuracy, read_predictions
 from oq2vl_jax.errors import UserError
 
@@ -35,12 +42,17 @@ def test_every_training_question_is_asked_of_every_quarter_turn():
     questions, answers, ids = easy_vqa.get_train_questions()
     turns = {image_id: pairs for image_id, pairs in group_by_image(questions, answers, ids).items() if image_id < 3}
     samples = list(question_samples(easy_vqa.get_train_image_paths(), turns, seed=0))
-    assert len({sample["__key__"] for sample in samples}) == 3 * 4
+    asked = defaultdict(list)
     for sample in samples:
         metadata = json.loads(sample["json"])
         messages = [message["value"].removeprefix("<image>\n") for message in metadata["conversations"]]
-        assert sorted(zip(messages[::2], messages[1::2], strict=True)) == sorted(turns[int(sample["__key__"][:6])])
+        assert len(messages) <= 2 * QUESTIONS_PER_CONVERSATION
+        asked[sample["__key__"][:7]] += zip(messages[::2], messages[1::2], strict=True)
         assert sum("<image>" in message["value"] for message in metadata["conversations"]) == 1
+    assert len({sample["__key__"] for sample in samples}) == len(samples)
+    assert len(asked) == 3 * 4
+    for key, pairs in asked.items():
+        assert sorted(pairs) == sorted(turns[int(key[:6])])
 
 
 def test_accuracy_counts_exact_replies():
@@ -56,5 +68,5 @@ def test_question_only_guessing_reaches_the_published_67_percent():
 
 
 def test_missing_predictions_are_one_sentence():
-    with pytest.raises(UserError, match=r"no such file; python -m oq2vl_jax\.generate"):
-        read_predictions("nowhere.jsonl")
+    with pytest.raises(UserError, match=r"no such file; python -m oq2vl_jax\.eval"):
+        read_predictions("nowhere.jsonl", "pictures")

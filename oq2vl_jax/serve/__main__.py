@@ -1,0 +1,79 @@
+"""python -m oq2vl_jax.serve: a checkpoint behind the OpenAI chat-completions format, and a page to try it.
+
+    python -m oq2vl_jax.serve --checkpoint runs/sft_llava
+    curl localhost:8000/v1/chat/completions -H 'content-type: application/json' -d '{"messages": [{"role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
+                    {"type": "text", "text": "What is it?"}]}]}'
+
+Concurrent requests are decoded together. VLMEvalKit and lmms-eval reach a checkpoint through this with their OpenAI
+clients.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from oq2vl_jax.config import Template
+from oq2vl_jax.errors import UserError, run_command
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serves a checkpoint over HTTP."""
+
+    checkpoint: str
+    """Run directory (its newest checkpoint) or one checkpoint folder."""
+    host: str = "127.0.0.1"
+    """0.0.0.0 serves other machines as well; there is no authentication."""
+    port: int = 8000
+    batch_size: int = 8
+    """Requests decoded together."""
+    max_context: int = 4096
+    """Tokens of a prompt with its images and reply; decides the size of the cache."""
+    max_waiting: int = 256
+    """Requests that may wait; more are answered with status 429."""
+    max_body_mib: int = 20
+    """Largest request; larger ones are answered with status 413."""
+    max_held_mib: int = 512
+    """All requests that are being received together; more are answered with status 503."""
+    allow_files: str | None = None
+    """Folder whose images requests may name by path; none by default."""
+    template: Template | None = None
+    """How conversations are written; default: as the checkpoint's data was."""
+
+
+def check(config: ServeConfig) -> None:
+    for name in ("batch_size", "max_context", "max_waiting", "max_body_mib", "max_held_mib"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
+    if not 0 <= config.port < 2**16:
+        raise UserError(f"--port must be 0..65535, got {config.port}.")
+    if config.allow_files is not None and not Path(config.allow_files).is_dir():
+        raise UserError(f"--allow-files {config.allow_files}: no such folder.")
+
+
+def main() -> None:
+    import tyro
+
+    config = tyro.cli(ServeConfig, prog="python -m oq2vl_jax.serve")
+    check(config)
+    try:
+        import uvicorn
+
+        from oq2vl_jax.serve.app import Server
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing; install the extra: pip install 'oq2vl-jax[serve]'.") from error
+    from oq2vl_jax.eval.generator import Generator
+    from oq2vl_jax.serve.engine import Engine
+
+    generator = Generator(config.checkpoint, config.template)
+    engine = Engine(generator, config.batch_size, config.max_context, config.max_waiting)
+    name = Path(config.checkpoint).name
+    server = Server(engine, name, config.max_body_mib * MIB, config.max_held_mib * MIB, config.allow_files)
+    print(f"serving {generator.checkpoint} at http://{config.host}:{config.port}", flush=True)
+    uvicorn.run(server.app(), host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    run_command(main)

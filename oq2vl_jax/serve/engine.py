@@ -1,0 +1,168 @@
+"""Continuous batching: a fixed number of rows decodes together, and a request joins as soon as a row is free.
+
+One thread owns the device. Between two pieces of a few tokens it takes in waiting requests (one prefill each), hands
+new text out, and frees the rows of replies that ended or whose reader has gone. Rows do not depend on each other
+(eval/decoding.py), so a reply is the one that the request would have got alone.
+"""
+
+import contextlib
+import queue
+import threading
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from oq2vl_jax.eval.decoding import NOTHING, DecodeState, Sampling, decode, insert_row
+from oq2vl_jax.eval.generator import STEPS_PER_PIECE, Generator, Reply, ReplyText, Request, SamplingOptions
+from oq2vl_jax.model.qwen2 import init_cache
+
+
+class Event(NamedTuple):
+    """What a job's listener gets: pieces of text, then a reply or an error."""
+
+    piece: str = ""
+    reply: Reply | None = None
+    error: str | None = None
+
+
+class Job:
+    """One request on its way. `listen` is called from the engine's thread and must not block."""
+
+    def __init__(self, request: Request, options: SamplingOptions, listen: Callable[[Event], None]):
+        self.request, self.options, self.listen = request, options, listen
+        self.is_cancelled = False
+        self.text: ReplyText | None = None
+
+    def cancel(self) -> None:
+        """The reader has gone; the row is freed at the next piece."""
+        self.is_cancelled = True
+
+
+class EngineFullError(Exception):
+    """More requests are waiting than the engine takes."""
+
+
+class Engine:
+    def __init__(self, generator: Generator, num_rows: int, max_context: int, max_waiting: int):
+        self.generator, self.num_rows, self.max_context = generator, num_rows, max_context
+        self._waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
+        self._jobs: list[Job | None] = [None] * num_rows
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._is_closing = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after the piece under way; what is unfinished gets an error."""
+        self._is_closing = True
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(None)  # wakes it
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_running(self) -> int:
+        return sum(job is not None for job in self._jobs)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._waiting.qsize()
+
+    def submit(self, job: Job) -> None:
+        """Raises EngineFullError."""
+        try:
+            self._waiting.put_nowait(job)
+        except queue.Full as error:
+            raise EngineFullError from error
+
+    def _run(self) -> None:
+        state = self._empty_state()
+        while not self._is_closing:
+            try:
+                state = self._admit(state)
+                if self.num_running:
+                    state = self._decode_piece(state)
+            except Exception:  # a failure of the device or of ours must not end the server; its requests are told
+                traceback.print_exc()
+                self._fail_all("the server failed on this batch; its log says why")
+                state = self._empty_state()
+        self._fail_all("the server is shutting down")
+
+    def _admit(self, state: DecodeState) -> DecodeState:
+        """Fills free rows; waits where there is nothing else to do."""
+        while None in self._jobs:
+            try:
+                job = self._waiting.get(block=self.num_running == 0)
+            except queue.Empty:
+                return state
+            if job is None:
+                return state
+            if job.is_cancelled:
+                continue
+            row = self._jobs.index(None)
+            self._jobs[row] = job
+            try:
+                first = self.generator.start([job.request], job.options, num_slots=self.max_context)
+            except ValueError as problem:  # ImageError, UserError: of this request alone
+                self._jobs[row] = None
+                job.listen(Event(error=str(problem)))
+                continue
+            state = insert_row(state, first, jnp.int32(row))
+            job.text = ReplyText(self.generator, job.options)
+            self._take(row, np.asarray(first.token).tolist())
+        return state
+
+    def _decode_piece(self, state: DecodeState) -> DecodeState:
+        options = [job.options if job else SamplingOptions() for job in self._jobs]
+        columns = zip(*((o.temperature, o.top_p, o.top_k, o.seed) for o in options), strict=True)
+        kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.int32)
+        sampling = Sampling(*(jnp.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+        is_free = np.array([job is None for job in self._jobs])
+        state = state._replace(is_done=jnp.asarray(is_free))
+        generator = self.generator
+        state, output = decode(
+            generator.weights, state, sampling, generator.stop_tokens, STEPS_PER_PIECE, generator.dtype
+        )
+        for row, tokens in enumerate(np.asarray(output).tolist()):
+            if self._jobs[row] is not None:
+                self._take(row, [token for token in tokens if token != NOTHING])
+        return state
+
+    def _take(self, row: int, tokens: list[int]) -> None:
+        """New tokens of a row to its listener; the row is freed when the reply has ended."""
+        job = self._jobs[row]
+        assert job is not None
+        assert job.text is not None
+        if job.is_cancelled:
+            self._jobs[row] = None
+            return
+        job.text.add(tokens)
+        piece = job.text.new_piece()
+        if piece:
+            job.listen(Event(piece=piece))
+        if job.text.is_done:
+            self._jobs[row] = None
+            job.listen(Event(reply=job.text.reply()))
+
+    def _fail_all(self, message: str) -> None:
+        running = [job for job in self._jobs if job is not None]
+        self._jobs = [None] * self.num_rows
+        if self._is_closing:
+            while not self._waiting.empty():
+                job = self._waiting.get_nowait()
+                running += [job] if job is not None else []
+        for job in running:
+            job.listen(Event(error=message))
+
+    def _empty_state(self) -> DecodeState:
+        config = self.generator.model_config.decoder
+        cache = init_cache(config, self.num_rows, self.max_context, self.generator.dtype)
+        tokens, positions = jnp.zeros(self.num_rows, jnp.int32), jnp.zeros(self.num_rows, jnp.int32)
+        return DecodeState(tokens, positions, jnp.ones(self.num_rows, bool), cache)

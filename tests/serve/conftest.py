@@ -1,0 +1,3 @@
+"""A server with a random tiny checkpoint, in this process."""
+
+from tests.eval.conftest import checkpoint  # noqa: F401

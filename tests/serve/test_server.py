@@ -1,0 +1,210 @@
+"""The server under load: right answers to the right clients, whatever some of them do."""
+
+import asyncio
+import json
+import resource
+import socket
+import threading
+
+import httpx
+import pytest
+import uvicorn
+
+from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+from oq2vl_jax.serve.app import Server
+from oq2vl_jax.serve.engine import Engine
+from tests.data.conftest import png
+from tests.serve.test_chat import data_url, picture, user
+
+NUM_CLIENTS = 64
+NEW_TOKENS = 12
+MIB = 2**20
+MAX_GROWTH_MIB = 700  # measured 160; 64 bodies of 30 MiB would be 1,900
+
+
+@pytest.fixture(scope="module")
+def generator(checkpoint):
+    return Generator(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def url(generator):
+    engine = Engine(generator, num_rows=8, max_context=128, max_waiting=200)
+    app = Server(engine, "tiny", 20 * MIB, 256 * MIB, None).app()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        threading.Event().wait(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(20)
+    assert not engine.is_alive
+
+
+def question(i):
+    return user(picture(png(seed=i % 5)), f"client {i}")
+
+
+def payload(i, **fields):
+    return {"messages": [question(i)], "max_tokens": NEW_TOKENS, "temperature": 0.8 * (i % 2), "seed": i, **fields}
+
+
+@pytest.fixture(scope="module")
+def expected(generator):
+    """What every client would get alone."""
+    replies = []
+    for i in range(NUM_CLIENTS):
+        prompt = generator.encode_turns([f"<image>\nclient {i}"])
+        options = SamplingOptions(NEW_TOKENS, temperature=0.8 * (i % 2), seed=i)
+        replies.append(generator.generate([Request(prompt, [png(seed=i % 5)])], options)[0])
+    return replies
+
+
+async def ask(client, url, i):
+    response = await client.post(f"{url}/v1/chat/completions", json=payload(i))
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def stream(client, url, i, delay=0.0, leave_after=None):
+    """The text of a streamed reply; reads slowly, or leaves in the middle."""
+    text, num_events = "", 0
+    async with client.stream("POST", f"{url}/v1/chat/completions", json=payload(i, stream=True)) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            num_events += 1
+            if leave_after is not None and num_events > leave_after:
+                return None
+            text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+            await asyncio.sleep(delay)
+    return text
+
+
+async def broken(client, url):
+    message = user({"type": "image_url", "image_url": {"url": data_url(b"no picture")}}, "what?")
+    return (await client.post(f"{url}/v1/chat/completions", json={"messages": [message]})).status_code
+
+
+async def large(client, url, declares_size):
+    content = b'{"messages": "' + b"x" * (30 * MIB) + b'"}'
+
+    async def parts():
+        for start in range(0, len(content), MIB):
+            yield content[start : start + MIB]
+
+    try:
+        body = content if declares_size else parts()
+        return (await client.post(f"{url}/v1/chat/completions", content=body)).status_code
+    except httpx.TransportError:  # the server hung up on the rest of the body
+        return 413
+
+
+async def watch_health(client, url, stop):
+    longest = 0.0
+    while not stop.is_set():
+        start = asyncio.get_running_loop().time()
+        response = await client.get(f"{url}/health")
+        assert response.json()["status"] == "ok"
+        longest = max(longest, asyncio.get_running_loop().time() - start)
+        await asyncio.sleep(0.05)
+    return longest
+
+
+async def everything_at_once(url):
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+        stop = asyncio.Event()
+        health = asyncio.create_task(watch_health(client, url, stop))
+        whole = [ask(client, url, i) for i in range(0, NUM_CLIENTS, 2)]
+        streams = [stream(client, url, i, delay=0.1 * (i % 4 == 1)) for i in range(1, NUM_CLIENTS, 2)]
+        leaving = [stream(client, url, i, leave_after=1) for i in range(8)]
+        others = [broken(client, url) for _ in range(8)] + [large(client, url, i % 2 == 0) for i in range(8)]
+        groups = [asyncio.gather(*group) for group in (whole, streams, leaving, others)]
+        results = await asyncio.gather(*groups)
+        stop.set()
+        return results, await health
+
+
+def test_64_clients_with_slow_and_broken_and_leaving_ones_among_them(url, expected):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (whole, streams, leaving, others), longest_health = asyncio.run(everything_at_once(url))
+    for i, answer in zip(range(0, NUM_CLIENTS, 2), whole, strict=True):
+        choice = answer["choices"][0]
+        assert choice["message"]["content"] == expected[i].text, f"client {i} got another's answer"
+        assert choice["finish_reason"] == expected[i].finish_reason
+        assert answer["usage"]["completion_tokens"] == len(expected[i].tokens)
+    assert streams == [expected[i].text for i in range(1, NUM_CLIENTS, 2)]
+    assert leaving == [None] * 8
+    assert others == [400] * 8 + [413] * 8
+    assert longest_health < 20, "parsing and decoding must not stop the loop"  # measured 2 on a busy machine
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert growth < MAX_GROWTH_MIB
+    health = httpx.get(f"{url}/health").json()
+    assert (health["running"], health["waiting"]) == (0, 0), "rows of those who left are free again"
+
+
+def test_models_page_and_unknown_paths(url):
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "tiny"
+    page = httpx.get(url)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "Ask about a picture" in page.text
+    assert httpx.get(f"{url}/v1/nothing").status_code == 404
+    refused = httpx.post(f"{url}/v1/chat/completions", json={"messages": []})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("messages must be a list")
+
+
+def test_usage_ends_a_stream_where_it_is_asked_for(url, expected):
+    fields = payload(4, stream=True, stream_options={"include_usage": True})
+    lines = httpx.post(f"{url}/v1/chat/completions", json=fields, timeout=60).text.strip().split("\n\n")
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2][6:])["usage"]["completion_tokens"] == len(expected[4].tokens)
+    assert json.loads(lines[-3][6:])["choices"][0]["finish_reason"] == expected[4].finish_reason
+
+
+def test_too_many_waiting_requests_are_told_so(generator):
+    from oq2vl_jax.serve.engine import EngineFullError, Job
+
+    engine = Engine(generator, 1, 128, max_waiting=2)
+    job = Job(Request([1], []), SamplingOptions(2), lambda event: None)
+    engine.submit(job)
+    engine.submit(job)
+    with pytest.raises(EngineFullError):
+        engine.submit(job)
+
+
+def test_a_failure_of_the_device_is_told_and_survived(generator, monkeypatch):
+    from oq2vl_jax.serve import engine as engine_module
+    from oq2vl_jax.serve.engine import Job
+
+    real, calls = engine_module.decode, []
+
+    def fails_once(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(engine_module, "decode", fails_once)
+    engine = Engine(generator, 2, 128, max_waiting=4)
+    done, events = threading.Semaphore(0), []
+
+    def listen(event):
+        events.append(event)
+        if event.reply or event.error:
+            done.release()
+
+    engine.start()
+    request = Request(generator.encode_turns(["hi"]), [])
+    for _ in range(2):
+        engine.submit(Job(request, SamplingOptions(6), listen))
+        assert done.acquire(timeout=60)
+    engine.close()
+    assert "failed" in next(event.error for event in events if event.error)
+    assert events[-1].reply == generator.generate([request], SamplingOptions(6))[0]
