@@ -135,6 +135,15 @@ class DataConfig:
     """Threads that decode images, per worker."""
     num_workers: int = 0
     """Worker processes; 0 = threads only. Batches do not depend on either number."""
+    packing: Literal["offline", "online"] = "offline"
+    """offline: sources are folders of oq2vl_jax.data.pack. online: sources are tars or instruction files, packed while
+    training (data/online.py); one process only."""
+    images: str | None = None
+    """online: folder of the pictures that instruction files name."""
+    tokenizer: str | None = None
+    """online: Hugging Face tokenizer folder."""
+    window: int = 512
+    """online: documents packed together; more fill better and are read again on a restart."""
     synthetic_documents: int = 0
     """> 0: make this many captioned shapes under run_dir/data, pack them, and train on them as the only source."""
 
@@ -148,6 +157,10 @@ class OptimizerConfig:
     """On matrices only. The published run's effective decay was 0 (its groups were built from flattened shards)."""
     warmup_fraction: float = 0.03
     max_grad_norm: float = 1.0
+    vision_learning_rate: float | None = None
+    """Peak for the encoder, where it is to differ from learning_rate; the schedule's shape is the same."""
+    projector_learning_rate: float | None = None
+    decoder_learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -181,6 +194,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What is looked at while training; nothing of it changes what is trained."""
+
+    sources: tuple[str, ...] = ()
+    """Packed folders of held-out rows, with the budgets and template of data; empty: no evaluation."""
+    every_num_steps: int = 500
+    num_batches: int = 4
+    """Global batches of the held-out loss, the same ones every time."""
+    num_samples: int = 8
+    """Held-out documents whose answer is generated and shown beside the reference, as RUN_DIR/samples/STEP.html."""
+    max_new_tokens: int = 64
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: ModelConfig
     data: DataConfig
@@ -193,6 +223,9 @@ class TrainConfig:
     trainable: TrainableConfig = TrainableConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    trackers: tuple[Tracker, ...] = ()
+    """Where metrics go beside metrics.jsonl; each is an extra of the same name."""
     rows_per_device: int | None = None
     """Rows in one forward pass of one device; the rest of the global batch is accumulated. None: all at once."""
     init_from: str | None = None
@@ -217,7 +250,9 @@ class CheckpointDescription:
 
 OPERATIONAL_FIELDS = (
     "run_dir", "log_every", "checkpoint.every_num_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp",
-    "rows_per_device", "remat", "data.num_threads", "data.num_workers",
+    "rows_per_device", "remat", "data.num_threads", "data.num_workers", "evaluation.sources",
+    "evaluation.every_num_steps", "evaluation.num_batches", "evaluation.num_samples", "evaluation.max_new_tokens",
+    "trackers",
 )  # fmt: skip
 """May change between a run and its resumption: they decide how, not what, is computed."""
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from oq2vl_jax.data.images import ImageError, check_image
+from oq2vl_jax.data.instructions import is_instructions, read_instructions
 from oq2vl_jax.data.rows import Document
 from oq2vl_jax.data.shards import Sample, read_samples
 from oq2vl_jax.data.tars import CutOffError
@@ -22,17 +23,22 @@ class Limits(NamedTuple):
 
 
 def read_documents(
-    files: Iterable[str], codec: TextCodec, limits: Limits, broken_shards: Literal["stop", "keep"]
+    files: Iterable[str],
+    codec: TextCodec,
+    limits: Limits,
+    broken_shards: Literal["stop", "keep"],
+    images: str | None = None,
 ) -> tuple[list[Document], dict]:
     """Documents in the order of the files, and {"samples", "skipped": {reason: count}, "notes": {what: count}}.
 
-    samples = documents + skipped, but for shard_cut_off, which counts files whose end is missing.
+    images: folder of the pictures that instruction files name. samples = documents + skipped, but for shard_cut_off,
+    which counts files whose end is missing.
     """
     documents, num_samples = [], 0
     skipped, notes = Counter(), Counter()
     for file in files:
         try:
-            for sample in read_samples(file):
+            for sample in read_instructions(file, images) if is_instructions(file) else read_samples(file):
                 num_samples += 1
                 try:
                     document, found = make_document(sample, codec, limits)

@@ -113,13 +113,13 @@ def check_sources(data: DataConfig, model: ModelConfig, manifests: dict[str, dic
 
 
 class RowDecoder(grain.transforms.Map):
-    """Bytes of a packed row to one row of a Batch."""
+    """A packed row, or its bytes, to one row of a Batch."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, pad_id: int):
         self.data, self.model, self.pad_id = data, model, pad_id
 
-    def map(self, element: bytes) -> Batch:
-        row = decode_row(element)
+    def map(self, element: bytes | PackedRow) -> Batch:
+        row = decode_row(element) if isinstance(element, bytes) else element
         num_placeholders = int((row.tokens == self.model.image_token_id).sum())
         if num_placeholders != len(row.images) * self.model.num_visual_tokens:
             raise UserError(f"row of {row.keys[0]}: {len(row.images)} images but {num_placeholders} placeholders.")

@@ -1,8 +1,9 @@
-"""python -m oq2vl_jax.data.pack: tars (or published *_packed.json files) to packed ArrayRecord rows.
+"""python -m oq2vl_jax.data.pack: tars and other files of samples to packed ArrayRecord rows.
 
-One task is one tar: read, check every image, tokenise, place (data/packing.py), write rows-NNNNN.array_record and its
-report. data/tasks.py says how tasks are run, resumed and spread over machines. OUT/manifest.json appears last, when
-everything is whole.
+Input are tars, LLaVA-style instruction files, or the published packer's *_packed.json. One task is one tar, or so many
+entries of an instruction file: read, check every image, tokenise, place (data/packing.py), write
+rows-NNNNN.array_record and its report. data/tasks.py says how tasks are run, resumed and spread over machines.
+OUT/manifest.json appears last, when everything is whole.
 """
 
 import functools
@@ -26,7 +27,8 @@ class PackConfig:
     """WebDataset tars (captions, conversations, interleaved) to packed rows for oq2vl_jax.train."""
 
     shards: str
-    """Tars: 'DIR/{00000..00009}.tar', a glob, or one path, local or s3://, gs://; or *_packed.json files."""
+    """Tars: 'DIR/{00000..00009}.tar', a glob, or one path, local or s3://, gs://; or *_packed.json files; or
+    instruction files: a LLaVA-style JSON list or .jsonl."""
     out: str
     """Folder for the rows, manifest.json and the tokenizer."""
     tokenizer: str
@@ -43,6 +45,10 @@ class PackConfig:
     """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
     files_per_task: int = 1
     """Input files packed together into one file of rows. Published *_packed.json files hold one row each: take 1000."""
+    images: str | None = None
+    """Folder of the pictures that an instruction file names."""
+    entries_per_task: int = 2000
+    """Entries of an instruction file packed together into one file of rows."""
     report: bool = False
     """Write OUT/report.html as well: fill, images and documents per row, lengths."""
     execution: Execution = Execution()
@@ -53,7 +59,8 @@ class PackConfig:
         from oq2vl_jax.data.rows import FORMAT_VERSION
 
         names = ("num_tokens", "max_images", "visual_tokens", "template", "files_per_task")
-        return {"format": FORMAT_VERSION} | {name: getattr(self, name) for name in names}
+        named = {name: getattr(self, name) for name in names}
+        return {"format": FORMAT_VERSION} | named | ({"images_folder": self.images} if self.images else {})
 
 
 def pack_shards(config: PackConfig) -> dict | None:
@@ -72,7 +79,8 @@ def pack_shards(config: PackConfig) -> dict | None:
         progress="{documents} documents in {rows} rows",
         broken_shards=config.broken_shards,
     )
-    reports = run_job(job, make_tasks(files, config.files_per_task), config.execution)
+    inputs, per_task = list_inputs(config, files)
+    reports = run_job(job, make_tasks(inputs, per_task), config.execution)
     if reports is None:
         return None
     manifest = make_manifest(settings, reports)
@@ -84,13 +92,25 @@ def pack_shards(config: PackConfig) -> dict | None:
     return manifest
 
 
+def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
+    """(inputs, inputs per task): the files, or the ranges of instruction files. Raises UserError for a mixture."""
+    from oq2vl_jax.data.instructions import is_instructions, split_into_ranges
+
+    of_instructions = [is_instructions(file) for file in files]
+    if not any(of_instructions):
+        return files, config.files_per_task
+    if not all(of_instructions):
+        raise UserError(f"--shards {config.shards}: instruction files and others together; pack them one by one.")
+    return [part for file in files for part in split_into_ranges(file, config.entries_per_task)], 1
+
+
 def check_config(config: PackConfig) -> None:
     from oq2vl_jax.config import check_square
     from oq2vl_jax.data import paths
 
     paths.check_out(config.out)
     check_square("--visual-tokens", config.visual_tokens)
-    for name in ("num_tokens", "max_images", "files_per_task"):
+    for name in ("num_tokens", "max_images", "files_per_task", "entries_per_task"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
 
@@ -136,7 +156,7 @@ def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...]
 
     limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens)
     codec = load_codec(paths.join(config.out, "tokenizer"), tokenizer_sha256)
-    documents, counts = read_documents(files, codec, limits, config.broken_shards)
+    documents, counts = read_documents(files, codec, limits, config.broken_shards, config.images)
     tokens = [len(document.tokens) for document in documents]
     images = [len(document.images) for document in documents]
     rows = pack_rows(tokens, images, config.num_tokens, config.max_images)

@@ -23,6 +23,16 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}
 """Where an upload shows only when it is complete."""
 
 
+RANGE_MARK = "#bytes="
+"""An input "FILE#bytes=START-STOP" is that part of a file: whole entries of an instruction file."""
+
+
+def split_range(path: str) -> tuple[str, str]:
+    """(file, "START-STOP"); an empty range for a whole file."""
+    file, _, span = path.partition(RANGE_MARK)
+    return file, span
+
+
 def is_remote(path: str) -> bool:
     return "://" in path
 

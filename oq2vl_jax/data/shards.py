@@ -4,7 +4,8 @@
     conversation  KEY.json with "conversations" (LLaVA) + KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... in the order of numbers
     interleaved   KEY.json with "texts" (null where an image stands) and the parallel "image_info" of {"image_base64"}
                   or null (OBELICS, MMC4); or KEY.tiff, one page for each null of "texts" (MINT)
-    *.json        a row of the published packer: {"data": [{"texts", "image_info", "key", "uid"}, ...]}
+    *.json        data/instructions.py reads lists of conversations; an object here is
+                  a row of the published packer: {"data": [{"texts", "image_info", "key", "uid"}, ...]}
 
 Whatever cannot be used is a Sample with a `problem`, never a sample less.
 """
@@ -48,10 +49,13 @@ def read_samples(path: str) -> Iterator[Sample]:
         yield from read_packed_json(path)
         return
     for members in read_members(path):
-        if members.problem:
-            yield Sample(members.key, [], problem=members.problem)
-        else:
-            yield parse_sample(members)._replace(uid=uid_of(members))
+        yield sample_of(members)
+
+
+def sample_of(members: Members) -> Sample:
+    if members.problem:
+        return Sample(members.key, [], problem=members.problem)
+    return parse_sample(members)._replace(uid=uid_of(members))
 
 
 def uid_of(members: Members) -> str | None:

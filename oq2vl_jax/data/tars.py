@@ -7,6 +7,7 @@ anything else hands the rest of the tar to tarfile.
 """
 
 import gzip
+import io
 import lzma
 import re
 import tarfile
@@ -43,32 +44,70 @@ class Members(NamedTuple):
 
 def read_members(path: str) -> Iterator[Members]:
     """The keys of a tar in its order, neighbours of the same key together. Raises CutOffError; see there."""
-    num_keys, seen = 0, set()
-    group: Members | None = None
+    num_keys = 0
     try:
         with paths.open_input(path) as stream:
-            for name, read in read_files(stream):
-                key, suffix = split_name(name)
-                if group is None or key != group.key:
-                    if group is not None:
-                        num_keys += 1
-                        yield group
-                    group = Members(key, {}, "duplicate_key" if key in seen else None)
-                    seen.add(key)
-                data, problem = read()
-                if suffix in group.files:
-                    problem = problem or "duplicate_member"
-                group.files[suffix] = data
-                if problem and not group.problem:
-                    group = group._replace(problem=problem)
-        if group is not None:
-            yield group
+            for group in group_by_key(stream):
+                yield group
+                num_keys += 1
     except (tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise CutOffError(
             f"{path}: the tar is broken or cut off after {num_keys} whole samples ({reason}); "
             "fetch it again, or pass --broken-shards keep to use what is whole."
         ) from error
+
+
+def group_by_key(stream: BinaryIO) -> Iterator[Members]:
+    seen = set()
+    group: Members | None = None
+    for name, read in read_files(stream):
+        key, suffix = split_name(name)
+        if group is None or key != group.key:
+            if group is not None:
+                yield group
+            group = Members(key, {}, "duplicate_key" if key in seen else None)
+            seen.add(key)
+        data, problem = read()
+        if suffix in group.files:
+            problem = problem or "duplicate_member"
+        group.files[suffix] = data
+        if problem and not group.problem:
+            group = group._replace(problem=problem)
+    if group is not None:
+        yield group
+
+
+def key_offsets(path: str) -> list[tuple[int, int]]:
+    """Where the members of each key begin and end in a tar that is not compressed. Raises UserError."""
+    spans: list[tuple[int, int]] = []
+    last_key = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                key = split_name(member.name)[0]
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                spans.append((member.offset, end))
+                if key == last_key:
+                    spans[-2:] = [(spans[-2][0], end)]
+                last_key = key
+            check_end_of_archive(tar)
+    except (tarfile.TarError, EOFError) as error:
+        raise CutOffError(f"{path}: the tar is compressed, broken or cut off ({error}).") from error
+    return spans
+
+
+def read_key(path: str, begin: int, end: int) -> Members:
+    """The members between two offsets of key_offsets."""
+    with open(path, "rb") as stream:
+        stream.seek(begin)
+        content = stream.read(end - begin)
+    try:
+        return next(group_by_key(io.BytesIO(content + bytes(2 * BLOCK))))
+    except (tarfile.TarError, StopIteration) as error:
+        raise CutOffError(f"{path}: no whole sample at byte {begin}; has the tar changed?") from error
 
 
 def read_files(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:

@@ -183,7 +183,10 @@ def finished_report(job: Job, task: Task) -> dict[str, Any] | None:
 def task_identity(job: Job, task: Task) -> str:
     """Changes whenever a finished task has to be done again."""
     inputs = [
-        [os.path.abspath(path) if not paths.is_remote(path) else path, *paths.file_version(path)]
+        [
+            os.path.abspath(path) if not paths.is_remote(path) else path,
+            *paths.file_version(paths.split_range(path)[0]),
+        ]
         for path in task.inputs
     ]
     return hashlib.sha256(json.dumps([job.settings, inputs], sort_keys=True).encode()).hexdigest()

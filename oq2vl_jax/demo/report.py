@@ -87,7 +87,8 @@ def read_metrics(run: str) -> list[dict]:
     file = Path(run) / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"--runs {run}: no metrics.jsonl there.")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return [record for record in records if "loss" in record]
 
 
 def draw_losses(runs: tuple[str, ...], path: Path) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from oq2vl_jax.config import MeshConfig
+from oq2vl_jax.config import MeshConfig, ModelConfig
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.data.text import IMAGE, TextCodec
 from oq2vl_jax.errors import UserError
@@ -102,13 +102,26 @@ class Generator:
         """dtype: of weights and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
         folder = find_checkpoint(checkpoint)
         description = load_description(folder)
+        codec, mesh = TextCodec(str(folder / "tokenizer")), make_mesh(MeshConfig())
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        self._set_up(load_model(folder, mesh), description.model, template or description.template, codec, mesh, dtype)
         self.checkpoint = str(folder)
-        self.model_config, self.template = description.model, template or description.template
-        self.codec = TextCodec(str(folder / "tokenizer"))
-        self.dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        self.mesh = make_mesh(MeshConfig())
-        self.weights = take_apart(load_model(folder, self.mesh), self.dtype)
-        self.stop_tokens = jnp.array([self.codec.special.eos, self.codec.special.pad])
+
+    @staticmethod
+    def of_model(
+        model: OpenQwen2VL, config: ModelConfig, template: str, codec: TextCodec, mesh: Mesh, dtype: str
+    ) -> "Generator":
+        """For a model in memory, while it is trained."""
+        generator = Generator.__new__(Generator)
+        generator._set_up(model, config, template, codec, mesh, dtype)
+        return generator
+
+    def _set_up(
+        self, model: OpenQwen2VL, config: ModelConfig, template: str, codec: TextCodec, mesh: Mesh, dtype: str
+    ) -> None:
+        self.model_config, self.template, self.codec, self.mesh, self.dtype = config, template, codec, mesh, dtype
+        self.weights = take_apart(model, dtype)
+        self.stop_tokens = jnp.array([codec.special.eos, codec.special.pad])
         self._stops = set(self.stop_tokens.tolist())
         self._visual_tokens: OrderedDict[bytes, jax.Array] = OrderedDict()
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.data.batch import Batch
+from oq2vl_jax.train.trackers import RunTracker, Sampled
 
 
 class BatchCounts(NamedTuple):
@@ -55,14 +56,15 @@ class Throughput:
 class MetricsLog:
     """metrics.jsonl of a run directory. On resumption, records of steps that will run again are dropped.
 
-    `last` is the newest record kept, or {}. The closing record of a finished run is written anew.
+    `last` is the newest record of a training step that is kept, or {}. The closing record of a finished run is
+    written anew.
     """
 
     def __init__(self, run_dir: Path, resume_step: int):
         path = run_dir / "metrics.jsonl"
         records = [json.loads(line) for line in _whole_lines(path)]
         kept = [record for record in records if record["step"] <= resume_step and "parameters_sha256" not in record]
-        self.last = kept[-1] if kept else {}
+        self.last = next((record for record in reversed(kept) if "loss" in record), {})
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(path)
@@ -124,11 +126,21 @@ class Progress:
 class StepReporter:
     """Takes the numbers of each finished step to metrics.jsonl and to the screen."""
 
-    def __init__(self, run_dir: Path, start_step: int, num_steps: int, log_every: int, num_processes: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        num_steps: int,
+        log_every: int,
+        num_processes: int,
+        trackers: list[RunTracker] | None = None,
+    ):
         self._log, self._progress = MetricsLog(run_dir, start_step), Progress(num_steps, start_step)
+        self._trackers = trackers or []
         self._throughput = Throughput(num_processes)
         self._num_steps, self._log_every = num_steps, log_every
         self._record = self._log.last
+        self._skipped: dict[str, Any] = {}
 
     def finish(self, step: int, numbers: dict[str, float], counts: BatchCounts) -> None:
         """numbers: loss, grad_norm, learning_rate of the step."""
@@ -137,12 +149,31 @@ class StepReporter:
         self._record = {"step": step, **numbers}
         if step % self._log_every == 0 or step == self._num_steps:
             self._record |= self._throughput.report()
-            self._log.write(self._record)
+            self._write(self._record)
             self._progress.log(self._record)
+
+    def evaluated(self, step: int, numbers: dict[str, float], samples: list[Sampled], page: Path | None) -> None:
+        """The held-out loss of a step, and what was generated for its page."""
+        self._write({"step": step, **numbers})
+        for tracker in self._trackers:
+            tracker.log_samples(step, samples, page)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        print(f"step {step}/{self._num_steps}  {shown}" + (f"  samples {page}" if page else ""), flush=True)
+
+    def skipped(self, counts: dict[str, int]) -> None:
+        """Samples that packing while training could not use, so far in this process; in the next record."""
+        self._skipped = {"skipped_samples": dict(counts)} if counts else {}
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._log.write(record | self._skipped)
+        for tracker in self._trackers:
+            tracker.log(record["step"], {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"})
 
     def close(self, parameters_sha256: str | None = None) -> None:
         """Ends the bar; the digest of a finished run becomes its last record."""
         self._progress.close()
         if parameters_sha256:
-            self._log.write({**self._record, "step": self._num_steps, "parameters_sha256": parameters_sha256})
+            self._log.write({**self._record, **self._skipped, "step": self._num_steps, "parameters_sha256": parameters_sha256})
         self._log.close()
+        for tracker in self._trackers:
+            tracker.close()

@@ -26,7 +26,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled decay on matrices only, the schedule."""
+    """Clipping by global norm, Adam, decoupled decay on matrices only, the schedule, learning rates by part."""
+    factors = part_factors(config)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
@@ -37,7 +38,27 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             weight_decay=config.weight_decay,
             mask=decay_mask,
         ),
+        *([scale_parts(factors)] if factors else []),
     )
+
+
+def part_factors(config: OptimizerConfig) -> dict[str, float]:
+    """Learning rate of a part over the common one, for parts that have their own."""
+    own = {
+        "vision": config.vision_learning_rate,
+        "projector": config.projector_learning_rate,
+        "decoder": config.decoder_learning_rate,
+    }
+    return {part: rate / config.learning_rate for part, rate in own.items() if rate is not None}
+
+
+def scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies AdamW's update of a part, which is proportional to the learning rate, decay included."""
+
+    def scale(updates: Any, params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, x: x * factors.get(path[0].name, 1.0), updates)
+
+    return optax.stateless(scale)
 
 
 def decay_mask(parameters: Any) -> Any:

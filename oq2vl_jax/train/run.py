@@ -18,9 +18,11 @@ from oq2vl_jax.data.loader import data_fingerprint, make_loader
 from oq2vl_jax.data.text import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_description, load_weights, named_arrays
+from oq2vl_jax.train.evaluation import Evaluator, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.step import StepMetrics, TrainState, compile_train_step, init_train_state, state_shardings
+from oq2vl_jax.train.trackers import open_trackers
 
 
 def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
@@ -37,20 +39,17 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     mesh = make_mesh(config.mesh)
     check_config(config, mesh.size)
     run_dir = Path(config.run_dir)
-    data = with_synthetic_source(config, run_dir)
-    tokenizer = Path(data.sources[0]) / "tokenizer"
-    loader = make_loader(
-        data, config.model, config.global_batch_size, config.seed, jax.process_index(), jax.process_count()
-    )
+    loader, tokenizer, fingerprint = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
-    fingerprint = data_fingerprint(data)
+    evaluator = Evaluator(config, mesh) if config.evaluation.sources else None
     state = start_state(config, mesh, checkpointer, loader, fingerprint, tokenizer)
     write_config(config, run_dir)
     train_step = compile_train_step(config, mesh)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
-    reporter = StepReporter(run_dir, start_step, config.num_steps, config.log_every, jax.process_count())
+    trackers = open_trackers(config.trackers, run_dir, dataclasses.asdict(config), start_step)
+    reporter = StepReporter(run_dir, start_step, config.num_steps, config.log_every, jax.process_count(), trackers)
     batches, digest = iter(loader), None
     try:
         pending = None  # the step under way: its numbers are read one step later, so that the device never waits
@@ -62,12 +61,19 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
             if pending:
                 reporter.finish(*checked(*pending, saved_step))
             pending = (step, metrics, counts)
+            reporter.skipped(getattr(loader, "skipped", {}))
             is_last = step == last_step or is_terminated()
-            if is_last or step % config.checkpoint.every_num_steps == 0:
+            is_evaluated = evaluator is not None and (step % config.evaluation.every_num_steps == 0 or is_last)
+            is_saved = is_last or step % config.checkpoint.every_num_steps == 0
+            if is_evaluated or is_saved:
                 reporter.finish(*checked(*pending, saved_step))  # a state with a NaN is never saved
+                pending = None
+            if is_evaluated and evaluator is not None:
+                evaluate(evaluator, state, reporter, run_dir)
+            if is_saved:
                 loader_state = {"position": loader.get_state(), "data": fingerprint}
                 checkpointer.save(state, loader_state, config, tokenizer)
-                pending, saved_step = None, step
+                saved_step = step
             if is_last:
                 break
         if int(state.step) == config.num_steps:
@@ -81,6 +87,33 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     else:
         print(f"done: step {config.num_steps}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}")
     return digest
+
+
+def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
+    """(loader, tokenizer folder, identity of the data) of packed folders, or of raw samples packed on the fly."""
+    data = with_synthetic_source(config, run_dir)
+    if data.packing == "online":
+        from oq2vl_jax.data.online import OnlineLoader, online_fingerprint, prepare_tokenizer
+
+        if jax.process_count() > 1:
+            raise UserError("data.packing = online runs in one process; pack with oq2vl_jax.data.pack for several.")
+        tokenizer = prepare_tokenizer(data, run_dir / "tokenizer")
+        loader = OnlineLoader(data, config.model, config.global_batch_size, config.seed, tokenizer)
+        return loader, tokenizer, online_fingerprint(data)
+    loader = make_loader(
+        data, config.model, config.global_batch_size, config.seed, jax.process_index(), jax.process_count()
+    )
+    return loader, Path(data.sources[0]) / "tokenizer", data_fingerprint(data)
+
+
+def evaluate(evaluator: Evaluator, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
+    """Before the checkpoint of the same step: a restart then never finds one without its evaluation."""
+    step, loss = int(state.step), evaluator.loss(state.model)
+    samples = evaluator.samples(state.model)
+    path = run_dir / "samples" / f"{step:06d}.html" if samples else None
+    if path is not None and jax.process_index() == 0:
+        write_samples(path, step, loss, samples)
+    reporter.evaluated(step, {"eval_loss": loss}, samples, path)
 
 
 def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):
@@ -118,6 +151,23 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         problems.append("checkpoint.every_num_steps, checkpoint.keep and log_every must be at least 1")
     if not config.data.sources and not config.data.synthetic_documents:
         problems.append("data.sources is empty")
+    if config.data.packing == "online" and (config.data.tokenizer is None or config.data.weights):
+        problems.append("data.packing = online needs data.tokenizer, and mixes no weights")
+    if config.data.window < 1:
+        problems.append("data.window must be at least 1")
+    rates = ("vision", "projector", "decoder")
+    own = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
+    problems += [
+        f"optimizer.{name}_learning_rate is set, but trainable.{name} is not"
+        for name, rate in own.items()
+        if rate is not None and name not in config.trainable.parts
+    ]
+    evaluation = config.evaluation
+    if (
+        min(evaluation.every_num_steps, evaluation.num_batches, evaluation.max_new_tokens) < 1
+        or evaluation.num_samples < 0
+    ):
+        problems.append("evaluation.every_num_steps, num_batches and max_new_tokens must be at least 1")
     if problems:
         raise UserError("; ".join(problems) + ".")
 

@@ -1,0 +1,146 @@
+"""Instruction data as LLaVA publishes it: one JSON list of entries (or a .jsonl), pictures in a folder beside it.
+
+    [{"id": "0", "image": "coco/0.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}, ...]
+
+"image" is a name or a list of names in the folder of --images; entries of text alone have none. A list of 10M entries
+(MAmmoTH-VL) is never loaded whole: one pass finds where each entry begins and ends, and a task reads its own range.
+"""
+
+import errno
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from oq2vl_jax.data import paths
+from oq2vl_jax.data.shards import Sample, printable
+from oq2vl_jax.data.uids import uid_of_key
+from oq2vl_jax.errors import UserError
+
+READ_BYTES = 2**20
+MAX_ENTRY_BYTES = 64 * 2**20
+SPACE, BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
+
+
+def is_instructions(path: str) -> bool:
+    """True for a .jsonl, and for a .json that holds a list; the published packer's files hold an object."""
+    path = paths.split_range(path)[0]
+    if path.endswith(".jsonl"):
+        return True
+    if not path.endswith(".json"):
+        return False
+    with paths.open_input(path) as file:
+        return file.read(READ_BYTES).lstrip()[:1] == b"["
+
+
+def entry_offsets(path: str) -> np.ndarray:
+    """int64 [n, 2], where each entry begins and ends. Raises UserError for a broken one, naming the place."""
+    with paths.open_input(path) as file:
+        return np.array(list(find_entries(file, path)), np.int64).reshape(-1, 2)
+
+
+def find_entries(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
+    """(begin, end) of every object of a JSON list or of JSON lines, reading a block at a time.
+
+    Bytes are taken as Latin-1, so that a character is a byte: what is not ASCII in UTF-8 stands inside strings, where
+    it means nothing to the structure.
+    """
+    decoder, number = json.JSONDecoder(), 0
+    text, base, position = file.read(READ_BYTES).decode("latin-1"), 0, 0
+    position = SPACE.match(text).end()  # type: ignore[union-attr]
+    is_list = text[position : position + 1] == "["
+    position += is_list
+    while True:
+        position = BETWEEN.match(text, position).end()  # type: ignore[union-attr]
+        if position == len(text):
+            base, text, position = base + len(text), file.read(READ_BYTES).decode("latin-1"), 0
+            if not text and is_list:
+                raise UserError(f"{path}: the list ends after {number} entries without its ]; is the file cut off?")
+            if not text:
+                return
+            continue
+        if is_list and text[position] == "]":
+            return
+        if text[position] != "{":
+            raise UserError(f"{path}: entry {number}, at byte {base + position}, is no JSON object.")
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            left = len(text) - position
+            more = file.read(max(READ_BYTES, left)) if left < MAX_ENTRY_BYTES else b""
+            if not more:
+                raise UserError(
+                    f"{path}: entry {number}, at byte {base + position}, is not valid JSON or is cut off: {error}."
+                ) from error
+            base, text, position = base + position, text[position:] + more.decode("latin-1"), 0
+            continue
+        yield base + position, base + end
+        number, position = number + 1, end
+
+
+def split_into_ranges(path: str, entries_per_task: int) -> list[str]:
+    """The file as inputs of so many entries each."""
+    offsets = entry_offsets(path)
+    if not len(offsets):
+        raise UserError(f"{path}: the list is empty.")
+    firsts = range(0, len(offsets), entries_per_task)
+    lasts = [min(first + entries_per_task, len(offsets)) - 1 for first in firsts]
+    return [
+        f"{path}{paths.RANGE_MARK}{offsets[a, 0]}-{offsets[b, 1]}" for a, b in zip(firsts, lasts, strict=True)
+    ]  # fmt: skip
+
+
+def read_range(path: str, start: int, stop: int) -> bytes:
+    with paths.open_input(path) as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+def read_instructions(path: str, images: str | None) -> Iterator[Sample]:
+    """Samples of an input of split_into_ranges, or of a whole file."""
+    file, span = paths.split_range(path)
+    if not span:
+        for start, stop in entry_offsets(file).tolist():
+            yield parse_entry(read_range(file, start, stop), images)
+        return
+    start, stop = map(int, span.split("-"))
+    content = read_range(file, start, stop)
+    for begin, end in find_entries(io.BytesIO(content), path):
+        yield parse_entry(content[begin:end], images)
+
+
+def parse_entry(entry: bytes, images: str | None) -> Sample:
+    """The sample of one entry with its pictures read. Problems are named, not raised."""
+    try:
+        value = json.loads(entry)
+    except (ValueError, RecursionError):
+        return Sample("?", [], problem="json_invalid")
+    if not isinstance(value, dict) or "conversations" not in value:
+        return Sample("?", [], problem="conversation_invalid")
+    key = printable(str(value.get("id", "?")))
+    sample = Sample(key, [], conversations=value["conversations"], uid=uid_of_key(key))
+    names = value.get("image")
+    names = [names] if isinstance(names, str) else names or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return sample._replace(problem="image_invalid")
+    if not names:
+        return sample
+    if images is None:
+        raise UserError(f"entry {key} names the image {names[0]!r}; give the folder of the images with --images.")
+    contents = []
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/") or "\0" in name or "://" in name:
+            return sample._replace(problem="image_outside_folder")
+        try:
+            with paths.open_input(paths.join(images, name)) as file:
+                contents.append(file.read())
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return sample._replace(problem="image_missing")
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return sample._replace(problem="image_missing")
+    return sample._replace(images=contents)

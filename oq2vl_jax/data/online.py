@@ -1,0 +1,192 @@
+"""Packing while training: raw samples to rows, without a packed folder on disk. Restored exactly.
+
+    samples, shuffled ─► documents ─► windows of 512 ─► pack_rows (data/packing.py) ─► rows, shuffled ─► batches
+
+Any sample is read by its place in its file, so the order is a function of the seed alone, and the state is two
+integers: samples read up to this window, and rows of the window given out. Deviation from Grain's own best-fit packing:
+that one fills 0.93 of a row on conversations with 729-token pictures and closes all its bins at once; a window of 512
+documents through the packer of data/pack.py fills 0.95 (docs/experiments.md). Offline packing fills more, knows its
+counts beforehand and costs no time while training; it is the way for more than one process.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from oq2vl_jax.config import DataConfig, ModelConfig
+from oq2vl_jax.data import paths
+from oq2vl_jax.data.batch import Batch
+from oq2vl_jax.data.documents import Limits, make_document
+from oq2vl_jax.data.images import ImageError
+from oq2vl_jax.data.instructions import entry_offsets, is_instructions, parse_entry, read_range
+from oq2vl_jax.data.packing import pack_rows
+from oq2vl_jax.data.rows import Document, PackedRow, pack_documents
+from oq2vl_jax.data.shards import Sample, sample_of
+from oq2vl_jax.data.tars import key_offsets, read_key
+from oq2vl_jax.data.text import SampleError, TextCodec
+from oq2vl_jax.errors import UserError
+
+NUM_PREFETCHED_BATCHES = 2
+MAX_SKIPPED_IN_A_ROW = 10_000
+"""So many samples without a document in between are a mistake in the configuration."""
+
+
+class Skipped(NamedTuple):
+    """In place of the document of a sample that is none."""
+
+    reason: str
+
+
+class SampleSource:
+    """Samples of instruction files and tars by number."""
+
+    def __init__(self, sources: tuple[str, ...], images: str | None):
+        """Finds every sample of the files, which takes seconds per gigabyte. Raises UserError."""
+        self.files = [file for source in sources for file in paths.expand_paths("data.sources", source)]
+        self.images = images
+        spans = [
+            np.array(entry_offsets(file) if is_instructions(file) else key_offsets(file), np.int64).reshape(-1, 2)
+            for file in self.files
+        ]
+        self._file_of = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
+        self._spans = np.concatenate(spans)
+        if not len(self._spans):
+            raise UserError(f"data.sources: {', '.join(sources)} hold no samples.")
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, i: int) -> Sample:
+        file, (begin, end) = self.files[self._file_of[i]], self._spans[i].tolist()
+        if is_tar(file):
+            return sample_of(read_key(file, begin, end))
+        return parse_entry(read_range(file, begin, end), self.images)
+
+
+def is_tar(file: str) -> bool:
+    return not file.endswith((".json", ".jsonl"))
+
+
+def online_fingerprint(data: DataConfig) -> str:
+    """Identity of the raw samples behind the loader's state."""
+    files = [file for source in data.sources for file in paths.expand_paths("data.sources", source)]
+    versions = [[file, *paths.file_version(file)] for file in files]
+    settings = [data.num_tokens, data.max_images, data.template, data.images, data.window]
+    return hashlib.sha256(json.dumps([versions, settings]).encode()).hexdigest()
+
+
+class ToDocument(grain.transforms.Map):
+    """A sample to its document, or to the reason why there is none."""
+
+    def __init__(self, codec: TextCodec, limits: Limits):
+        self.codec, self.limits = codec, limits
+
+    def map(self, element: Sample) -> Document | Skipped:
+        try:
+            return make_document(element, self.codec, self.limits)[0]
+        except (SampleError, ImageError) as problem:
+            return Skipped(problem.reason)
+
+
+class DropSkipped(grain.IterDataset):
+    """Documents alone; the rest is counted in `skipped`."""
+
+    def __init__(self, parent: grain.IterDataset, skipped: Counter):
+        super().__init__(parent)
+        self.skipped = skipped
+
+    def __iter__(self) -> "DropSkippedIterator":
+        return DropSkippedIterator(self._parent.__iter__(), self.skipped)
+
+
+class DropSkippedIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, skipped: Counter):
+        super().__init__(parent)
+        self.skipped = skipped
+
+    def __next__(self) -> Document:
+        for _ in range(MAX_SKIPPED_IN_A_ROW):
+            element = next(self._parent)
+            if isinstance(element, Document):
+                return element
+            self.skipped[element.reason] += 1
+        raise UserError(f"{MAX_SKIPPED_IN_A_ROW:,} samples in a row could not be used: {dict(self.skipped)}.")
+
+    def get_state(self) -> Any:
+        return self._parent.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._parent.set_state(state)
+
+
+def pack_window(documents: Sequence[Document], num_tokens: int, max_images: int) -> list[PackedRow]:
+    """The rows of a window, in an order that does not go by length."""
+    tokens = [len(document.tokens) for document in documents]
+    rows = pack_rows(tokens, [len(document.images) for document in documents], num_tokens, max_images)
+    order = np.random.default_rng(tokens).permutation(len(rows))
+    return [pack_documents([documents[i] for i in rows[row]]) for row in order]
+
+
+class GiveOutRows(grain.experimental.FlatMapTransform):
+    max_fan_out = sys.maxsize
+
+    def flat_map(self, element: list[PackedRow]) -> list[PackedRow]:
+        return element
+
+
+def prepare_tokenizer(data: DataConfig, folder: Path) -> Path:
+    """The tokenizer with this project's tokens declared, written to `folder` for the checkpoints."""
+    assert data.tokenizer is not None, "train.run checks this"
+    codec = TextCodec.load(data.tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    codec.save(folder)
+    return folder
+
+
+class OnlineLoader:
+    """Endless batches packed on the fly; the same face as the loader of packed rows."""
+
+    def __init__(self, data: DataConfig, model: ModelConfig, batch_size: int, seed: int, tokenizer: Path):
+        from oq2vl_jax.data.loader import RowDecoder
+
+        codec = TextCodec.load(str(tokenizer))
+        if codec.special.image != model.image_token_id or codec.vocab_size > model.decoder.vocab_size:
+            raise UserError(
+                f"data.tokenizer {tokenizer}: image token {codec.special.image} and {codec.vocab_size} entries; the "
+                f"model has {model.image_token_id} and {model.decoder.vocab_size}."
+            )
+        self.skipped: Counter[str] = Counter()
+        """Samples that were read and not used since this process began, by reason; prefetched ones are counted."""
+        limits = Limits(data.template, data.num_tokens, data.max_images, model.num_visual_tokens)
+        samples: Any = SampleSource(data.sources, data.images)
+        documents = grain.MapDataset.source(samples).seed(seed).shuffle().repeat().map(ToDocument(codec, limits))
+        reading = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=4 * data.num_threads)
+        used = DropSkipped(documents.to_iter_dataset(reading), self.skipped)
+        windows = used.batch(data.window, batch_fn=lambda docs: pack_window(docs, data.num_tokens, data.max_images))
+        rows = grain.experimental.FlatMapIterDataset(windows, GiveOutRows())
+        batches = rows.map(RowDecoder(data, model, codec.special.pad)).batch(batch_size, drop_remainder=True)
+        self._iterator = iter(
+            grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=NUM_PREFETCHED_BATCHES)
+        )
+
+    def __iter__(self) -> "OnlineLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> Any:
+        return self._iterator.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        self._iterator.close()

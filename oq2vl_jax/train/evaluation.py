@@ -1,0 +1,132 @@
+"""Evaluation while training: the held-out loss, and a page of generated answers beside their references."""
+
+import dataclasses
+import html
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from jax.sharding import Mesh
+
+from oq2vl_jax.config import DataConfig, TrainConfig
+from oq2vl_jax.data.batch import IGNORE
+from oq2vl_jax.data.loader import make_loader, read_manifest
+from oq2vl_jax.data.page import page, picture
+from oq2vl_jax.data.rows import PackedRow, decode_row
+from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.train.sharding import row_sharding, to_global_batch
+from oq2vl_jax.train.step import loss_sum, state_shardings
+from oq2vl_jax.train.trackers import Sampled
+
+SAMPLE_SEED = 0
+STYLE = (
+    "<style>article{border-top:1px solid #e6eaf0;padding:12px 0;display:flex;gap:20px}article figure{margin:0}"
+    "article img{max-width:220px;max-height:180px;border-radius:4px}article p{margin:.2em 0;overflow-wrap:anywhere;"
+    "white-space:pre-line}</style>"
+)
+
+
+class Evaluator:
+    """Looks at a model during training. The same rows and the same samples every time."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        """Raises UserError where the held-out rows do not fit the configuration."""
+        self._config, self._mesh = config, mesh
+        self._data: DataConfig = dataclasses.replace(
+            config.data, sources=config.evaluation.sources, weights=(), packing="offline", synthetic_documents=0
+        )
+        make_loader(self._data, config.model, config.global_batch_size, SAMPLE_SEED).close()
+        self._codec = TextCodec.load(str(Path(self._data.sources[0]) / "tokenizer"))
+        whole_batch = dataclasses.replace(config, rows_per_device=None)
+        self._loss_sum = jax.jit(
+            lambda model, batch: loss_sum(model, batch, whole_batch, mesh),
+            in_shardings=(state_shardings(config, mesh).model, row_sharding(mesh)),
+        )
+
+    def loss(self, model: OpenQwen2VL) -> float:
+        """Nats per labelled token over evaluation.num_batches global batches."""
+        config = self._config
+        loader = make_loader(
+            self._data, config.model, config.global_batch_size, SAMPLE_SEED, jax.process_index(), jax.process_count()
+        )
+        total, num_labelled = 0.0, 0
+        try:
+            for _, batch in zip(range(config.evaluation.num_batches), loader, strict=False):
+                placed = to_global_batch(batch, self._mesh)
+                total += float(self._loss_sum(model, placed))
+                num_labelled += int((placed.labels != IGNORE).sum())
+        finally:
+            loader.close()
+        return total / max(num_labelled, 1)
+
+    def samples(self, model: OpenQwen2VL) -> list[Sampled]:
+        """The answers that the model writes to the first labelled turn of some held-out documents."""
+        config = self._config
+        image, per_image = self._codec.special.image, config.model.num_visual_tokens
+        every = (found for row in self._rows() for found in documents_of(row, image, per_image))
+        documents = list(itertools.islice(every, config.evaluation.num_samples))
+        if not documents:
+            return []
+        generator = Generator.of_model(
+            model, config.model, config.data.template, self._codec, self._mesh, config.compute_dtype
+        )
+        requests = [Request(prompt, images) for prompt, _, images in documents]
+        replies = generator.generate(requests, SamplingOptions(config.evaluation.max_new_tokens))
+        return [
+            Sampled(
+                self._codec.decode([token for token in prompt if token != image]).strip(),
+                reply.text.strip(),
+                self._codec.decode(reference).strip(),
+                images,
+            )
+            for (prompt, reference, images), reply in zip(documents, replies, strict=True)
+        ]
+
+    def _rows(self):
+        """Packed rows in a fixed random order."""
+        for path in self._data.sources:
+            files = [str(Path(path) / entry["file"]) for entry in read_manifest(path)["files"] if entry["rows"]]
+            source = ArrayRecordDataSource(files)
+            for i in np.random.default_rng(SAMPLE_SEED).permutation(len(source)).tolist():
+                yield decode_row(source[i])
+
+
+def documents_of(row: PackedRow, image_id: int, per_image: int) -> list[tuple[list[int], list[int], list[bytes]]]:
+    """(prompt, reference, images) of each document of a row: what stands before its first answer, and that answer.
+
+    Of a caption, all of it labelled, the prompt is <s> and the picture. Pictures behind the first answer are left out.
+    """
+    found, start, first_image = [], 0, 0
+    for length in row.lengths:
+        tokens, is_labelled = row.tokens[start : start + length], row.is_labelled[start : start + length]
+        num_images = int((tokens == image_id).sum()) // per_image
+        images = row.images[first_image : first_image + num_images]
+        start, first_image = start + length, first_image + num_images
+        labelled = np.flatnonzero(is_labelled[1:]) + 1  # the first token is given, not asked for
+        if not len(labelled):
+            continue
+        begin = int(labelled[0])
+        gap = np.flatnonzero(~is_labelled[begin:])
+        end = begin + int(gap[0]) if len(gap) else length
+        shown = images[: int((tokens[:begin] == image_id).sum()) // per_image]
+        found.append((tokens[:begin].tolist(), tokens[begin:end].tolist(), shown))
+    return found
+
+
+def write_samples(path: Path, step: int, loss: float, samples: list[Sampled]) -> None:
+    """The page RUN_DIR/samples/STEP.html."""
+    articles = [
+        f"<article><div>{''.join(picture(image, '') for image in sample.images)}</div><div>"
+        f"<p>{html.escape(sample.prompt)}</p><p><b>{html.escape(sample.reply) or '<i>empty</i>'}</b></p>"
+        f"<p class='good'>{html.escape(sample.reference)}</p></div></article>"
+        for sample in samples
+    ]
+    lead = f"held-out loss {loss:.4f}; below, what the model writes (bold) beside the reference (green)"
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(page(f"Step {step}", lead, [STYLE, *articles]))
+    partial.replace(path)

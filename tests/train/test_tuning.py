@@ -1,0 +1,140 @@
+"""Tuning: packing while training resumed exactly, evaluation on the way, learning rates by part, trackers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from oq2vl_jax.config import DataConfig, EvaluationConfig, OptimizerConfig
+from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.rows import PackedRow
+from oq2vl_jax.data.tasks import Execution
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.train import trackers
+from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.train.evaluation import documents_of
+from oq2vl_jax.train.optimizer import make_optimizer
+from oq2vl_jax.train.run import run
+from tests.data.conftest import conversation_sample, png
+from tests.data.test_instructions import conversation
+from tests.train.conftest import TINY, tiny_model
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def online(tmp_path, byte_tokenizer_folder):
+    """A tuning run of six steps over an instruction file that is packed while training."""
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png(seed=i))
+    entries = [
+        {"id": f"{i}", "image": f"{i % 3}.png", "conversations": conversation(f"<image>\nwhat {i}?", "that")}
+        for i in range(40)
+    ]
+    entries.append({"id": "no", "image": "none.png", "conversations": conversation("<image>", "x")})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    data = DataConfig(
+        sources=(str(tmp_path / "data.json"),), num_tokens=256, max_images=4, template="chatml", num_threads=2,
+        packing="online", images=str(tmp_path / "images"), tokenizer=byte_tokenizer_folder, window=16,
+    )  # fmt: skip
+    return dataclasses.replace(TINY, data=data, num_steps=6, log_every=1)
+
+
+def test_a_run_that_packs_online_resumes_to_the_same_bits(online, tmp_path):
+    whole = run(dataclasses.replace(online, run_dir=str(tmp_path / "whole")))
+    parts = dataclasses.replace(online, run_dir=str(tmp_path / "parts"))
+    assert run(parts, stop_at_step=2) is None
+    assert run(parts) == whole
+    assert records(tmp_path / "whole")[-1]["skipped_samples"]["image_missing"] >= 1
+    losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_online_packing_needs_a_tokenizer(online):
+    with pytest.raises(UserError, match=r"data\.packing = online needs data\.tokenizer"):
+        run(dataclasses.replace(online, data=dataclasses.replace(online.data, tokenizer=None)))
+
+
+@pytest.fixture
+def held_out(tmp_path, write_shard, byte_tokenizer_folder):
+    tar = write_shard(
+        tmp_path / "held.tar", [conversation_sample(i, f"<image>\nWhat {i}?", "That.") for i in range(20)]
+    )
+    pack_shards(
+        PackConfig(tar, str(tmp_path / "held"), byte_tokenizer_folder, 256, 4, 4, "chatml", execution=Execution(1))
+    )
+    return str(tmp_path / "held")
+
+
+def test_evaluation_on_the_way_changes_nothing_and_is_logged_and_shown(online, held_out, tmp_path):
+    plain = run(dataclasses.replace(online, run_dir=str(tmp_path / "plain")))
+    evaluation = EvaluationConfig((held_out,), every_num_steps=2, num_batches=1, num_samples=3, max_new_tokens=4)
+    config = dataclasses.replace(
+        online, run_dir=str(tmp_path / "run"), evaluation=evaluation, trackers=("tensorboard",)
+    )
+    assert run(config) == plain
+    losses = {r["step"]: r["eval_loss"] for r in records(tmp_path / "run") if "eval_loss" in r}
+    assert list(losses) == [2, 4, 6]
+    assert losses[6] < losses[2]
+    page = (tmp_path / "run/samples/000006.html").read_text()
+    assert page.count("<article>") == 3
+    assert "data:image/jpeg;base64" in page
+    assert "That." in page
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_held_out_rows_of_other_budgets_are_refused(online, held_out, tmp_path):
+    evaluation = EvaluationConfig((held_out,))
+    data = dataclasses.replace(online.data, num_tokens=128)
+    with pytest.raises(UserError, match="num_tokens is 256, the config says 128"):
+        run(dataclasses.replace(online, run_dir=str(tmp_path / "x"), evaluation=evaluation, data=data))
+
+
+def test_the_prompt_of_a_document_ends_before_its_first_answer():
+    image = 9
+    row = PackedRow(
+        tokens=np.array([1, 9, 9, 5, 6, 7, 9, 9, 8, 1, 2, 3]),
+        is_labelled=np.array([0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1], bool),
+        lengths=[9, 3], images=[b"a", b"b"], keys=["x", "y"],
+    )  # fmt: skip
+    assert documents_of(row, image, 2) == [([1, 9, 9, 5], [6, 7], [b"a"]), ([1, 2], [3], [])]
+
+
+def test_a_part_with_its_own_learning_rate_moves_by_that_rate():
+    model = tiny_model()
+    gradients = jax.tree.map(jnp.ones_like, model)
+
+    def moved(**rates):
+        optimizer = make_optimizer(OptimizerConfig(1e-2, 0.1, warmup_fraction=0.0, **rates), 10)
+        update = jax.jit(lambda model: optimizer.update(gradients, optimizer.init(model), model)[0])
+        return named_arrays(optax.apply_updates(model, update(model)))
+
+    common, slow = moved(), moved(vision_learning_rate=1e-3, projector_learning_rate=0.0)
+    before = named_arrays(model)
+    for name, value in slow.items():
+        factor = {"vision": 0.1, "projector": 0.0}.get(name.split(".")[0], 1.0)
+        expected = before[name] + factor * (common[name] - before[name])
+        np.testing.assert_allclose(value, expected, atol=1e-7)
+
+
+def test_a_learning_rate_of_a_frozen_part_is_a_mistake(online):
+    optimizer = dataclasses.replace(online.optimizer, vision_learning_rate=1e-4)
+    trainable = dataclasses.replace(online.trainable, vision=False)
+    with pytest.raises(UserError, match=r"vision_learning_rate is set, but trainable\.vision is not"):
+        run(dataclasses.replace(online, optimizer=optimizer, trainable=trainable))
+
+
+def test_a_tracker_whose_package_is_missing_is_one_sentence(tmp_path, monkeypatch):
+    def missing(*args):
+        raise ImportError("No module named 'wandb'", name="wandb")
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", missing)
+    with pytest.raises(UserError, match=r"package wandb is missing; pip install 'oq2vl-jax\[wandb\]'"):
+        trackers.open_trackers(("wandb",), tmp_path, {}, 0)
