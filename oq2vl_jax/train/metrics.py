@@ -173,7 +173,9 @@ class StepReporter:
         """Ends the bar; the digest of a finished run becomes its last record."""
         self._progress.close()
         if parameters_sha256:
-            self._log.write({**self._record, **self._skipped, "step": self._num_steps, "parameters_sha256": parameters_sha256})
+            self._log.write(
+                {**self._record, **self._skipped, "step": self._num_steps, "parameters_sha256": parameters_sha256}
+            )
         self._log.close()
         for tracker in self._trackers:
             tracker.close()
