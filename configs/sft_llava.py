@@ -2,8 +2,13 @@
 
     python -m oq2vl_jax.train configs/sft_llava.py --init-from runs/pretrain
 
-Rows are packed conversations (--num-tokens 4096 --max-images 5 --visual-tokens 729 --template open_qwen2vl), about four
-to a row, where the published code pads 128 single examples; 32 rows hold as many examples.
+The rows, from the published JSON and its pictures:
+
+    python -m oq2vl_jax.data.pack --shards llava_v1_5_mix665k.json --images llava_images --out data/packed/llava_665k \\
+        --tokenizer TOKENIZER --num-tokens 4096 --max-images 5 --visual-tokens 729
+
+Rows are packed conversations, about four to a row, where the published code pads 128 single examples; 32 rows hold as
+many examples.
 """
 
 from oq2vl_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainableConfig, TrainConfig

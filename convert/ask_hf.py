@@ -56,7 +56,8 @@ def ask(config: AskHFConfig) -> str:
 
 
 def ask_checkpoint(config: AskHFConfig) -> str:
-    from oq2vl_jax.eval.generator import Generator, SamplingOptions
+    from oq2vl_jax.eval.generator import Generator
+    from oq2vl_jax.eval.reply import SamplingOptions
     from oq2vl_jax.generate import read_images
 
     generator = Generator(str(config.same_as))

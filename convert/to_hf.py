@@ -83,7 +83,8 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     from convert.export_files.chat_templates import CHAT_TEMPLATES
     from convert.export_files.model_card import model_card
     from convert.hf_config import MEAN, STD, to_llava_config, why_not_native
-    from oq2vl_jax.data.text import IMAGE_PAD, TextCodec
+    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.tokenizer import IMAGE_PAD
     from oq2vl_jax.train.checkpoint import load_train_config
 
     model, special = description.model, TextCodec(str(checkpoint / "tokenizer")).special

@@ -20,7 +20,8 @@ from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from oq2vl_jax.eval.generator import Generator, SamplingOptions
+    from oq2vl_jax.eval.generator import Generator
+    from oq2vl_jax.eval.reply import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def main() -> None:
     from oq2vl_jax.data.images import ImageError
 
     requests = read_requests(config.requests) if config.requests else None
-    from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+    from oq2vl_jax.eval.generator import Generator, Request
+    from oq2vl_jax.eval.reply import SamplingOptions
 
     options = SamplingOptions(
         config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.seed, config.stop

@@ -4,6 +4,7 @@ packing   bin assignment alone
 pack      tars to packed rows, end to end, against the published approach
 rows      reading packed rows: random access and decoding
 filter    uid membership and a filter expression over metadata
+tuning    packed conversations against padded batches
 decode    generation, against transformers' generate on the exported model
 """
 
@@ -15,13 +16,14 @@ from oq2vl_jax.errors import run_command
 def main() -> None:
     import tyro
 
-    from oq2vl_jax.bench import decode, filter, pack, packing, rows
+    from oq2vl_jax.bench import decode, filter, pack, packing, rows, tuning
 
     benches = {
         packing.Packing: packing.measure,
         pack.Pack: pack.measure,
         rows.Rows: rows.measure,
         filter.Filter: filter.measure,
+        tuning.Tuning: tuning.measure,
         decode.Decode: decode.measure,
     }
     kinds = {kind.__name__.lower(): kind for kind in benches}

@@ -48,12 +48,13 @@ def measure_shape(config: Decode, shape: str, folder: Path) -> list[dict]:
 
     from convert import to_hf
     from convert.time_hf import TransformersPeer
-    from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+    from oq2vl_jax.eval.generator import Generator, Request
+    from oq2vl_jax.eval.reply import SamplingOptions
 
     write_random_checkpoint(folder / "checkpoint", DECODERS[shape], config.seed)
     to_hf.export(to_hf.ToHFConfig(str(folder / "checkpoint"), str(folder / "exported"), dtype="float32", native=True))
     theirs, generator = TransformersPeer(str(folder / "exported")), Generator(str(folder / "checkpoint"))
-    generator.stop_tokens, generator._stops = jnp.array([-2]), set()
+    generator.stop_tokens, generator.stops = jnp.array([-2]), set()
     options = SamplingOptions(config.num_tokens)
     results = []
     for batch_size in config.batch_sizes:
@@ -84,7 +85,7 @@ class OurSide:
         self(1)  # compiles
 
     def __call__(self, num_tokens: int) -> None:
-        from oq2vl_jax.eval.generator import SamplingOptions
+        from oq2vl_jax.eval.reply import SamplingOptions
 
         self._generator._visual_tokens.clear()
         self._generator.generate(self._requests, SamplingOptions(num_tokens))

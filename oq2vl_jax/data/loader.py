@@ -19,7 +19,7 @@ from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
 from oq2vl_jax.data.images import ImageError, decode_image
 from oq2vl_jax.data.rows import PackedRow, decode_row
-from oq2vl_jax.data.text import tokenizer_sha256
+from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 
 NUM_PREFETCHED_BATCHES = 2

@@ -120,7 +120,8 @@ def save_tokenizer(config: PackConfig) -> dict:
     import tempfile
 
     from oq2vl_jax.data import paths
-    from oq2vl_jax.data.text import TextCodec, tokenizer_sha256
+    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.tokenizer import tokenizer_sha256
 
     codec = TextCodec.load(config.tokenizer)
     with tempfile.TemporaryDirectory() as folder:

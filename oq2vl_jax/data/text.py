@@ -11,8 +11,6 @@ Captions and interleaved documents have one form, conversations four templates (
 Conversations are labelled on assistant turns only.
 """
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +19,9 @@ import numpy as np
 
 from oq2vl_jax.data.rows import Document
 from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.data.tokenizer import BOS, END_OF_CHUNK, EOS, IMAGE_PAD, PAD, TURN_START, load_tokenizer
 from oq2vl_jax.errors import UserError
 
-BOS, EOS, PAD, END_OF_CHUNK = "<s>", "<|im_end|>", "<|endoftext|>", "<|endofchunk|>"
-TURN_START, IMAGE_PAD = "<|im_start|>", "<|image_pad|>"
 IMAGE = "<image>"
 """Where an image stands in the text of a conversation."""
 TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja")
@@ -261,36 +258,3 @@ def split_at_images(text: str) -> list[str | None]:
     """'a<image>b' to ['a', None, 'b']."""
     pieces = text.split(IMAGE)
     return [item for piece in pieces for item in (None, piece)][1:]
-
-
-def load_tokenizer(folder: str):
-    """A Hugging Face tokenizer from a local folder, with <s> and <|endofchunk|> declared special.
-
-    In Qwen2.5 <s> is already a BPE entry (128245) and keeps that id; <|endofchunk|> becomes 151665. <|image_pad|> is
-    there already; older tokenizers of the family get it.
-    """
-    import transformers
-
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder; a Hugging Face tokenizer folder is expected.")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what the Rust library raises for a broken file is a plain Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: no tokenizer could be loaded: {reason}") from error
-    tokenizer.add_tokens([END_OF_CHUNK, BOS, IMAGE_PAD], special_tokens=True)
-    return tokenizer
-
-
-def tokenizer_sha256(folder: Path) -> str:
-    """Identity of a saved tokenizer: packed rows and model must come from the same one.
-
-    Over what decides the ids (vocabulary, merges, added tokens), not over the bytes of the file: transformers writes
-    the same tokenizer in more than one way, for example when a model's config.json stands beside it.
-    """
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    if saved["model"].get("type") != "BPE":
-        raise UserError(f"{folder}: a tokenizer of type {saved['model'].get('type')}, expected BPE as Qwen2.5's.")
-    added = [(token["id"], token["content"]) for token in saved["added_tokens"]]
-    identity = [saved["model"]["vocab"], saved["model"]["merges"], added, saved["normalizer"], saved["pre_tokenizer"]]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

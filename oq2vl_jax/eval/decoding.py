@@ -51,12 +51,22 @@ class DecodeState(NamedTuple):
 
 def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
     """The weights as decoding reads them, the decoder's matrices in `dtype`. The stacked layers are let go."""
-    layers = unstack_layers(model.decoder)
+    layers = tuple(map(with_transposed_kernels, unstack_layers(model.decoder)))
     rest = jax.tree.map(lambda x: x, model)
     rest.decoder.layers = None  # type: ignore[assignment]
     if dtype != "float32":
         layers, rest.decoder = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, (layers, rest.decoder))
     return Weights(rest, layers)
+
+
+def with_transposed_kernels(layer: Qwen2Layer) -> Qwen2Layer:
+    for part, names in (
+        (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
+        (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+    ):
+        for name in names:
+            setattr(part, name, getattr(part, name).transposed())
+    return layer
 
 
 @partial(jax.jit, static_argnames="dtype")

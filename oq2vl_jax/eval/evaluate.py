@@ -17,7 +17,8 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.__main__ import EvalConfig
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt
 from oq2vl_jax.eval.benchmarks import BENCHMARKS
-from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+from oq2vl_jax.eval.generator import Generator, Request
+from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.eval.report import task_results, write_mistakes, write_results
 from oq2vl_jax.eval.tables import find_files, read_table, sha256_of
 

@@ -28,16 +28,26 @@ def normal(key: Array, shape: tuple[int, ...], std: float, axes: tuple[str | Non
 class Linear(nnx.Module):
     """y = x @ kernel + bias, kernel stored [in, out]."""
 
+    is_transposed: bool = False
+
     def __init__(self, key: Array, in_dim: int, out_dim: int, axes: tuple[str, str], std: float, use_bias: bool = True):
         self.kernel = normal(key, (in_dim, out_dim), std, axes)
         self.bias = param(jnp.zeros(out_dim), (axes[1],)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*batch in_dim"]) -> Float[Array, "*batch out_dim"]:
         kernel = self.kernel[...].astype(x.dtype)
-        y = x.reshape(-1, x.shape[-1]) @ kernel  # flat: XLA's CPU backward of the 3-axis form takes 1.7 times as long
+        x2 = x.reshape(-1, x.shape[-1])  # flat: XLA's CPU backward of the 3-axis form takes 1.7 times as long
+        y = jax.lax.dot_general(x2, kernel, (((1,), (1,)), ((), ()))) if self.is_transposed else x2 @ kernel
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y.reshape(*x.shape[:-1], -1)
+
+    def transposed(self) -> "Linear":
+        """The same map, kernel stored [out, in]: a few rows of x then take a CPU 0.75 of the time (decoding)."""
+        linear = jax.tree.map(lambda x: x, self)
+        linear.kernel = param(self.kernel[...].T, self.kernel.axes[-2:][::-1])
+        linear.is_transposed = True
+        return linear
 
 
 class LayerNorm(nnx.Module):

@@ -14,7 +14,8 @@ from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+from oq2vl_jax.eval.generator import Generator, Request
+from oq2vl_jax.eval.reply import SamplingOptions
 
 METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
 DEFAULT_CRITERIA = Path(__file__).parent / "criteria.json"

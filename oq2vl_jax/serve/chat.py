@@ -17,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 from oq2vl_jax.data.images import ImageError, check_image
 from oq2vl_jax.data.text import IMAGE, IMAGE_IN_TEXT
-from oq2vl_jax.eval.generator import Generator, Reply, Request, SamplingOptions
+from oq2vl_jax.eval.generator import Generator, Request
+from oq2vl_jax.eval.reply import Reply, SamplingOptions
 
 DEFAULT_NEW_TOKENS = 512
 MAX_IMAGES = 32

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from oq2vl_jax.eval.decoding import NOTHING, DecodeState, Sampling, decode, insert_row
-from oq2vl_jax.eval.generator import STEPS_PER_PIECE, Generator, Reply, ReplyText, Request, SamplingOptions
+from oq2vl_jax.eval.generator import STEPS_PER_PIECE, Generator, Request
+from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
 from oq2vl_jax.model.qwen2 import init_cache
 
 
@@ -115,7 +116,7 @@ class Engine:
                 job.listen(Event(error=str(problem)))
                 continue
             state = insert_row(state, first, jnp.int32(row))
-            job.text = ReplyText(self.generator, job.options)
+            job.text = ReplyText(self.generator.codec, self.generator.stops, job.options)
             self._take(row, np.asarray(first.token).tolist())
         return state
 

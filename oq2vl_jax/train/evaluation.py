@@ -16,7 +16,8 @@ from oq2vl_jax.data.loader import make_loader, read_manifest
 from oq2vl_jax.data.page import page, picture
 from oq2vl_jax.data.rows import PackedRow, decode_row
 from oq2vl_jax.data.text import TextCodec
-from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+from oq2vl_jax.eval.generator import Generator, Request
+from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.sharding import row_sharding, to_global_batch
 from oq2vl_jax.train.step import loss_sum, state_shardings

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from oq2vl_jax.config import OPERATIONAL_FIELDS, DataConfig, TrainConfig, flatten, load_config, to_json
+from oq2vl_jax.config import DataConfig, TrainConfig, to_json
 from oq2vl_jax.data.loader import data_fingerprint, make_loader
-from oq2vl_jax.data.text import tokenizer_sha256
+from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_description, load_weights, named_arrays
+from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays
+from oq2vl_jax.train.checks import check_config, check_run_dir, check_same_model
 from oq2vl_jax.train.evaluation import Evaluator, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
@@ -128,72 +129,6 @@ def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: in
     return step, numbers, counts
 
 
-def check_config(config: TrainConfig, num_devices: int) -> None:
-    """What can be wrong with a configuration on these devices; every problem is reported."""
-    problems = []
-    rows = config.global_batch_size
-    if rows < 1 or rows % num_devices:
-        problems.append(
-            f"global_batch_size = {rows} cannot be divided over {num_devices} devices; use a multiple of {num_devices}"
-        )
-    elif config.rows_per_device is not None and (
-        config.rows_per_device < 1 or rows % (config.rows_per_device * num_devices)
-    ):
-        problems.append(
-            f"rows_per_device = {config.rows_per_device} on {num_devices} devices does not divide "
-            f"global_batch_size = {rows}"
-        )
-    if config.num_steps < 1:
-        problems.append(f"num_steps = {config.num_steps}, expected at least 1")
-    if not config.trainable.parts:
-        problems.append("trainable: nothing is trained; set one of vision, projector, decoder")
-    if config.checkpoint.every_num_steps < 1 or config.checkpoint.keep < 1 or config.log_every < 1:
-        problems.append("checkpoint.every_num_steps, checkpoint.keep and log_every must be at least 1")
-    if not config.data.sources and not config.data.synthetic_documents:
-        problems.append("data.sources is empty")
-    if config.data.packing == "online" and (config.data.tokenizer is None or config.data.weights):
-        problems.append("data.packing = online needs data.tokenizer, and mixes no weights")
-    if config.data.window < 1:
-        problems.append("data.window must be at least 1")
-    rates = ("vision", "projector", "decoder")
-    own = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
-    problems += [
-        f"optimizer.{name}_learning_rate is set, but trainable.{name} is not"
-        for name, rate in own.items()
-        if rate is not None and name not in config.trainable.parts
-    ]
-    evaluation = config.evaluation
-    if (
-        min(evaluation.every_num_steps, evaluation.num_batches, evaluation.max_new_tokens) < 1
-        or evaluation.num_samples < 0
-    ):
-        problems.append("evaluation.every_num_steps, num_batches and max_new_tokens must be at least 1")
-    if problems:
-        raise UserError("; ".join(problems) + ".")
-
-
-def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
-    """A run with a checkpoint can only be resumed with its own configuration; one without has nothing to lose."""
-    file = Path(config.run_dir) / "config.json"
-    if not has_checkpoint:
-        return
-    if not file.exists():
-        raise UserError(
-            f"run_dir {config.run_dir} holds converted weights; name it in --init-from, and choose another --run-dir."
-        )
-    there, here = flatten(load_config(str(file))), flatten(config)
-    changed = [
-        f"{key}: {there.get(key)} there, {value} now"
-        for key, value in here.items()
-        if key not in OPERATIONAL_FIELDS and there.get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"run_dir {config.run_dir} holds a run of another configuration ({'; '.join(changed)}); "
-            "choose another --run-dir."
-        )
-
-
 def write_config(config: TrainConfig, run_dir: Path) -> None:
     partial = run_dir / "config.json.partial"
     partial.write_text(to_json(config))
@@ -234,19 +169,6 @@ def start_state(
     model = load_weights(source, shapes_with(config, shardings).model)
     check_same_model(source, config)
     return state._replace(model=model)
-
-
-def check_same_model(source: Path, config: TrainConfig) -> None:
-    """Weights of the right shapes still belong to one activation, one set of rotary frequencies, ...
-
-    Only the number of visual tokens may change: the projector's weights are the same at every resolution.
-    """
-    there, here = flatten(load_description(source).model), flatten(config.model)
-    changed = [key for key in here if key != "num_visual_tokens" and there[key] != here[key]]
-    if changed:
-        differences = "; ".join(f"model.{key} is {there[key]} there, {here[key]} here" for key in changed)
-        flags = " ".join(f"--model.{key.replace('_', '-')} {there[key]}" for key in changed)
-        raise UserError(f"init_from {source}: its model computes otherwise: {differences}. To go on as there: {flags}")
 
 
 def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.eval.decoding import Sampling, choose
-from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions, load_model
+from oq2vl_jax.eval.generator import Generator, Request, load_model
+from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.train.checkpoint import find_checkpoint
 from oq2vl_jax.train.sharding import make_mesh
 from tests.data.conftest import png

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.generator import Generator, SamplingOptions, bucket
+from oq2vl_jax.eval.generator import Generator, bucket
+from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.generate import answer_requests, read_images, read_requests
 from tests.data.conftest import png
 

@@ -14,7 +14,8 @@ from oq2vl_jax.data.score import ScoreConfig, score_shards
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.generator import Request, SamplingOptions
+from oq2vl_jax.eval.generator import Request
+from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.scoring.mlm_filter import METRICS, MLMFilterScorer, parse_score, read_criteria
 from oq2vl_jax.train.checkpoint import named_arrays

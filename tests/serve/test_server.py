@@ -10,7 +10,8 @@ import httpx
 import pytest
 import uvicorn
 
-from oq2vl_jax.eval.generator import Generator, Request, SamplingOptions
+from oq2vl_jax.eval.generator import Generator, Request
+from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.serve.app import Server
 from oq2vl_jax.serve.engine import Engine
 from tests.data.conftest import png

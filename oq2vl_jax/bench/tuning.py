@@ -1,0 +1,174 @@
+"""Tuning on packed conversations against padded batches: real tokens per second of forward and backward pass.
+
+The lengths are modelled on LLaVA-665k (no copy of it was to be had): 40k of 665k entries are text alone (ShareGPT), the
+file has 1.03 GB, some 250 text tokens an entry, and a picture takes 729 tokens. Four ways to make batches of the same
+entries:
+
+    packed         rows of 4,096 tokens, documents that do not see each other (data/packing.py)
+    sorted         batches of 128, with or without pictures, sorted by length, padded in device batches: as published
+    random         the same without sorting
+    full length    every entry padded to the longest, the way of static shapes
+
+The seconds of a shape are measured once and added up over the batches that have it.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from oq2vl_jax.config import DataConfig, DecoderConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
+
+VISUAL_TOKENS = 729
+IMAGE_TOKEN = 1
+TEXT_ONLY_SHARE = 40 / 665
+TEMPLATE_TOKENS = 25
+BUCKET = 256
+"""Padded lengths are rounded up to it, in the padded ways' disfavour by 128 tokens a batch; the measured share of that
+stands in the table ("fill" counts it, "fill, exact" does not)."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Packed against padded tuning, at a width that fits two cores."""
+
+    num_entries: int = 1024
+    num_tokens: int = 4096
+    max_images: int = 5
+    global_batch: int = 128
+    device_batch: int = 4
+    """Entries in one forward pass of the padded ways."""
+    width: int = 256
+    layers: int = 4
+    repeats: int = 3
+    seed: int = 0
+    json: bool = False
+
+
+def measure(config: Tuning) -> list[dict]:
+    lengths, images = make_lengths(config)
+    ways = {
+        "packed": packed(config, lengths, images),
+        "sorted": padded(config, lengths, images, is_sorted=True),
+        "random": padded(config, lengths, images, is_sorted=False),
+        "full length": [(config.device_batch, int(lengths.max()), 1)] * -(-len(lengths) // config.device_batch),
+    }
+    shapes = {(rows, bucketed(tokens, config), slots) for batches in ways.values() for rows, tokens, slots in batches}
+    seconds = {shape: step_seconds(config, *shape) for shape in sorted(shapes)}
+    results = []
+    for way, batches in ways.items():
+        slots = sum(rows * bucketed(tokens, config) for rows, tokens, _ in batches)
+        exact = sum(rows * tokens for rows, tokens, _ in batches)
+        counts = Counter((rows, bucketed(tokens, config), images_) for rows, tokens, images_ in batches)
+        total = sum(count * seconds[shape] for shape, count in counts.items())
+        results.append(
+            {
+                "batches": way,
+                "fill": float(lengths.sum() / slots),
+                "fill, exact": float(lengths.sum() / exact),
+                "real tokens/s": float(lengths.sum() / total),
+            }
+        )
+    for result in results:
+        result["packed is faster by"] = results[0]["real tokens/s"] / result["real tokens/s"]
+    return results
+
+
+def make_lengths(config: Tuning) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, images) of each entry: one picture and a log-normal text of mean 235, or text alone of mean 900."""
+    rng = np.random.default_rng(config.seed)
+    is_text = rng.random(config.num_entries) < TEXT_ONLY_SHARE
+    text = np.where(is_text, lognormal(rng, 900, 0.8, len(is_text)), lognormal(rng, 235, 0.7, len(is_text)))
+    lengths = TEMPLATE_TOKENS + text + np.where(is_text, 0, VISUAL_TOKENS)
+    return np.minimum(lengths, config.num_tokens // 2).astype(int), (~is_text).astype(int)
+
+
+def lognormal(rng: np.random.Generator, mean: float, sigma: float, count: int) -> np.ndarray:
+    return rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+
+
+def packed(config: Tuning, lengths: np.ndarray, images: np.ndarray) -> list[tuple[int, int, int]]:
+    """(rows, tokens, image slots a row) of each batch."""
+    from oq2vl_jax.data.packing import pack_rows
+
+    return [(1, config.num_tokens, config.max_images)] * len(
+        pack_rows(lengths, images, config.num_tokens, config.max_images)
+    )
+
+
+def padded(config: Tuning, lengths: np.ndarray, images: np.ndarray, is_sorted: bool) -> list[tuple[int, int, int]]:
+    """Batches of entries with and without pictures, in random order; the text-only ones carry an empty picture."""
+    rng, batches = np.random.default_rng(config.seed), []
+    for kind in (1, 0):
+        of_kind = rng.permutation(np.flatnonzero(images == kind))
+        for first in range(0, len(of_kind), config.global_batch):
+            chosen = lengths[of_kind[first : first + config.global_batch]]
+            chosen = np.sort(chosen)[::-1] if is_sorted else chosen
+            for start in range(0, len(chosen), config.device_batch):
+                part = chosen[start : start + config.device_batch]
+                batches.append((len(part), int(part.max()), 1))
+    return batches
+
+
+def bucketed(tokens: int, config: Tuning) -> int:
+    return min(-(-tokens // BUCKET) * BUCKET, config.num_tokens)
+
+
+def step_seconds(config: Tuning, rows: int, num_tokens: int, slots: int) -> float:
+    """Median seconds of loss and gradients for a batch of this shape, half of the text labelled."""
+    import jax
+
+    from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+    from oq2vl_jax.train.step import loss_sum
+
+    train = train_config(config, rows, num_tokens, slots)
+    model = OpenQwen2VL(jax.random.key(0), train.model)
+    step = jax.jit(jax.value_and_grad(lambda model, batch: loss_sum(model, batch, train)))
+    batch = make_batch(config, rows, num_tokens, slots)
+    jax.block_until_ready(step(model, batch))
+    found = []
+    for _ in range(config.repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(step(model, batch))
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def train_config(config: Tuning, rows: int, num_tokens: int, slots: int) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(
+            vision=VisionConfig(216, 8, 64, 256, 3, 2),
+            decoder=DecoderConfig(8192, config.width, 4 * config.width, config.layers, config.width // 64, 1, 64),
+            num_visual_tokens=VISUAL_TOKENS,
+            image_token_id=IMAGE_TOKEN,
+        ),
+        data=DataConfig(sources=(), num_tokens=num_tokens, max_images=slots),
+        optimizer=OptimizerConfig(1e-4, 0.0),
+        num_steps=1,
+        global_batch_size=rows,
+        run_dir="",
+        compute_dtype="float32",
+    )
+
+
+def make_batch(config: Tuning, rows: int, num_tokens: int, slots: int):
+    from oq2vl_jax.data.batch import IGNORE, Batch
+
+    rng = np.random.default_rng(config.seed)
+    document = min(num_tokens, num_tokens // slots) if slots > 1 else num_tokens
+    tokens = rng.integers(2, 8192, (rows, num_tokens)).astype(np.int32)
+    segments = np.minimum(np.arange(num_tokens) // document, slots - 1) + 1
+    positions = np.arange(num_tokens) - (segments - 1) * document
+    is_image = positions < min(VISUAL_TOKENS, document)
+    tokens[:, is_image] = IMAGE_TOKEN
+    labels = np.where(is_image | (rng.random((rows, num_tokens)) < 0.5), IGNORE, tokens).astype(np.int32)
+    shape = (rows, num_tokens)
+    pixels = rng.integers(0, 256, (rows, slots, 216, 216, 3), dtype=np.uint8)
+    return Batch(tokens, labels, as_rows(positions, shape), as_rows(segments, shape), pixels)
+
+
+def as_rows(values: Iterable[int], shape: tuple[int, int]) -> np.ndarray:
+    return np.broadcast_to(np.asarray(values, np.int32), shape)

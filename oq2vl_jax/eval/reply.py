@@ -1,0 +1,96 @@
+"""How a reply is wanted, and the reply while it is written: tokens to text, its end, what may be shown already."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.errors import UserError
+
+BROKEN_CHARACTER = "\ufffd"
+"""What the decoder writes for a character whose bytes are not all there yet."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How replies are written. Greedy by default."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0: the most likely token."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0: from all."""
+    seed: int = 0
+    """The same request with the same seed gets the same reply, whatever else is in its batch."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply, and are cut off."""
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError(
+                f"temperature must be 0..100, top_p above 0 and at most 1, top_k at least 0; got {self.temperature}, "
+                f"{self.top_p}, {self.top_k}."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed must be 0..{2**31 - 1}, got {self.seed}.")
+        if not all(self.stop):
+            raise UserError("a stop text is empty.")
+
+
+class Reply(NamedTuple):
+    """text: without stop token and stop text; finish_reason: "stop", or "length" where max_new_tokens ended it."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
+class ReplyText:
+    """One reply while it is written: tokens to text, stop tokens, stop texts, and what may be shown already."""
+
+    def __init__(self, codec: TextCodec, stop_tokens: set[int], options: SamplingOptions):
+        self._codec, self._stops, self._options = codec, stop_tokens, options
+        self.tokens: list[int] = []
+        self.text, self.is_done, self._finish_reason, self._num_shown = "", False, "length", 0
+
+    def add(self, tokens: list[int]) -> None:
+        """New tokens; those after the end of the reply are not taken."""
+        for token in tokens:
+            if self.is_done:
+                break
+            if token in self._stops:
+                self.is_done, self._finish_reason = True, "stop"
+            else:
+                self.tokens.append(token)
+                self.is_done = len(self.tokens) >= self._options.max_new_tokens
+        self.text = self._codec.decode(self.tokens)
+        if self._stop_place(self.text) is not None:
+            num_tokens = next(
+                n for n in range(1, len(self.tokens) + 1) if self._stop_place(self._codec.decode(self.tokens[:n]))
+                is not None
+            )  # fmt: skip
+            self.tokens = self.tokens[:num_tokens]
+            self.text = self.text[: self._stop_place(self.text)]
+            self.is_done, self._finish_reason = True, "stop"
+
+    def _stop_place(self, text: str) -> int | None:
+        """Where the first stop text begins, or None."""
+        return min((place for stop in self._options.stop if (place := text.find(stop)) >= 0), default=None)
+
+    def new_piece(self) -> str:
+        """Text that was not shown yet and that no later token can change: no half characters, no half stop text."""
+        end = len(self.text)
+        if not self.is_done:
+            end = len(self.text.rstrip(BROKEN_CHARACTER))
+            for stop in self._options.stop:
+                half = next((n for n in range(len(stop) - 1, 0, -1) if self.text[:end].endswith(stop[:n])), 0)
+                end = min(end, len(self.text[:end]) - half)
+        piece = self.text[self._num_shown : end]
+        self._num_shown = max(self._num_shown, end)
+        return piece
+
+    def reply(self) -> Reply:
+        return Reply(self.text, self.tokens, self._finish_reason)
