@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from oq2vl_jax.eval.generator import Generator
     from oq2vl_jax.eval.reply import SamplingOptions
 
+REQUESTS_AT_ONCE = 2048
+"""Sorted by length together, their pictures in memory."""
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -61,18 +64,18 @@ def read_images(paths: Iterable[str]) -> list[bytes]:
 def answer_requests(
     generator: "Generator", requests: list[dict], options: "SamplingOptions", batch_size: int
 ) -> Iterator[tuple[int, dict]]:
-    """(number, prediction) for every request."""
+    """(number, prediction) for every request. Pictures are read some thousand requests at a time."""
     from oq2vl_jax.eval.generator import Request
 
-    contents = {path: Path(path).read_bytes() for request in requests for path in request["image"]}
-    encoded = [
-        Request(
-            generator.encode_prompt(request["prompt"], len(request["image"])), [contents[p] for p in request["image"]]
-        )
-        for request in requests
-    ]
-    for i, reply in generator.generate_all(encoded, options, batch_size):
-        yield i, {**requests[i], "reply": reply.text.strip(), "finish_reason": reply.finish_reason}
+    for first in range(0, len(requests), REQUESTS_AT_ONCE):
+        some = requests[first : first + REQUESTS_AT_ONCE]
+        contents = {path: Path(path).read_bytes() for request in some for path in request["image"]}
+        encoded = [
+            Request(generator.encode_prompt(r["prompt"], len(r["image"])), [contents[path] for path in r["image"]])
+            for r in some
+        ]
+        for i, reply in generator.generate_all(encoded, options, batch_size):
+            yield first + i, {**some[i], "reply": reply.text.strip(), "finish_reason": reply.finish_reason}
 
 
 def read_requests(path: str) -> list[dict]:

@@ -1,5 +1,6 @@
 """A loaded checkpoint on the host's side: prompts and images in, text out, in batches of few shapes."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -157,7 +158,8 @@ class Generator:
         num_rows = -(-len(requests) // self.mesh.size) * self.mesh.size if len(requests) > 1 else 1
         requests = [*requests, *[requests[-1]] * (num_rows - len(requests))]
         lengths = np.array([len(request.prompt) for request in requests], np.int32)
-        tokens = np.full((num_rows, bucket(int(lengths.max()))), self.codec.special.pad, np.int32)
+        padded_length = min(bucket(int(lengths.max())), num_slots or sys.maxsize)
+        tokens = np.full((num_rows, padded_length), self.codec.special.pad, np.int32)
         visual_index = np.full(tokens.shape, NOTHING, np.int32)
         visual_tokens, number_of = self._encode_images(requests)
         per_image = self.model_config.num_visual_tokens
