@@ -110,6 +110,7 @@ class Server:
                 self.engine.generator,
                 self.engine.max_context,
                 self.files_root,
+                self.model_name,
                 limiter=self._parsers,
             )
         finally:

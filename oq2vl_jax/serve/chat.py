@@ -41,7 +41,9 @@ class ChatRequest(NamedTuple):
     includes_usage: bool
 
 
-def parse_request(body: bytes, generator: Generator, max_context: int, files_root: Path | None) -> ChatRequest:
+def parse_request(
+    body: bytes, generator: Generator, max_context: int, files_root: Path | None, model_name: str = "oq2vl_jax"
+) -> ChatRequest:
     """Raises RequestError. Images are checked to decode; local ones only below files_root."""
     try:
         fields = json.loads(body)
@@ -64,7 +66,7 @@ def parse_request(body: bytes, generator: Generator, max_context: int, files_roo
     return ChatRequest(
         Request(prompt, images),
         read_options(fields, room),
-        str(fields.get("model") or "oq2vl"),
+        str(fields.get("model") or model_name),
         bool(fields.get("stream")),
         isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
     )

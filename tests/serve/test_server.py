@@ -180,6 +180,27 @@ def test_too_many_waiting_requests_are_told_so(generator):
         engine.submit(job)
 
 
+def test_a_prompt_as_long_as_the_context_allows_is_answered(generator):
+    """Its padding would be longer than the cache."""
+    from oq2vl_jax.serve.engine import Job
+
+    request = Request(generator.encode_turns(["x" * 20]), [])
+    context = len(request.prompt) + 4
+    engine = Engine(generator, 2, context, max_waiting=4)
+    done, events = threading.Semaphore(0), []
+
+    def listen(event):
+        events.append(event)
+        if event.reply or event.error:
+            done.release()
+
+    engine.start()
+    engine.submit(Job(request, SamplingOptions(4), listen))
+    assert done.acquire(timeout=60)
+    engine.close()
+    assert events[-1].reply == generator.generate([request], SamplingOptions(4))[0]
+
+
 def test_a_failure_of_the_device_is_told_and_survived(generator, monkeypatch):
     from oq2vl_jax.serve import engine as engine_module
     from oq2vl_jax.serve.engine import Job
