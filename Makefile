@@ -16,7 +16,7 @@ demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/filtered/*.tar' --out $(DEMO)/packed/captions \
 	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 256 --max-images 10 --visual-tokens 16 --template plain
 	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/questions/*.tar' --out $(DEMO)/packed/questions \
-	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 576 --max-images 4 --visual-tokens 64
+	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 300 --max-images 2 --visual-tokens 64
 	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa.py
 	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa_tune.py
 	$(BIN)/python -m oq2vl_jax.eval --checkpoint $(DEMO)/runs/questions --tasks easy_vqa --data $(DEMO)/data/test \

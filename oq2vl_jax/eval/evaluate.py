@@ -28,7 +28,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     tasks = {}
     for name in config.task_names:  # every file is read and checked before the checkpoint is loaded
         files = find_files(config.data, name, BENCHMARKS[name].files)
-        tasks[name] = (evenly_spaced(BENCHMARKS[name].read(read_table(name, files)), config.limit), files)
+        tasks[name] = (evenly_spaced(read_items(name, files), config.limit), files)
     generator = Generator(config.checkpoint, config.template, config.dtype)
     results = {}
     for name, (items, files) in tasks.items():
@@ -43,6 +43,21 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         print(summary_line(name, results[name]), flush=True)
     write_results(Path(config.out), results)
     return results
+
+
+def read_items(name: str, files: list[Path]) -> list[Item]:
+    """Raises UserError for files whose columns are there and hold something else than they should."""
+    try:
+        items = BENCHMARKS[name].read(read_table(name, files))
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{name}: a row of {files[0]} holds a value of another kind than expected: {type(error).__name__}: {error}."
+        ) from error
+    if not items:
+        raise UserError(f"{name}: {files[0]} has no questions of this benchmark.")
+    return items
 
 
 def evenly_spaced(items: list[Item], limit: int | None) -> list[Item]:

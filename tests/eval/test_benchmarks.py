@@ -7,7 +7,8 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.__main__ import TASKS
 from oq2vl_jax.eval.benchmark import Item, Judgement
 from oq2vl_jax.eval.benchmarks import BENCHMARKS, mathvista, mmbench, mmmu
-from oq2vl_jax.eval.tables import find_files, images_of, read_table
+from oq2vl_jax.eval.evaluate import read_items
+from oq2vl_jax.eval.tables import find_files, images_of
 from tests.eval import benchmark_files as files
 
 EIGHT = [name for name in TASKS if name != "easy_vqa"]
@@ -20,7 +21,7 @@ def folders(tmp_path_factory):
 
 
 def read(folder, task):
-    return BENCHMARKS[task].read(read_table(task, find_files(str(folder), task, BENCHMARKS[task].files)))
+    return read_items(task, find_files(str(folder), task, BENCHMARKS[task].files))
 
 
 def test_every_task_of_the_command_is_a_benchmark():
@@ -128,6 +129,12 @@ def rewrite(folder, name, change):
          "the index 3 stands in two rows"),
         ("ai2d", "ai2d/data/test-00000-of-00001.parquet", lambda f: f.with_columns(answer=pl.lit("B")),
          "expected the number of an option"),
+        ("ai2d", "ai2d/data/test-00000-of-00001.parquet", lambda f: f.with_columns(options=pl.lit(None)),
+         "holds a value of another kind than expected"),
+        ("mmbench", "MMBench/en/dev-00000-of-00001.parquet", lambda f: f.with_columns(index=pl.lit("first")),
+         "holds a value of another kind than expected"),
+        ("seedbench", "SEED-Bench/data/test-00000-of-00001.parquet",
+         lambda f: f.with_columns(data_type=pl.lit("video")), "has no questions of this benchmark"),
         ("mathvista", "MathVista/data/testmini-00000-of-00001.parquet", lambda f: f.with_columns(answer=pl.lit("7")),
          "the answer of row 1 is '7', its options are 1, 2"),
     ],

@@ -16,7 +16,7 @@ from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train import trackers
 from oq2vl_jax.train.checkpoint import named_arrays
-from oq2vl_jax.train.evaluation import documents_of
+from oq2vl_jax.train.evaluation import Evaluator, documents_of
 from oq2vl_jax.train.optimizer import make_optimizer
 from oq2vl_jax.train.run import run
 from tests.data.conftest import conversation_sample, png
@@ -88,6 +88,16 @@ def test_evaluation_on_the_way_changes_nothing_and_is_logged_and_shown(online, h
     assert "data:image/jpeg;base64" in page
     assert "That." in page
     assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_the_held_out_loss_does_not_depend_on_the_pieces_it_is_computed_in(online, held_out):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    losses = []
+    for rows in (None, 2):
+        evaluation = EvaluationConfig((held_out,), num_batches=1)
+        config = dataclasses.replace(online, evaluation=evaluation, rows_per_device=rows)
+        losses.append(Evaluator(config, mesh).loss(tiny_model()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_held_out_rows_of_other_budgets_are_refused(online, held_out, tmp_path):
