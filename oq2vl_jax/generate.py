@@ -8,6 +8,7 @@ with "reply" and "finish_reason" added. Requests are answered in batches of simi
 kept. The reply to a single prompt is printed as it is written.
 """
 
+import functools
 import json
 import os
 import sys
@@ -95,13 +96,26 @@ def read_requests(path: str) -> list[dict]:
             problems.append(f"line {number}: {type(error).__name__}: {error}")
             continue
         images = [str(file.parent / image) for image in images]
-        problems += [f"line {number}: no image {image}" for image in images if not Path(image).is_file()]
+        problems += [f"line {number}: {why}" for image in images if (why := image_problem(image))]
         requests.append({**request, "image": images})
     if problems or not requests:
         raise UserError(
             f"--requests {path}: {'; '.join(problems[:3]) or 'the file is empty'} ({len(problems)} problems)."
         )
     return requests
+
+
+@functools.lru_cache(maxsize=100_000)
+def image_problem(path: str) -> str | None:
+    from oq2vl_jax.data.images import ImageError, check_image
+
+    if not Path(path).is_file():
+        return f"no image {path}"
+    try:
+        check_image(Path(path).read_bytes())
+    except ImageError as problem:
+        return f"{path}: {problem}"
+    return None
 
 
 def check(config: GenerateConfig) -> None:

@@ -148,10 +148,10 @@ class TextCodec:
     def prompt(self, turns: list[str], template: str, num_visual_tokens: int, system: str | None = None) -> list[int]:
         """Tokens to generate from: a conversation, human first and last, and the header of the answer.
 
-        Images stand where the turns have <image>. A plain prompt is <s> and the texts as they are. Raises SampleError.
+        Images stand where the turns have <image>. A plain prompt is <s> and the texts. Raises SampleError.
         """
         if template == "plain":
-            texts = [system or "", *turns]
+            texts = [system or "", *(turn.strip() for turn in turns)]
             encoded = self._encode_items([self.special.bos, *split_at_images("".join(texts))])
         else:
             encoded = []

@@ -36,7 +36,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         settings = run_settings(config, generator, files)
         unreadable = {item.index: problem for item in items if (problem := image_problem(item))}
         predictions = predict(benchmark, items, unreadable, generator, config, settings, folder)
-        judgements = [judge(benchmark, item, predictions[item.index], config) for item in items]
+        judgements = [
+            Judgement(0.0, None)
+            if item.index in unreadable
+            else benchmark.judge(item, predictions[item.index], config.profile)
+            for item in items
+        ]
         results[name] = task_results(benchmark, items, judgements, settings, unreadable)
         write_predictions(folder, items, judgements, predictions, unreadable)
         write_mistakes(folder / "mistakes.html", benchmark, items, judgements, predictions, results[name])
@@ -192,10 +197,6 @@ def ask(generator: Generator, prompts: list[Prompt], requests: list[Request], co
         return [of_item[row.index(max(row))] for of_item, row in zip(options, scores, strict=True)][: len(requests)]
     sampling = SamplingOptions(prompts[0].max_new_tokens, stop=prompts[0].stop)
     return [reply.text.strip() for reply in generator.generate(padded, sampling)][: len(requests)]
-
-
-def judge(benchmark: Benchmark, item: Item, reply: str, config: EvalConfig) -> Judgement:
-    return benchmark.judge(item, reply, config.profile) if reply else Judgement(0.0, None)
 
 
 def write_predictions(

@@ -1,5 +1,6 @@
 """A loaded checkpoint on the host's side: prompts and images in, text out, in batches of few shapes."""
 
+import hashlib
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -209,7 +210,8 @@ class Generator:
         if not wanted:
             return None, {}
         size = self.model_config.vision.image_size
-        new = [data for data in wanted if data not in self._visual_tokens]
+        name_of = {data: hashlib.sha256(data).digest() for data in wanted}
+        new = [data for data in wanted if name_of[data] not in self._visual_tokens]
         for first in range(0, len(new), MAX_IMAGES_AT_ONCE):
             some = new[first : first + MAX_IMAGES_AT_ONCE]
             pixels = np.zeros((power_of_two(len(some)), size, size, 3), np.uint8)
@@ -217,10 +219,10 @@ class Generator:
                 pixels[i] = decode_image(data, size)
             encoded = encode_images(self.weights.model, self._rows(pixels), self.dtype)
             for data, tokens in zip(some, encoded, strict=False):
-                self._visual_tokens[data] = tokens
-        for data in wanted:
-            self._visual_tokens.move_to_end(data)
-        rows = [self._visual_tokens[data] for data in wanted]
+                self._visual_tokens[name_of[data]] = tokens
+        for name in name_of.values():
+            self._visual_tokens.move_to_end(name)
+        rows = [self._visual_tokens[name] for name in name_of.values()]
         stacked = jnp.concatenate(rows + [jnp.zeros_like(rows[0])] * (power_of_two(len(rows)) - len(rows)))
         while len(self._visual_tokens) > NUM_CACHED_IMAGES:
             self._visual_tokens.popitem(last=False)

@@ -89,7 +89,7 @@ def read_tsv(path: Path) -> list[dict[str, Any]]:
 
 
 def resolve_references(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with every image in place of the index that named it. Rows without an image are left out."""
+    """The rows with every image in place of the index that named it."""
     if "image" not in rows[0]:
         return rows
     image_of = {str(row.get("index")): row["image"] for row in rows}
@@ -100,8 +100,7 @@ def resolve_references(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             image = image_of.get(image)
             if image is None or len(image) <= MAX_REFERENCE_CHARACTERS:
                 raise UserError(f"row {row.get('index')}: its image is that of row {row['image']}, which holds none.")
-        if image is not None:
-            resolved.append({**row, "image": image})
+        resolved.append({**row, "image": image})
     return resolved
 
 

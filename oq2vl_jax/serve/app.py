@@ -1,7 +1,7 @@
 """The web application: /v1/chat/completions, /v1/models, /health and a page to try it.
 
 Bodies are read up to a limit, and all bodies held at once up to another; parsing and image checks run in two threads,
-so that a 50-megapixel picture keeps nobody else waiting; what clients get wrong is a sentence in OpenAI's form.
+so that a large picture does not keep the loop; what clients get wrong is a sentence in OpenAI's form.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class Server:
         self.engine, self.model_name = engine, model_name
         self.max_body_bytes, self.max_held_bytes = max_body_bytes, max_held_bytes
         self.files_root = Path(files_root) if files_root else None
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._parsers = anyio.CapacityLimiter(NUM_PARSING_THREADS)
 
     def app(self) -> Starlette:
@@ -70,41 +70,50 @@ class Server:
     async def complete(self, request: Request) -> Response:
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        held = Held(self)
+
+        def deliver(event: Event) -> None:
+            events.put_nowait(event)
+            if event.reply is not None or event.error is not None:
+                held.release()
 
         def listen(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has closed
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(deliver, event)
 
         try:
-            parsed = await self._parse(request)
+            parsed = await self._parse(request, held)
             job = Job(parsed.request, parsed.options, listen)
             self.engine.submit(job)
         except RequestError as problem:
             return error_response(str(problem), problem.status)
         except EngineFullError:
+            held.release()
             return error_response("too many requests are waiting; try again later", 429)
         except ClientDisconnect:
             return Response(status_code=400)
         if parsed.is_stream:
-            return StreamingResponse(self._stream(parsed, job, events), media_type="text/event-stream")
-        return await self._whole(request, parsed, job, events)
+            return StreamingResponse(self._stream(parsed, job, events, held), media_type="text/event-stream")
+        try:
+            return await self._whole(request, parsed, job, events)
+        finally:
+            held.release()
 
-    async def _parse(self, request: Request) -> ChatRequest:
-        """Raises RequestError. The bytes of a body count as held until it is parsed."""
+    async def _parse(self, request: Request, held: "Held") -> ChatRequest:
+        """Raises RequestError. A body counts as held until it is parsed, its pictures until they are answered."""
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self.max_body_bytes:
             raise RequestError(f"the body has {int(declared):,} bytes, at most {self.max_body_bytes:,} are taken", 413)
-        body, held = bytearray(), 0
+        body = bytearray()
         try:
             async for part in request.stream():
-                held += len(part)
-                self._held_bytes += len(part)
-                if held > self.max_body_bytes:
+                held.add(len(part))
+                if held.num_bytes > self.max_body_bytes:
                     raise RequestError(f"the body has more than {self.max_body_bytes:,} bytes", 413)
-                if self._held_bytes > self.max_held_bytes:
+                if self.held_bytes > self.max_held_bytes:
                     raise RequestError("the server holds too many large requests; try again later", 503)
                 body += part
-            return await anyio.to_thread.run_sync(
+            parsed = await anyio.to_thread.run_sync(
                 chat.parse_request,
                 bytes(body),
                 self.engine.generator,
@@ -113,8 +122,12 @@ class Server:
                 self.model_name,
                 limiter=self._parsers,
             )
-        finally:
-            self._held_bytes -= held
+        except BaseException:
+            held.release()
+            raise
+        held.release()
+        held.add(sum(map(len, parsed.request.images)))
+        return parsed
 
     async def _whole(self, request: Request, parsed: ChatRequest, job: Job, events: "asyncio.Queue[Event]") -> Response:
         """Waits for the reply, and for the client to go away."""
@@ -133,7 +146,9 @@ class Server:
         finally:
             job.cancel()  # of no effect on a reply that has ended
 
-    async def _stream(self, parsed: ChatRequest, job: Job, events: "asyncio.Queue[Event]") -> AsyncIterator[str]:
+    async def _stream(
+        self, parsed: ChatRequest, job: Job, events: "asyncio.Queue[Event]", held: "Held"
+    ) -> AsyncIterator[str]:
         """Server-sent events. A client that goes away ends this generator, and with it the job."""
         identity = chat.new_identity()
         try:
@@ -153,6 +168,22 @@ class Server:
                     return
         finally:
             job.cancel()
+            held.release()
+
+
+class Held:
+    """Bytes of one request that count against the server's limit until they are released."""
+
+    def __init__(self, server: Server):
+        self._server, self.num_bytes = server, 0
+
+    def add(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self._server.held_bytes += num_bytes
+
+    def release(self) -> None:
+        self._server.held_bytes -= self.num_bytes
+        self.num_bytes = 0
 
 
 def sse(value: dict[str, Any]) -> str:

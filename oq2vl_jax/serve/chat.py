@@ -13,7 +13,7 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from oq2vl_jax.data.images import ImageError, check_image
 from oq2vl_jax.data.text import IMAGE, IMAGE_IN_TEXT
@@ -22,6 +22,7 @@ from oq2vl_jax.eval.reply import Reply, SamplingOptions
 
 DEFAULT_NEW_TOKENS = 512
 MAX_IMAGES = 32
+MAX_STOPS = 16
 REFUSED_FIELDS = ("tools", "functions", "logprobs", "top_logprobs", "response_format", "audio")
 
 
@@ -52,7 +53,9 @@ def parse_request(
     if not isinstance(fields, dict):
         raise RequestError("the body must be a JSON object")
     refused = [name for name in REFUSED_FIELDS if fields.get(name)]
-    if refused or fields.get("n", 1) != 1:
+    if refused == ["response_format"] and fields["response_format"] == {"type": "text"}:
+        refused = []
+    if refused or fields.get("n") not in (None, 1):
         raise RequestError(f"{refused[0] if refused else 'n other than 1'} is not supported")
     turns, system, images = read_messages(fields.get("messages"), files_root)
     prompt = generator.encode_turns(turns, system)
@@ -76,6 +79,8 @@ def read_options(fields: dict[str, Any], room: int) -> SamplingOptions:
     """room: tokens left for the reply."""
     wanted = fields.get("max_completion_tokens") or fields.get("max_tokens") or min(DEFAULT_NEW_TOKENS, room)
     stop = fields.get("stop") or ()
+    if not isinstance(stop, str | list | tuple) or (len(stop) > MAX_STOPS and not isinstance(stop, str)):
+        raise RequestError(f"stop must be a text or a list of at most {MAX_STOPS}")
     try:
         temperature = float(fields.get("temperature") or 0)
         seed = fields.get("seed")
@@ -95,6 +100,9 @@ def read_messages(messages: Any, files_root: Path | None) -> tuple[list[str], st
     """(turns with <image> where pictures stand, human first and last; system message; pictures in order)."""
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages must be a list of at least one message")
+    num_images = sum(count_images(message) for message in messages)
+    if num_images > MAX_IMAGES:  # before the first is decoded
+        raise RequestError(f"{num_images} images, at most {MAX_IMAGES}")
     system, turns, images = None, [], []
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
@@ -117,9 +125,13 @@ def read_messages(messages: Any, files_root: Path | None) -> tuple[list[str], st
         images += pictures
     if len(turns) % 2 == 0:
         raise RequestError("the last message must be the user's")
-    if len(images) > MAX_IMAGES:
-        raise RequestError(f"{len(images)} images, at most {MAX_IMAGES}")
     return turns, system, images
+
+
+def count_images(message: Any) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else []
+    return sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
 
 
 def read_content(content: Any, i: int, files_root: Path | None) -> tuple[str, list[bytes]]:
@@ -163,7 +175,7 @@ def read_image(url: str, where: str, files_root: Path | None) -> bytes:
     elif url.startswith("file://") or "://" not in url:
         data = read_local_image(url, where, files_root)
     else:
-        raise RequestError(f"{where}: {urlsplit(url).scheme} images are not fetched; send a data URL")
+        raise RequestError(f"{where}: {url.partition('://')[0][:20]} images are not fetched; send a data URL")
     try:
         check_image(data)
     except ImageError as problem:
@@ -172,13 +184,16 @@ def read_image(url: str, where: str, files_root: Path | None) -> bytes:
 
 
 def read_local_image(url: str, where: str, files_root: Path | None) -> bytes:
-    path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
+    path = Path(unquote(url.removeprefix("file://")))
     if files_root is None:
         raise RequestError(f"{where}: local files are not served here (--allow-files DIR allows a folder)")
-    resolved = (files_root / path).resolve()
-    if not resolved.is_relative_to(files_root.resolve()) or not resolved.is_file():
-        raise RequestError(f"{where}: no such file below the folder that is served")
-    return resolved.read_bytes()
+    try:
+        resolved = (files_root / path).resolve()
+        if resolved.is_relative_to(files_root.resolve()) and resolved.is_file():
+            return resolved.read_bytes()
+    except (ValueError, OSError):  # names no file can have: too long, with a NUL
+        pass
+    raise RequestError(f"{where}: no such file below the folder that is served")
 
 
 def completion(chat: ChatRequest, reply: Reply, identity: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Engine:
         self._jobs: list[Job | None] = [None] * num_rows
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_closing = False
+        self._state = self._empty_state()  # here, so that a cache that does not fit is an error at once
 
     def start(self) -> None:
         self._thread.start()
@@ -77,24 +78,30 @@ class Engine:
         return self._waiting.qsize()
 
     def submit(self, job: Job) -> None:
-        """Raises EngineFullError."""
+        """Raises EngineFullError; also where the engine has stopped."""
+        if self._is_closing:
+            raise EngineFullError
         try:
             self._waiting.put_nowait(job)
         except queue.Full as error:
             raise EngineFullError from error
 
     def _run(self) -> None:
-        state = self._empty_state()
-        while not self._is_closing:
-            try:
-                state = self._admit(state)
-                if self.num_running:
-                    state = self._decode_piece(state)
-            except Exception:  # a failure of the device or of ours must not end the server; its requests are told
-                traceback.print_exc()
-                self._fail_all("the server failed on this batch; its log says why")
-                state = self._empty_state()
-        self._fail_all("the server is shutting down")
+        state = self._state
+        del self._state  # donated from now on
+        try:
+            while not self._is_closing:
+                try:
+                    state = self._admit(state)
+                    if self.num_running:
+                        state = self._decode_piece(state)
+                except Exception:  # a failure of the device or of ours must not end the server; its requests are told
+                    traceback.print_exc()
+                    self._fail_all("the server failed on this batch; its log says why")
+                    state = self._empty_state()
+        finally:
+            self._is_closing = True
+            self._fail_all("the server is shutting down")
 
     def _admit(self, state: DecodeState) -> DecodeState:
         """Fills free rows; waits where there is nothing else to do."""

@@ -32,6 +32,8 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         problems.append("data.sources is empty")
     if config.data.packing == "online" and (config.data.tokenizer is None or config.data.weights):
         problems.append("data.packing = online needs data.tokenizer, and mixes no weights")
+    if config.optimizer.learning_rate <= 0:
+        problems.append(f"optimizer.learning_rate = {config.optimizer.learning_rate}, expected more than 0")
     if config.data.window < 1:
         problems.append("data.window must be at least 1")
     rates = ("vision", "projector", "decoder")

@@ -38,6 +38,10 @@ class Throughput:
     def _reset(self) -> None:
         self._start, self._counts = time.monotonic(), []
 
+    def pause(self, seconds: float) -> None:
+        """Time that went into something else."""
+        self._start += seconds
+
     def add(self, counts: BatchCounts) -> None:
         self._counts.append(counts)
 
@@ -152,8 +156,11 @@ class StepReporter:
             self._write(self._record)
             self._progress.log(self._record)
 
-    def evaluated(self, step: int, numbers: dict[str, float], samples: list[Sampled], page: Path | None) -> None:
-        """The held-out loss of a step, and what was generated for its page."""
+    def evaluated(
+        self, step: int, numbers: dict[str, float], samples: list[Sampled], page: Path | None, seconds: float
+    ) -> None:
+        """The held-out loss of a step, and what was generated for its page. Its seconds do not count as training."""
+        self._throughput.pause(seconds)
         self._write({"step": step, **numbers})
         for tracker in self._trackers:
             tracker.log_samples(step, samples, page)

@@ -63,8 +63,10 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
                 reporter.finish(*checked(*pending, saved_step))
             pending = (step, metrics, counts)
             reporter.skipped(getattr(loader, "skipped", {}))
-            is_last = step == last_step or is_terminated()
-            is_evaluated = evaluator is not None and (step % config.evaluation.every_num_steps == 0 or is_last)
+            must_leave = is_terminated()  # saves at once: who sent SIGTERM may not wait for an evaluation
+            is_last = step == last_step or must_leave
+            is_due = step % config.evaluation.every_num_steps == 0 or step == last_step
+            is_evaluated = evaluator is not None and is_due and not must_leave
             is_saved = is_last or step % config.checkpoint.every_num_steps == 0
             if is_evaluated or is_saved:
                 reporter.finish(*checked(*pending, saved_step))  # a state with a NaN is never saved
@@ -109,12 +111,13 @@ def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
 
 def evaluate(evaluator: Evaluator, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
     """Before the checkpoint of the same step: a restart then never finds one without its evaluation."""
+    start = time.monotonic()
     step, loss = int(state.step), evaluator.loss(state.model)
     samples = evaluator.samples(state.model)
     path = run_dir / "samples" / f"{step:06d}.html" if samples else None
     if path is not None and jax.process_index() == 0:
         write_samples(path, step, loss, samples)
-    reporter.evaluated(step, {"eval_loss": loss}, samples, path)
+    reporter.evaluated(step, {"eval_loss": loss}, samples, path, time.monotonic() - start)
 
 
 def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):

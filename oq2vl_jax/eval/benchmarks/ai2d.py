@@ -58,5 +58,5 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
 
 
 BENCHMARK = Benchmark(
-    "ai2d", ("AI2D_TEST*.tsv", "*ai2d*/**/test-*.parquet", "*ai2d*.parquet"), read, prompt, judge, each_item
+    "ai2d", ("AI2D_TEST.tsv", "*ai2d*/**/test-*.parquet", "*ai2d*.parquet"), read, prompt, judge, each_item
 )

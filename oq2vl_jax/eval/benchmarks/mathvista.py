@@ -8,7 +8,7 @@ never moved to the nearest option. The published harness parses every reply as a
 from typing import Any
 
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.answers import last_number, matches_open_answer, parse_open_reply
+from oq2vl_jax.eval.answers import last_number, matches_open_answer, parse_open_reply, to_number
 from oq2vl_jax.eval.benchmark import (
     ASK_LETTER,
     ASK_SHORT,
@@ -48,6 +48,8 @@ def read(table: Table) -> list[Item]:
         metadata = row.get("metadata") or row
         category = {"category": str(metadata["task"])} if is_given(metadata.get("task")) else {}
         answer = answer_letter(row, choices, index) if choices else str(row["answer"])
+        if not choices and facts["answer_type"] in ("integer", "float") and to_number(answer) is None:
+            raise UserError(f"mathvista: the answer of row {row[index]} is {answer!r}; expected a number.")
         items.append(
             Item(str(row[index]), str(row["question"]), images_of(row[image]), answer, choices, facts, category)
         )
@@ -108,5 +110,5 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
     return Judgement(float(said.lower() == item.answer.lower()), said or None)
 
 
-FILES = ("MathVista_MINI*.tsv", "*MathVista*/**/testmini-*.parquet", "*mathvista*.parquet")
+FILES = ("MathVista_MINI.tsv", "*MathVista*/**/testmini-*.parquet", "*mathvista*.parquet")
 BENCHMARK = Benchmark("mathvista", FILES, read, prompt, judge, each_item)

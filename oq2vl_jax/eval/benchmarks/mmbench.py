@@ -68,7 +68,5 @@ def extra(items: list[Item], judgements: list[Judgement]) -> dict[str, float]:
     return {"every_copy_singly": sum(judgement.score for judgement in judgements) / len(judgements)}
 
 
-BENCHMARK = Benchmark(
-    "mmbench", ("MMBench_DEV_EN*.tsv", "*MMBench*/**/dev-*.parquet", "*mmbench*.parquet"), read, prompt, judge,
-    combine, extra,
-)  # fmt: skip
+FILES = ("MMBench_DEV_EN.tsv", "*MMBench*/en/dev-*.parquet", "*MMBench_EN*/**/dev-*.parquet", "*mmbench*.parquet")
+BENCHMARK = Benchmark("mmbench", FILES, read, prompt, judge, combine, extra)

@@ -101,5 +101,5 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
 
 
 BENCHMARK = Benchmark(
-    "mmmu", ("MMMU_DEV_VAL*.tsv", "*MMMU*/**/validation-*.parquet", "*mmmu*.parquet"), read, prompt, judge, each_item
+    "mmmu", ("MMMU_DEV_VAL.tsv", "*MMMU*/**/validation-*.parquet", "*mmmu*.parquet"), read, prompt, judge, each_item
 )

@@ -75,5 +75,5 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
 
 
 BENCHMARK = Benchmark(
-    "mmstar", ("MMStar*.tsv", "*MMStar*/**/val-*.parquet", "*mmstar*.parquet"), read, prompt, judge, each_item
+    "mmstar", ("MMStar.tsv", "*MMStar*/**/val-*.parquet", "*mmstar*.parquet"), read, prompt, judge, each_item
 )

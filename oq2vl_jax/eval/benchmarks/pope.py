@@ -67,5 +67,5 @@ def extra(items: list[Item], judgements: list[Judgement]) -> dict[str, float]:
 
 
 BENCHMARK = Benchmark(
-    "pope", ("POPE*.tsv", "*POPE*/**/test-*.parquet", "*pope*.parquet"), read, prompt, judge, each_item, extra
+    "pope", ("POPE.tsv", "*POPE*/**/test-*.parquet", "*pope*.parquet"), read, prompt, judge, each_item, extra
 )

@@ -46,6 +46,6 @@ def prompt(item: Item, profile: Profile) -> Prompt:
 
 
 BENCHMARK = Benchmark(
-    "seedbench", ("SEEDBench_IMG*.tsv", "*SEED*/**/test-*.parquet", "*seedbench*.parquet"), read, prompt, judge,
+    "seedbench", ("SEEDBench_IMG.tsv", "*SEED*/**/test-*.parquet", "*seedbench*.parquet"), read, prompt, judge,
     each_item,
 )  # fmt: skip

@@ -49,6 +49,6 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
 
 
 BENCHMARK = Benchmark(
-    "textvqa", ("TextVQA_VAL*.tsv", "*textvqa*/**/validation-*.parquet", "*textvqa*.parquet"), read, prompt, judge,
+    "textvqa", ("TextVQA_VAL.tsv", "*textvqa*/**/validation-*.parquet", "*textvqa*.parquet"), read, prompt, judge,
     each_item,
 )  # fmt: skip
