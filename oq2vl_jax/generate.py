@@ -85,14 +85,19 @@ def read_requests(path: str) -> list[dict]:
     if not file.is_file():
         raise UserError(f"--requests {path}: no such file.")
     requests, problems = [], []
-    for number, line in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--requests {path}: not UTF-8: {error}.") from error
+    for number, line in enumerate(lines, 1):
         try:
             request = json.loads(line)
             images = request.get("image", [])
             images = [images] if isinstance(images, str) else list(images)
-            if not isinstance(request["prompt"], str):
-                raise TypeError("prompt is not a string")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(request["prompt"], str) or not all(isinstance(image, str) for image in images):
+                raise TypeError("prompt or image is not a string")
+            request["prompt"].encode("utf-8")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"line {number}: {type(error).__name__}: {error}")
             continue
         images = [str(file.parent / image) for image in images]
@@ -129,6 +134,8 @@ def check(config: GenerateConfig) -> None:
         raise UserError("--out goes with --requests; a single reply is printed.")
     if config.out is not None and not Path(config.out).absolute().parent.is_dir():
         raise UserError(f"--out {config.out}: its folder does not exist.")
+    if config.out is not None and Path(config.out).is_dir():
+        raise UserError(f"--out {config.out}: is a folder; give a file.")
     if config.max_new_tokens < 1 or config.batch_size < 1:
         raise UserError("--max-new-tokens and --batch-size must be at least 1.")
     missing = [image for image in config.image if not Path(image).is_file()]

@@ -63,6 +63,9 @@ def find_entries(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
                 return
             continue
         if is_list and text[position] == "]":
+            behind = text[position + 1 :] + file.read(READ_BYTES).decode("latin-1")
+            if behind.strip():
+                raise UserError(f"{path}: more follows the list that ends at byte {base + position}; is it two files?")
             return
         if text[position] != "{":
             raise UserError(f"{path}: entry {number}, at byte {base + position}, is no JSON object.")
@@ -137,7 +140,7 @@ def parse_entry(entry: bytes, images: str | None) -> Sample:
         try:
             with paths.open_input(paths.join(images, name)) as file:
                 contents.append(file.read())
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeEncodeError):
             return sample._replace(problem="image_missing")
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:

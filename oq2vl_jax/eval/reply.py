@@ -29,9 +29,10 @@ class SamplingOptions:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or not 0 <= self.top_k < 2**31:
             raise UserError(
-                f"temperature must be 0..100, top_p above 0 and at most 1, top_k at least 0; got {self.temperature}, "
+                f"temperature must be 0..100, top_p above 0 and at most 1, top_k 0 to 2147483647; "
+                f"got {self.temperature}, "
                 f"{self.top_p}, {self.top_k}."
             )
         if not 0 <= self.seed < 2**31:

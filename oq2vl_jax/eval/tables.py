@@ -77,6 +77,10 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 def read_tsv(path: Path) -> list[dict[str, Any]]:
     """Empty cells are None. Every cell is text."""
     csv.field_size_limit(sys.maxsize)
+    with path.open("rb") as tail:
+        tail.seek(max(0, path.stat().st_size - 1))
+        if tail.read() not in (b"\n", b""):
+            raise UserError(f"{path}: it does not end in a line break; is it cut off? If it is whole, add one.")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))

@@ -53,6 +53,20 @@ def check(config: ServeConfig) -> None:
         raise UserError(f"--allow-files {config.allow_files}: no such folder.")
 
 
+def check_port(config: ServeConfig) -> None:
+    """Before the checkpoint is loaded. Raises UserError where nobody can listen there."""
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen at {config.host}:{config.port}: {error.strerror}; choose another --port."
+            ) from error
+
+
 def main() -> None:
     import tyro
 
@@ -67,6 +81,7 @@ def main() -> None:
     from oq2vl_jax.eval.generator import Generator
     from oq2vl_jax.serve.engine import Engine
 
+    check_port(config)
     generator = Generator(config.checkpoint, config.template)
     engine = Engine(generator, config.batch_size, config.max_context, config.max_waiting)
     name = Path(config.checkpoint).name

@@ -69,7 +69,7 @@ def parse_request(
     return ChatRequest(
         Request(prompt, images),
         read_options(fields, room),
-        str(fields.get("model") or model_name),
+        str(fields.get("model") or model_name).encode("utf-8", "replace").decode(),
         bool(fields.get("stream")),
         isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
     )

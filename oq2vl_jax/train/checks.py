@@ -32,6 +32,10 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         problems.append("data.sources is empty")
     if config.data.packing == "online" and (config.data.tokenizer is None or config.data.weights):
         problems.append("data.packing = online needs data.tokenizer, and mixes no weights")
+    if config.data.packing == "online" and config.data.synthetic_documents:
+        problems.append("data.synthetic_documents makes packed rows; set it to 0 for data.packing = online")
+    if config.data.images is not None and not Path(config.data.images).is_dir():
+        problems.append(f"data.images: no folder {config.data.images}")
     if config.optimizer.learning_rate <= 0:
         problems.append(f"optimizer.learning_rate = {config.optimizer.learning_rate}, expected more than 0")
     if config.data.window < 1:

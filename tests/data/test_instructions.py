@@ -47,6 +47,7 @@ def test_every_entry_is_found_where_it_stands(tmp_path, monkeypatch, block, asci
         ('[{"id": 1}', "the list ends after 1 entries without its ]"),
         ('[{"id": 1}, 3]', "entry 1, at byte 12, is no JSON object"),
         ('[{"id": 1,}]', "entry 0, at byte 1, is not valid JSON"),
+        ('[{"id": 1}][{"id": 2}]', "more follows the list that ends at byte 10"),
         ("", "is empty"),
         ("[]", "is empty"),
     ],

@@ -152,6 +152,9 @@ def test_damaged_and_missing_files_are_one_sentence(tmp_path):
     (tmp_path / "POPE.tsv").write_text("index\tquestion\tanswer\timage\n1\tIs it?\n")
     with pytest.raises(UserError, match=r"POPE\.tsv, line 2: the number of cells is not that of the header"):
         read(tmp_path, "pope")
+    (tmp_path / "POPE.tsv").write_text("index\tquestion\tanswer\timage\n1\tIs it?\tYes\taGk")
+    with pytest.raises(UserError, match="does not end in a line break; is it cut off"):
+        read(tmp_path, "pope")
     (tmp_path / "POPE.tsv").write_text("index\tquestion\tanswer\timage\n1\tIs it?\tYes\t7\n")
     with pytest.raises(UserError, match="row 1: its image is that of row 7, which holds none"):
         read(tmp_path, "pope")

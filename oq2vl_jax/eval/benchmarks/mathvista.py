@@ -58,7 +58,7 @@ def read(table: Table) -> list[Item]:
 
 def number_of_places(row: dict[str, Any]) -> int:
     """Decimal places that count; the files hold them as a float."""
-    return int(float(row["precision"])) if is_given(row.get("precision")) else 2
+    return max(0, int(float(row["precision"]))) if is_given(row.get("precision")) else 2
 
 
 def answer_letter(row: dict[str, Any], choices: dict[str, str], index: str) -> str:
