@@ -147,7 +147,7 @@ def test_64_clients_with_slow_and_broken_and_leaving_ones_among_them(url, expect
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert growth < MAX_GROWTH_MIB
     health = httpx.get(f"{url}/health").json()
-    assert (health["running"], health["waiting"]) == (0, 0), "rows of those who left are free again"
+    assert (health["running"], health["waiting"]) == (0, 0), "nothing is left over"
 
 
 def test_models_page_and_unknown_paths(url):
@@ -199,6 +199,33 @@ def test_a_prompt_as_long_as_the_context_allows_is_answered(generator):
     assert done.acquire(timeout=60)
     engine.close()
     assert events[-1].reply == generator.generate([request], SamplingOptions(4))[0]
+
+
+def test_the_row_of_a_reader_who_left_is_freed_before_its_reply_ends(generator):
+    from oq2vl_jax.serve.engine import Job
+
+    engine = Engine(generator, 1, 128, max_waiting=4)
+    request = Request(generator.encode_turns(["hi"]), [])
+    events, done = {"gone": [], "next": []}, threading.Event()
+
+    def leave(event):
+        events["gone"].append(event)
+        gone.cancel()
+
+    def listen(event):
+        events["next"].append(event)
+        if event.reply or event.error:
+            done.set()
+
+    gone = Job(request, SamplingOptions(80, temperature=1.0, seed=3), leave)
+    engine.start()
+    engine.submit(gone)
+    engine.submit(Job(request, SamplingOptions(4), listen))
+    assert done.wait(60)
+    engine.close()
+    assert events["gone"], "it had begun"
+    assert all(event.reply is None for event in events["gone"]), "and was not written to its end"
+    assert events["next"][-1].reply == generator.generate([request], SamplingOptions(4))[0]
 
 
 def test_a_failure_of_the_device_is_told_and_survived(generator, monkeypatch):
