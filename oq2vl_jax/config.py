@@ -185,6 +185,8 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    sharding: Literal["zero1", "fsdp"] = "zero1"
+    """zero1: weights are gathered once a step, gradients reduced once; fsdp: layer by layer, for larger decoders."""
 
 
 @dataclass(frozen=True)
@@ -232,8 +234,11 @@ class TrainConfig:
     """Start from the weights of this checkpoint (weights only; the optimizer and the data start anew)."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Activations and matmuls; master weights, optimizer and loss are float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """Decoder activations kept for the backward pass: all, matmul outputs, or block inputs only."""
+    remat: Literal["none", "dots", "attention", "full"] = "none"
+    """Activations kept for the backward pass: all; matmul and attention outputs; attention outputs and block inputs;
+    block inputs only."""
+    attention: Literal["auto", "xla", "blocked", "kernel"] = "auto"
+    """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which."""
     seed: int = 7
     log_every: int = 10
 
@@ -249,8 +254,8 @@ class CheckpointDescription:
 
 
 OPERATIONAL_FIELDS = (
-    "run_dir", "log_every", "checkpoint.every_num_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp",
-    "rows_per_device", "remat", "data.num_threads", "data.num_workers", "evaluation.sources",
+    "run_dir", "log_every", "checkpoint.every_num_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp", "mesh.sharding",
+    "rows_per_device", "remat", "attention", "data.num_threads", "data.num_workers", "evaluation.sources",
     "evaluation.every_num_steps", "evaluation.num_batches", "evaluation.num_samples", "evaluation.max_new_tokens",
     "trackers",
 )  # fmt: skip

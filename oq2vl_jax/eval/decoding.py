@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.model.qwen2 import KVCache, Qwen2Layer, unstack_layers
+from oq2vl_jax.model.qwen2 import KVCache, Qwen2Layer, fused, unstack_layers
 
 NOTHING = -1
 """Stands after the stop token of a row, and for "no visual token here"."""
@@ -51,7 +52,7 @@ class DecodeState(NamedTuple):
 
 def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
     """The weights as decoding reads them, the decoder's matrices in `dtype`. The stacked layers are let go."""
-    layers = tuple(map(with_transposed_kernels, unstack_layers(model.decoder)))
+    layers = tuple(with_transposed_kernels(fused(layer)) for layer in unstack_layers(model.decoder))
     rest = jax.tree.map(lambda x: x, model)
     rest.decoder.layers = None  # type: ignore[assignment]
     if dtype != "float32":
@@ -61,8 +62,8 @@ def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
 
 def with_transposed_kernels(layer: Qwen2Layer) -> Qwen2Layer:
     for part, names in (
-        (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
-        (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+        (layer.self_attn, ("qkv_proj", "o_proj")),
+        (layer.mlp, ("gate_up_proj", "down_proj")),
     ):
         for name in names:
             setattr(part, name, getattr(part, name).transposed())
@@ -74,7 +75,7 @@ def encode_images(
     model: OpenQwen2VL, images: UInt8[Array, "I height width 3"], dtype: str = "float32"
 ) -> Float[Array, "I M D"]:
     """Visual tokens of images, from Weights.model."""
-    return model.encode(images[:, None], jnp.dtype(dtype))
+    return model.encode(images, None, Compute(dtype=jnp.dtype(dtype)))
 
 
 @partial(jax.jit, static_argnames=("num_slots", "dtype"))

@@ -12,24 +12,68 @@ Packed documents of a row must not see each other:
     query e                 x x     a token sees earlier tokens of its own segment, and itself
 
 Row scope (the published behaviour) is the same code with segment_ids 1 1 1 1 1 0 and positions 0 1 2 3 4 0.
-Implementations: "xla" is the reference. Faster ones join here, behind the same signature.
+
+Implementations (config.TrainConfig.attention), of which train/attention_choice.py picks one by device:
+
+    xla      the reference: every score of a row, other documents masked
+    blocked  plain XLA in blocks of queries and keys, as far back as the longest document reaches (attention_blocked.py)
+    kernel   Pallas-Triton: tiles outside a document are never computed (attention_kernel.py). "kernel_interpreted" is
+             the same kernel run by the interpreter of Pallas, for tests without a GPU
+
+The faster two know the mask as the first token of each token's document and rely on data/batch.py: a document is one
+run of a row, its positions ascend by one.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from oq2vl_jax.model.attention_blocked import blocked_attention
+from oq2vl_jax.model.attention_kernel import kernel_attention
+
+KERNELS = ("kernel", "kernel_interpreted")
+
+
+class Documents(NamedTuple):
+    """The mask of packed rows in short: token t sees tokens starts[b, t] .. t. A padding token sees itself."""
+
+    starts: Int[Array, "B T"]
+
+
+Mask = Bool[Array, "B T S"] | Documents | None
 
 
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | None = None,
+    mask: Mask = None,
+    implementation: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v with grouped keys and values (N a multiple of K); mask None = everything is seen.
 
     Scores and softmax are float32. A query that sees nothing (padding) gets a finite, meaningless value.
+    Documents need "blocked" or "kernel" (see packed_mask); an image (no mask) goes to cuDNN where the kernel runs.
     """
+    if isinstance(mask, Documents):
+        if implementation in KERNELS:
+            return kernel_attention(q, k, v, mask.starts, implementation == "kernel_interpreted")
+        return blocked_attention(q, k, v, mask.starts)
+    if mask is None and implementation == "kernel" and q.dtype == jnp.bfloat16:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return reference_attention(q, k, v, mask)
+
+
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """See attention; every score is computed."""
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[2], k.shape[1]
     groups = num_heads // num_kv_heads
@@ -45,7 +89,7 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     attended = jnp.einsum("BKQS,BKSH->BKQH", weights.reshape(batch, num_kv_heads, groups * num_queries, num_keys), v)
     attended = attended.reshape(batch, num_kv_heads, groups, num_queries, head_dim)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return checkpoint_name(attended.transpose(0, 3, 1, 2, 4).reshape(q.shape), "attention_output")
 
 
 def causal_segment_mask(
@@ -58,3 +102,11 @@ def causal_segment_mask(
     same_segment = query_segments[:, :, None] == key_segments[:, None, :]
     not_later = query_positions[:, :, None] >= key_positions[:, None, :]
     return same_segment & not_later & (key_segments > 0)[:, None, :]
+
+
+def packed_mask(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], implementation: str) -> Mask:
+    """The mask of packed rows in the form that an implementation takes; made once for all layers."""
+    if implementation == "xla":
+        return causal_segment_mask(segment_ids, positions, segment_ids, positions)
+    own = jnp.arange(positions.shape[1], dtype=positions.dtype)
+    return Documents(jnp.where(segment_ids > 0, own - positions, own))

@@ -5,14 +5,33 @@ it as it is. Parameters are float32 masters; a layer casts them to the type of i
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+
+ATTENTION_NAMES = ("attention_output", "attention_log_norm")
+"""Checkpoint names that every attention gives what its backward pass needs."""
+GATHERED = "gathered_weights"
+"""Checkpoint name of a layer's weights brought together from the devices: never kept, always gathered again."""
+
+
+class Compute(NamedTuple):
+    """How a model is computed. None of it changes what is computed, but for rounding.
+
+    dtype: of activations and matrix products. remat, attention: as in config.TrainConfig, "auto" already decided.
+    gather: makes a decoder layer whole from this device's share of it (FSDP); None where weights are whole.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    attention: str = "xla"
+    gather: Callable[[Any], Any] | None = None
 
 
 def param(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
@@ -48,6 +67,23 @@ class Linear(nnx.Module):
         linear.kernel = param(self.kernel[...].T, self.kernel.axes[-2:][::-1])
         linear.is_transposed = True
         return linear
+
+
+def side_by_side(*linears: Linear) -> Linear:
+    """Maps of one input as one map: their outputs one after the other, in one matrix product. Stacked layers too."""
+    joined = jax.tree.map(lambda x: x, linears[0])
+    for name in ("kernel", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if parts[0] is not None:
+            setattr(joined, name, parts[0].replace(jnp.concatenate([part[...] for part in parts], axis=-1)))
+    return joined
+
+
+def split_columns(linear: Linear, widths: tuple[int, ...]) -> list[Linear]:
+    """Inverse of side_by_side for maps with `widths` outputs."""
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    columns = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+    return [jax.tree.map(lambda x, part=part: x[..., part], linear) for part in columns]
 
 
 class LayerNorm(nnx.Module):
@@ -92,9 +128,16 @@ def stack_layers(make_layer: Callable[[Array], Layer], key: Array, num_layers: i
     return jax.tree.map(name_leading_axis, stacked, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
-def remat_layer(apply: Callable, remat: str) -> Callable:
+def remat_layer(apply: Callable, remat: str, is_gathered: bool = False) -> Callable:
     """Wraps a layer so that its backward pass recomputes what the policy `remat` (config.TrainConfig) does not keep."""
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names(*ATTENTION_NAMES)
     if remat == "none":
-        return apply
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(apply, policy=dots if remat == "dots" else None)
+        policy = policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(apply, policy=policy) if is_gathered else apply
+    kept = {
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named),
+        "attention": named,
+        "full": None,
+    }
+    return jax.checkpoint(apply, policy=kept[remat])

@@ -1,7 +1,7 @@
 """Open-Qwen2VL, top of the model (arXiv 2504.00595, section 2).
 
-    images [B I height width 3] -> SigLIP -> [B*I P vision] -> pool + MLP -> [B*I M D] -+
-    tokens [B T]  -> embed_tokens -> [B T D] -- visual tokens take the image slots -----+-> Qwen2 -> hidden [B T D]
+    images [B I height width 3] -> SigLIP -> [B*I P vision] -> pool -> MLP -> [B*I M D] -+
+    tokens [B T]  -> embed_tokens -> [B T D] -- visual tokens take the image slots ------+-> Qwen2 -> hidden [B T D]
 
 The k-th image of a row fills the k-th run of M placeholder tokens (`image_token_id`) of that row:
 
@@ -9,18 +9,19 @@ The k-th image of a row fills the k-th run of M placeholder tokens (`image_token
     filled   s 0 0 0 0 a b e s 1 1 1 1 c e         number = image slot of the row
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from oq2vl_jax.config import ModelConfig
-from oq2vl_jax.model.projector import Projector
+from oq2vl_jax.model.layers import Compute
+from oq2vl_jax.model.projector import Projector, adaptive_average_pool
 from oq2vl_jax.model.qwen2 import Qwen2Decoder
 from oq2vl_jax.model.siglip import SiglipEncoder, normalize
+
+IMAGES_PER_CHUNK = 8
+"""Images in one pass of the encoder; a microbatch wastes at most 7."""
 
 
 class OpenQwen2VL(nnx.Module):
@@ -37,45 +38,72 @@ class OpenQwen2VL(nnx.Module):
         images: UInt8[Array, "B I height width 3"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        dtype: DTypeLike = jnp.float32,
-        remat: str = "none",
-        constrain: Callable[[Array], Array] = lambda x: x,
+        compute: Compute = Compute(),
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of packed rows; fields as in data/batch.py, computed in `dtype`."""
-        x = self.embed(tokens, images, dtype, remat)
-        return self.decoder(x, segment_ids, positions, remat, constrain)
+        """Final hidden states of packed rows; fields as in data/batch.py, computed in compute.dtype."""
+        return self.decoder(self.embed(tokens, images, compute), segment_ids, positions, compute)
 
     def embed(
-        self,
-        tokens: Int[Array, "B T"],
-        images: UInt8[Array, "B I height width 3"],
-        dtype: DTypeLike,
-        remat: str = "none",
+        self, tokens: Int[Array, "B T"], images: UInt8[Array, "B I height width 3"], compute: Compute = Compute()
     ) -> Float[Array, "B T D"]:
         """Token embeddings with the visual tokens in their places."""
-        embeddings = self.decoder.embed(tokens, dtype)
+        embeddings = self.decoder.embed(tokens, compute.dtype)
         if images.shape[1] == 0:
             return embeddings
-        return merge_visual_tokens(embeddings, self.encode(images, dtype, remat), tokens == self.config.image_token_id)
+        is_image = tokens == self.config.image_token_id
+        buffer, num_images = flat_images(images, is_image.sum(axis=1) // self.config.num_visual_tokens)
+        return merge_visual_tokens(embeddings, self.encode(buffer, num_images, compute), is_image)
 
     def encode(
-        self, images: UInt8[Array, "B I height width 3"], dtype: DTypeLike, remat: str = "none"
-    ) -> Float[Array, "B IM D"]:
-        """Visual tokens of a row's images, one image after the other."""
-        batch, num_images, *pixel_shape = images.shape
-        features = self.vision(normalize(images.reshape(batch * num_images, *pixel_shape), dtype), remat)
-        visual_tokens = self.projector(features)
-        return visual_tokens.reshape(batch, -1, visual_tokens.shape[-1])
+        self, images: UInt8[Array, "I height width 3"], num_images: Int[Array, ""] | None, compute: Compute = Compute()
+    ) -> Float[Array, "I M D"]:
+        """Visual tokens of the first num_images of a buffer (None: of all of them); the rest is meaningless.
+
+        Chunks of IMAGES_PER_CHUNK without an image are skipped when the program runs, so a padded buffer costs less
+        than one chunk too much.
+        """
+
+        def features(chunk: UInt8[Array, "C height width 3"]) -> Float[Array, "C M vision_dim"]:
+            patches = self.vision(normalize(chunk, compute.dtype), compute)
+            return adaptive_average_pool(patches, self.config.num_visual_tokens)
+
+        if num_images is None or len(images) <= IMAGES_PER_CHUNK:
+            return self.projector(features(images))
+        padded = jnp.pad(images, ((0, -len(images) % IMAGES_PER_CHUNK), *((0, 0),) * 3))
+        chunks = padded.reshape(-1, IMAGES_PER_CHUNK, *images.shape[1:])
+        shape = (IMAGES_PER_CHUNK, self.config.num_visual_tokens, self.config.vision.hidden_size)
+
+        def encode_chunk(_, chunk_and_start):
+            chunk, start = chunk_and_start
+            return None, jax.lax.cond(start < num_images, features, lambda _: jnp.zeros(shape, compute.dtype), chunk)
+
+        _, pooled = jax.lax.scan(encode_chunk, None, (chunks, jnp.arange(0, len(padded), IMAGES_PER_CHUNK)))
+        return self.projector(pooled.reshape(-1, *shape[1:])[: len(images)])
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of every given position; training uses train/cross_entropy.py, which needs far less memory."""
         return jnp.einsum("BTD,VD->BTV", hidden, self.decoder.head.astype(hidden.dtype)).astype(jnp.float32)
 
 
+def flat_images(
+    images: UInt8[Array, "B I height width 3"], counts: Int[Array, "B"]
+) -> tuple[UInt8[Array, "BI height width 3"], Int[Array, ""]]:
+    """The images of all rows one after the other, the empty slots behind them, and how many images there are.
+
+    counts: images of each row, which fill its first slots.
+
+        rows    A B . .     C . . .     D E F .        . = empty slot
+        buffer  A B C D E F . . . . . .
+    """
+    is_empty = jnp.arange(images.shape[1]) >= counts[:, None]
+    order = jnp.argsort(is_empty.reshape(-1), stable=True)
+    return images.reshape(-1, *images.shape[2:])[order], counts.sum()
+
+
 def merge_visual_tokens(
-    embeddings: Float[Array, "B T D"], visual_tokens: Float[Array, "B IM D"], is_image: Array
+    embeddings: Float[Array, "B T D"], visual_tokens: Float[Array, "I M D"], is_image: Bool[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """The n-th True of a row of is_image takes the n-th visual token of that row. The loader checks that they agree."""
-    index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, visual_tokens.shape[1] - 1)
-    placed = jnp.take_along_axis(visual_tokens, index[:, :, None], axis=1)
-    return jnp.where(is_image[:, :, None], placed, embeddings)
+    """The n-th True of all rows takes the n-th visual token of all images. The loader checks that they agree."""
+    flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
+    index = jnp.clip(jnp.cumsum(is_image.reshape(-1)) - 1, 0, len(flat) - 1).reshape(is_image.shape)
+    return jnp.where(is_image[:, :, None], flat[index], embeddings)

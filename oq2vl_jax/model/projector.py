@@ -27,10 +27,8 @@ class Projector(nnx.Module):
         keys = jax.random.split(key, 2)
         self.fc1 = Linear(keys[0], vision_dim, width, ("embed", "mlp"), vision_dim**-0.5)
         self.fc2 = Linear(keys[1], width, width, ("mlp", "embed"), width**-0.5)
-        self.num_visual_tokens = config.num_visual_tokens
 
-    def __call__(self, features: Float[Array, "I P vision_dim"]) -> Float[Array, "I M D"]:
-        pooled = adaptive_average_pool(features, self.num_visual_tokens)
+    def __call__(self, pooled: Float[Array, "I M vision_dim"]) -> Float[Array, "I M D"]:
         return self.fc2(jax.nn.gelu(self.fc1(pooled), approximate=False))
 
 

@@ -3,7 +3,7 @@
 The layers are stacked and scanned. The KV cache is a value: a call takes one and returns the next.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,11 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from oq2vl_jax.config import DecoderConfig
-from oq2vl_jax.model.attention import attention, causal_segment_mask
-from oq2vl_jax.model.layers import Linear, RMSNorm, normal, remat_layer, stack_layers
+from oq2vl_jax.model.attention import Mask, attention, packed_mask
+from oq2vl_jax.model.layers import (
+    Compute,
+    Linear,
+    RMSNorm,
+    normal,
+    remat_layer,
+    side_by_side,
+    split_columns,
+    stack_layers,
+)
 
 
 class KVCache(NamedTuple):
@@ -37,18 +46,21 @@ class Qwen2Attention(nnx.Module):
         self.q_proj = Linear(keys[0], width, q_dim, ("embed", "heads"), std)
         self.k_proj = Linear(keys[1], width, kv_dim, ("embed", "heads"), std)
         self.v_proj = Linear(keys[2], width, kv_dim, ("embed", "heads"), std)
+        self.qkv_proj: Linear | None = nnx.data(None)  # of a fused layer
         self.o_proj = Linear(keys[3], q_dim, width, ("heads", "embed"), std, use_bias=False)
-        self.head_dim = config.head_dim
+        self.head_dim, self.widths = config.head_dim, (q_dim, kv_dim, kv_dim)
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask: Bool[Array, "B T S"], cache, slots):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rope(self.q_proj(x).reshape(heads), *rope)
-        k = apply_rope(self.k_proj(x).reshape(heads), *rope)
-        v = self.v_proj(x).reshape(heads)
+    def __call__(self, x: Float[Array, "B T D"], rope, mask: Mask, implementation: str, cache, slots):
+        if self.qkv_proj is None:
+            projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        else:
+            projected = jnp.split(self.qkv_proj(x), np.cumsum(self.widths)[:-1], axis=-1)
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in projected)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             k, v = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
-        attended = attention(q, k, v, mask).reshape(*x.shape[:2], -1)
+        attended = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], -1)
         return self.o_proj(attended), (k, v)
 
 
@@ -58,10 +70,16 @@ class Qwen2MLP(nnx.Module):
         keys = jax.random.split(key, 3)
         self.gate_proj = Linear(keys[0], width, hidden, ("embed", "mlp"), std, use_bias=False)
         self.up_proj = Linear(keys[1], width, hidden, ("embed", "mlp"), std, use_bias=False)
+        self.gate_up_proj: Linear | None = nnx.data(None)  # of a fused layer
+        self.widths = (hidden, hidden)
         self.down_proj = Linear(keys[2], hidden, width, ("mlp", "embed"), std, use_bias=False)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Qwen2Layer(nnx.Module):
@@ -72,8 +90,8 @@ class Qwen2Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen2MLP(mlp_key, config)
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask, cache=None, slots=None):
-        attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
+    def __call__(self, x: Float[Array, "B T D"], rope, mask: Mask, implementation: str = "xla", cache=None, slots=None):
+        attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, implementation, cache, slots)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -104,18 +122,18 @@ class Qwen2Decoder(nnx.Module):
         x: Float[Array, "B T D"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        remat: str = "none",
-        constrain: Callable[[Array], Array] = lambda x: x,
+        compute: Compute = Compute(),
     ) -> Float[Array, "B T D"]:
-        """Embeddings to final hidden states. `constrain` places the activations between layers (train/sharding.py)."""
-        mask = causal_segment_mask(segment_ids, positions, segment_ids, positions)
+        """Embeddings, already of compute.dtype, to final hidden states."""
+        mask = packed_mask(segment_ids, positions, compute.attention)
         rope = rope_table(positions, self.config)
 
         def apply(x, layer):
-            return constrain(layer(x, rope, mask)[0]), None
+            layer = compute.gather(layer) if compute.gather else layer
+            return layer(x, rope, mask, compute.attention)[0], None
 
-        x, _ = jax.lax.scan(remat_layer(apply, remat), constrain(x), self.layers)
-        return self.norm(x)
+        apply = remat_layer(apply, compute.remat, is_gathered=compute.gather is not None)
+        return self.norm(jax.lax.scan(apply, x, self.layers)[0])
 
     def prefill(
         self, layers: Iterable[Qwen2Layer], x: Float[Array, "B T D"], num_slots: int
@@ -142,10 +160,36 @@ class Qwen2Decoder(nnx.Module):
         rope = rope_table(positions, self.config)
         caches = []
         for layer, *kv in zip(layers, *cache, strict=True):
-            x, kv = layer(x, rope, mask, kv, positions)
+            x, kv = layer(x, rope, mask, "xla", kv, positions)
             caches.append(kv)
         k, v = zip(*caches, strict=True)
         return self.norm(x), KVCache(k, v)
+
+
+def fused(layers: Qwen2Layer) -> Qwen2Layer:
+    """The same layers, one or stacked, with q, k, v in one matrix and gate, up in another: fewer, larger products.
+
+    Parameters are stored apart, under Hugging Face's names; training fuses its compute copy once a step.
+    """
+    layers = jax.tree.map(lambda x: x, layers)
+    attn, mlp = layers.self_attn, layers.mlp
+    attn.qkv_proj, mlp.gate_up_proj = (
+        side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj),
+    )  # fmt: skip
+    attn.q_proj = attn.k_proj = attn.v_proj = mlp.gate_proj = mlp.up_proj = None
+    return layers
+
+
+def unfused(layers: Qwen2Layer) -> Qwen2Layer:
+    """Inverse of fused, for gradients with respect to fused layers."""
+    layers = jax.tree.map(lambda x: x, layers)
+    attn, mlp = layers.self_attn, layers.mlp
+    assert attn.qkv_proj is not None
+    assert mlp.gate_up_proj is not None
+    attn.q_proj, attn.k_proj, attn.v_proj = split_columns(attn.qkv_proj, attn.widths)
+    mlp.gate_proj, mlp.up_proj = split_columns(mlp.gate_up_proj, mlp.widths)
+    attn.qkv_proj = mlp.gate_up_proj = None
+    return layers
 
 
 def unstack_layers(decoder: Qwen2Decoder) -> tuple[Qwen2Layer, ...]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from oq2vl_jax.config import VisionConfig
 from oq2vl_jax.model.attention import attention
 from oq2vl_jax.model.clip_config import ClipTowerConfig
-from oq2vl_jax.model.layers import LayerNorm, Linear, normal, remat_layer, stack_layers
+from oq2vl_jax.model.layers import Compute, LayerNorm, Linear, normal, remat_layer, stack_layers
 
 ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -37,10 +37,12 @@ class SiglipAttention(nnx.Module):
         self.out_proj = Linear(keys[3], width, width, ("heads", "embed"), std)
         self.head_dim = config.head_dim
 
-    def __call__(self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None) -> Float[Array, "I P D"]:
+    def __call__(
+        self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None, implementation: str = "xla"
+    ) -> Float[Array, "I P D"]:
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, mask).reshape(x.shape))
+        return self.out_proj(attention(q, k, v, mask, implementation).reshape(x.shape))
 
 
 class SiglipMLP(nnx.Module):
@@ -63,8 +65,10 @@ class SiglipBlock(nnx.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = SiglipMLP(mlp_key, config)
 
-    def __call__(self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None) -> Float[Array, "I P D"]:
-        x = x + self.self_attn(self.layer_norm1(x), mask)
+    def __call__(
+        self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None, implementation: str = "xla"
+    ) -> Float[Array, "I P D"]:
+        x = x + self.self_attn(self.layer_norm1(x), mask, implementation)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -82,12 +86,15 @@ class SiglipEncoder(nnx.Module):
         self.layers = stack_layers(partial(SiglipBlock, config=config), layers_key, config.num_layers - 1)
         self.config = config
 
-    def __call__(self, pixels: Float[Array, "I height width 3"], remat: str = "none") -> Float[Array, "I P D"]:
-        """Features of the second-to-last block; `remat` as in config.TrainConfig."""
+    def __call__(self, pixels: Float[Array, "I height width 3"], compute: Compute = Compute()) -> Float[Array, "I P D"]:
+        """Features of the second-to-last block, in the type of the pixels."""
         x = self.patch_embedding(patchify(pixels, self.config.patch_size))
         x = x + self.position_embedding[...].astype(x.dtype)
-        apply = remat_layer(lambda x, layer: (layer(x), None), remat)
-        return jax.lax.scan(apply, x, self.layers)[0]
+
+        def apply(x, layer):
+            return layer(x, None, compute.attention), None
+
+        return jax.lax.scan(remat_layer(apply, compute.remat), x, self.layers)[0]
 
 
 def patchify(pixels: Float[Array, "I height width 3"], patch_size: int) -> Float[Array, "I P patch_dim"]:

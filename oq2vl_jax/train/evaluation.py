@@ -11,7 +11,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jax.sharding import Mesh
 
 from oq2vl_jax.config import DataConfig, TrainConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.batch import IGNORE
 from oq2vl_jax.data.loader import make_loader, read_manifest
 from oq2vl_jax.data.page import page, picture
 from oq2vl_jax.data.rows import PackedRow, decode_row
@@ -20,7 +20,7 @@ from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.sharding import row_sharding, to_global_batch
-from oq2vl_jax.train.step import loss_sum, rows_per_device, split_microbatches, state_shardings
+from oq2vl_jax.train.step import state_shardings, total_loss
 from oq2vl_jax.train.trackers import Sampled
 
 SAMPLE_SEED = 0
@@ -43,12 +43,8 @@ class Evaluator:
         make_loader(self._data, config.model, config.global_batch_size, SAMPLE_SEED).close()
         self._codec = TextCodec.load(str(Path(self._data.sources[0]) / "tokenizer"))
 
-        def total(model: OpenQwen2VL, batch: Batch) -> jax.Array:
-            """In pieces of rows_per_device, as in training: a global batch at once would not fit."""
-            pieces = split_microbatches(batch, mesh.size, rows_per_device(config, mesh))
-            return jax.lax.map(lambda piece: loss_sum(model, piece, config, mesh), pieces).sum()
-
-        self._loss_sum = jax.jit(total, in_shardings=(state_shardings(config, mesh).model, row_sharding(mesh)))
+        shardings = (state_shardings(config, mesh).model, row_sharding(mesh))
+        self._loss_sum = jax.jit(lambda model, batch: total_loss(model, batch, config, mesh), in_shardings=shardings)
 
     def loss(self, model: OpenQwen2VL) -> float:
         """Nats per labelled token over evaluation.num_batches global batches."""

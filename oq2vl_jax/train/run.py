@@ -17,6 +17,7 @@ from oq2vl_jax.config import DataConfig, TrainConfig, to_json
 from oq2vl_jax.data.loader import data_fingerprint, make_loader
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.attention_choice import checked_attention
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays
 from oq2vl_jax.train.checks import check_config, check_run_dir, check_same_model
 from oq2vl_jax.train.evaluation import Evaluator, write_samples
@@ -46,7 +47,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     evaluator = Evaluator(config, mesh) if config.evaluation.sources else None
     state = start_state(config, mesh, checkpointer, loader, fingerprint, tokenizer)
     write_config(config, run_dir)
-    train_step = compile_train_step(config, mesh)
+    train_step = compile_train_step(checked_attention(config, mesh), mesh)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
     trackers = open_trackers(config.trackers, run_dir, dataclasses.asdict(config), start_step)

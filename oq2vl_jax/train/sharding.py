@@ -1,6 +1,12 @@
-"""The mesh, and the one table from logical axes to mesh axes. No PartitionSpec is written anywhere else.
+"""The mesh, the one table from logical axes to mesh axes, and the collectives. No PartitionSpec is written elsewhere.
 
-Mesh (data, fsdp): the rows of a batch are split over both axes; parameters and optimizer state over fsdp.
+Mesh (data, fsdp): the rows of a batch are split over both axes; parameters and optimizer state over fsdp. The step
+itself runs on each device alone (jax.shard_map) and brings weights and gradients together by the functions below:
+
+    mesh.sharding   zero1                                  fsdp
+    weights         gathered once a step, all of them      gathered layer by layer, in every pass
+    gradients       summed over microbatches in float32,   scattered layer by layer, summed over microbatches
+                    then reduced and scattered once        where they belong
 """
 
 import math
@@ -9,17 +15,22 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.model.layers import GATHERED
 
 LOGICAL_TO_MESH = {
     "embed": "fsdp", "vocab": None, "heads": None, "mlp": None, "patch": None, "position": None, "layers": None,
     "norm": None,
 }  # fmt: skip
 """Every matrix has one "embed" axis; vectors are replicated (0.1 % of the bytes)."""
-ROWS = PartitionSpec(("data", "fsdp"))
+ROW_AXES = ("data", "fsdp")
+ROWS = PartitionSpec(ROW_AXES)
+WHOLE = -1
+"""In place of a dimension: the parameter is not split."""
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -70,9 +81,58 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
-def constrain_rows(mesh: Mesh):
-    """The placement of activations between decoder layers: rows over all devices, nothing else split."""
-    return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
+def gathered_dims(tree: Any, mesh: Mesh) -> Any:
+    """For every parameter the dimension that is split over devices, or WHOLE; a pytree of the parameters' structure."""
+
+    def dim_of(sharding: NamedSharding) -> int:
+        spec = tuple(sharding.spec)
+        return spec.index("fsdp") if "fsdp" in spec and mesh.shape["fsdp"] > 1 else WHOLE
+
+    return jax.tree.map(dim_of, parameter_shardings(tree, mesh))
+
+
+def gather(tree: Any, dims: Any) -> Any:
+    """Inside shard_map: whole parameters from this device's shares. Its gradient is reduced and scattered."""
+
+    def whole(x: jax.Array, dim: int) -> jax.Array:
+        return x if dim == WHOLE else jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True)
+
+    return jax.tree.map(whole, tree, dims)
+
+
+def layer_gather(stacked_dims: Any) -> Any:
+    """A function that makes one layer of a stack whole, inside the scan over the stack (model.layers.Compute)."""
+
+    def gather_layer(layer: Any) -> Any:
+        whole = jax.tree.map(
+            lambda x, dim: x if dim == WHOLE else jax.lax.all_gather(x, "fsdp", axis=dim - 1, tiled=True),
+            layer,
+            stacked_dims,
+        )
+        return jax.tree.map(lambda x: checkpoint_name(x, GATHERED), whole)
+
+    return gather_layer
+
+
+def reduce_gradients(gradients: Any, dims: Any, is_scattered: bool, mesh: Mesh) -> Any:
+    """Inside shard_map: this device's share of the gradients summed over all devices.
+
+    is_scattered: gradients of split parameters come from `gather` and are summed over fsdp already.
+    """
+
+    def reduce(x: jax.Array, dim: int) -> jax.Array:
+        if dim == WHOLE:
+            return jax.lax.psum(x, ROW_AXES)
+        if not is_scattered:
+            x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(x, "data") if mesh.shape["data"] > 1 else x
+
+    return jax.tree.map(reduce, gradients, dims)
+
+
+def specs(shardings: Any) -> Any:
+    """The PartitionSpecs of shardings, as shard_map takes them."""
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
 def to_global_batch(batch: Any, mesh: Mesh) -> Any:

@@ -10,13 +10,28 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.model.qwen2 import fused, unfused
+from oq2vl_jax.train.attention_choice import choose_attention
 from oq2vl_jax.train.cross_entropy import cross_entropy_sum
 from oq2vl_jax.train.optimizer import make_optimizer, make_schedule, merge_parts, split_trainable
-from oq2vl_jax.train.sharding import constrain_rows, parameter_shardings, replicated, row_sharding
+from oq2vl_jax.train.sharding import (
+    ROW_AXES,
+    WHOLE,
+    gather,
+    gathered_dims,
+    layer_gather,
+    parameter_shardings,
+    reduce_gradients,
+    replicated,
+    row_sharding,
+    specs,
+)
 
 CHUNK_POSITIONS, MIN_CHUNK = 512, 32
 """Labelled positions whose logits exist at once on a device, and at least so many of each row."""
@@ -63,52 +78,120 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
     return TrainState(replicated(mesh), parameter_shardings(state.model, mesh), opt_shardings)
 
 
-def loss_sum(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh | None = None) -> jax.Array:
+def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:
     """Sum of cross entropies over the labelled tokens of a batch, float32."""
-    dtype = jnp.dtype(config.compute_dtype)
-    constrain = constrain_rows(mesh) if mesh is not None else lambda x: x
-    hidden = model(
-        batch.tokens, batch.images, batch.segment_ids, batch.positions, dtype, remat=config.remat, constrain=constrain
-    )
-    chunk_size = max(MIN_CHUNK, CHUNK_POSITIONS // rows_per_device(config, mesh))
+    hidden = model(batch.tokens, batch.images, batch.segment_ids, batch.positions, compute)
+    chunk_size = max(MIN_CHUNK, CHUNK_POSITIONS // len(batch.tokens))
     return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size)
 
 
-def rows_per_device(config: TrainConfig, mesh: Mesh | None) -> int:
+def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
+    """The weights as a step reads them: matrices in `dtype`, the decoder's fused. Made once a step, share by share.
+
+    The embedding stays float32: its gradient adds up over all positions of a token, which bfloat16 would round away.
+    """
+
+    def is_stored_wide(path) -> bool:
+        return any(getattr(key, "name", None) in ("embed_tokens", "lm_head") for key in path)
+
+    def cast(path, x):
+        return x if x.ndim < 2 or is_stored_wide(path) else x.astype(dtype)
+
+    copy = jax.tree_util.tree_map_with_path(cast, model)
+    copy.decoder.layers = fused(copy.decoder.layers)
+    return copy
+
+
+def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> tuple[jax.Array, Any]:
+    """Nats per labelled token of a global batch, and the gradients of the trained parts where their masters lie.
+
+    Every device runs its own rows, rows_per_device at a time; see train/sharding.py for what passes between them.
+    """
+    copy = compute_copy(model, config.compute_dtype)
+    trained, frozen = split_trainable(copy, config.trainable)
+    dims, shardings = gathered_dims(trained, mesh), parameter_shardings(trained, mesh)
+    frozen_dims, is_fsdp = gathered_dims(frozen, mesh), config.mesh.sharding == "fsdp"
+    compute = compute_of(config, mesh)
+    num_labelled = jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
+
+    def on_device(trained, frozen, batch, num_labelled):
+        frozen = gather(frozen, frozen_dims)
+        trained = trained if is_fsdp else gather(trained, dims)
+
+        def loss_fn(trained, microbatch):
+            whole, how = whole_but_layers(trained, dims, compute) if is_fsdp else (trained, compute)
+            return loss_sum(merge_parts(whole, frozen), microbatch, how) / num_labelled
+
+        def accumulate(carry, microbatch):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(trained, microbatch)), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), trained))
+        microbatches = split_microbatches(batch, rows_per_device(config, mesh))
+        if len(microbatches.tokens) == 1:
+            (loss, gradients), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], microbatches))
+        else:
+            (loss, gradients), _ = jax.lax.scan(accumulate, zeros, microbatches)
+        return jax.lax.psum(loss, ROW_AXES), reduce_gradients(gradients, dims, is_fsdp, mesh)
+
+    whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
+    loss, gradients = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs(shardings), specs(parameter_shardings(frozen, mesh)), rows, whole),
+        out_specs=(whole, specs(shardings)),
+        check_vma=False,  # loops of devices may differ in length; every collective stands outside of them
+    )(trained, frozen, batch, num_labelled)
+    gradients.decoder.layers = unfused(gradients.decoder.layers)
+    return loss, gradients
+
+
+def total_loss(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> jax.Array:
+    """Sum of cross entropies over the labelled tokens of a global batch, without gradients."""
+    copy = compute_copy(model, config.compute_dtype)
+    dims = gathered_dims(copy, mesh)
+
+    def on_device(copy, batch):
+        whole, compute = whole_but_layers(copy, dims, compute_of(config, mesh))
+        microbatches = split_microbatches(batch, rows_per_device(config, mesh))
+        losses = jax.lax.map(lambda microbatch: loss_sum(whole, microbatch, compute), microbatches)
+        return jax.lax.psum(losses.sum(), ROW_AXES)
+
+    whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
+    in_specs = (specs(parameter_shardings(copy, mesh)), rows)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)(copy, batch)
+
+
+def whole_but_layers(model: OpenQwen2VL, dims: Any, compute: Compute) -> tuple[OpenQwen2VL, Compute]:
+    """Inside shard_map: all but the decoder's layers gathered now, and how a layer is gathered when its turn comes.
+
+    model: shares of the parameters, or of some parts of them (split_trainable).
+    """
+    if not jax.tree.leaves(model.decoder):
+        return gather(model, dims), compute
+    now = jax.tree.map(lambda x: x, dims)
+    now.decoder.layers = jax.tree.map(lambda _: WHOLE, dims.decoder.layers)
+    return gather(model, now), compute._replace(gather=layer_gather(dims.decoder.layers))
+
+
+def compute_of(config: TrainConfig, mesh: Mesh) -> Compute:
+    """How the devices of a mesh compute a configuration."""
+    return Compute(jnp.dtype(config.compute_dtype), config.remat, choose_attention(config, mesh).name)
+
+
+def rows_per_device(config: TrainConfig, mesh: Mesh) -> int:
     """Rows that one device runs at a time."""
-    return config.rows_per_device or config.global_batch_size // (mesh.size if mesh is not None else 1)
+    return config.rows_per_device or config.global_batch_size // mesh.size
 
 
-def split_microbatches(batch: Batch, num_devices: int, rows_per_device: int) -> Batch:
-    """[B, ...] to [num_microbatches, devices * rows_per_device, ...]; every device keeps its own rows."""
-
-    def split(x):
-        x = x.reshape(num_devices, -1, rows_per_device, *x.shape[1:])
-        return x.swapaxes(0, 1).reshape(x.shape[1], num_devices * rows_per_device, *x.shape[3:])
-
-    return jax.tree.map(split, batch)
+def split_microbatches(batch: Batch, rows: int) -> Batch:
+    """[B, ...] to [B / rows, rows, ...], the rows of one device."""
+    return jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
 
 
 def train_step(state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh) -> tuple[TrainState, StepMetrics]:
     """One optimizer step on a global batch."""
     trained, frozen = split_trainable(state.model, config.trainable)
-    num_labelled = jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
-
-    def loss_fn(trained, microbatch):
-        return loss_sum(merge_parts(trained, frozen), microbatch, config, mesh) / num_labelled
-
-    loss_and_grad = jax.value_and_grad(loss_fn)
-    rows = rows_per_device(config, mesh)
-    if rows * mesh.size == config.global_batch_size:
-        loss, gradients = loss_and_grad(trained, batch)
-    else:
-
-        def accumulate(carry, microbatch):
-            return jax.tree.map(jnp.add, carry, loss_and_grad(trained, microbatch)), None
-
-        microbatches = split_microbatches(batch, mesh.size, rows)
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-        (loss, gradients), _ = jax.lax.scan(accumulate, zeros, microbatches)
+    loss, gradients = loss_and_gradients(state.model, batch, config, mesh)
     updates, opt_state = make_optimizer(config.optimizer, config.num_steps).update(gradients, state.opt_state, trained)
     metrics = StepMetrics(
         loss, optax.tree.norm(gradients), jnp.float32(make_schedule(config.optimizer, config.num_steps)(state.step))

@@ -9,7 +9,8 @@ import pytest
 
 from oq2vl_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.model.attention import causal_segment_mask
-from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL, merge_visual_tokens
+from oq2vl_jax.model.layers import Compute
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL, flat_images, merge_visual_tokens
 from oq2vl_jax.model.qwen2 import Qwen2Decoder, rope_table
 
 ALONE_TOLERANCE = 2e-5  # of the largest hidden value; measured 0 on this CPU
@@ -93,7 +94,7 @@ def test_the_gradient_of_one_document_does_not_reach_another(model):
         hidden = model.decoder(x, segments, positions)
         return jnp.where((segments == 2)[..., None], hidden**2, 0).sum()
 
-    gradient = jax.grad(second_document_loss)(model.embed(tokens, images, jnp.float32))
+    gradient = jax.grad(second_document_loss)(model.embed(tokens, images))
     assert (gradient[segments == 1] == 0).all()
     assert (jnp.abs(gradient[segments == 2]).sum(-1) > 0).all()
 
@@ -109,12 +110,19 @@ def test_row_scope_lets_documents_see_each_other(model):
     assert not np.allclose(before[segments == 2], after[segments == 2])
 
 
-def test_nth_placeholder_takes_the_nth_visual_token_of_its_row():
+def test_nth_placeholder_takes_the_nth_visual_token():
     embeddings = jnp.zeros((2, 6, 1))
-    visual = jnp.arange(1.0, 9.0).reshape(2, 4, 1)
-    is_image = jnp.array([[0, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0]], bool)
+    visual = jnp.arange(1.0, 9.0).reshape(4, 2, 1)
+    is_image = jnp.array([[0, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0]], bool)
     merged = merge_visual_tokens(embeddings, visual, is_image)[:, :, 0]
-    assert merged.tolist() == [[0, 1, 2, 0, 3, 0], [5, 0, 0, 0, 0, 0]]
+    assert merged.tolist() == [[0, 1, 2, 0, 3, 4], [5, 6, 0, 0, 0, 0]]
+
+
+def test_flat_images_has_the_images_of_all_rows_first():
+    images = jnp.arange(8, dtype=jnp.uint8).reshape(2, 4, 1, 1, 1) * jnp.ones((1, 1, 1, 1, 3), jnp.uint8)
+    buffer, count = flat_images(images, jnp.array([2, 3]))
+    assert buffer[:, 0, 0, 0].tolist() == [0, 1, 4, 5, 6, 2, 3, 7]
+    assert count == 5
 
 
 def test_mask_is_the_one_drawn_in_attention():
@@ -151,10 +159,10 @@ def test_remat_changes_nothing(model):
     tokens, images, segments, positions = (jnp.asarray(x[None]) for x in make_row(rng, [6, 7], [1, 1]))
 
     def loss(model, remat):
-        return (model(tokens, images, segments, positions, remat=remat) ** 2).sum()
+        return (model(tokens, images, segments, positions, Compute(remat=remat)) ** 2).sum()
 
     plain = jax.grad(loss)(model, "none")
-    for remat in ("dots", "full"):
+    for remat in ("dots", "attention", "full"):
         gradient = jax.grad(loss)(model, remat)
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-5), plain, gradient)))
 
