@@ -1,5 +1,8 @@
-"""python -m oq2vl_jax.bench packing: measurements of the parts, printed as a table or as JSON.
+"""python -m oq2vl_jax.bench NAME [OPTIONS]: measurements of the parts, printed as a table or as JSON (--json).
 
+step      the train step on synthetic rows: tokens/s, MFU, memory, breakdown
+plan      the train step compiled for GPUs that are not there: memory, collectives, floor, what fits
+data      the loader: rows/s alone, and what a step waits for it
 packing   bin assignment alone
 pack      tars to packed rows, end to end, against the published approach
 rows      reading packed rows: random access and decoding
@@ -8,29 +11,35 @@ tuning    packed conversations against padded batches
 decode    generation, against transformers' generate on the exported model
 """
 
+import importlib
 import json
+import sys
 
-from oq2vl_jax.errors import run_command
+from oq2vl_jax.config import hint
+from oq2vl_jax.errors import UserError, run_command
+
+PROG = "python -m oq2vl_jax.bench"
+NAMES = ("step", "plan", "data", "packing", "pack", "rows", "filter", "tuning", "decode")
+"""Module of oq2vl_jax.bench, whose class of the same name holds the options. Only the chosen one is imported."""
 
 
 def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"usage: {__doc__}\n{PROG} NAME --help lists the options of one.")
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    name = sys.argv[1]
+    if name not in NAMES:
+        raise UserError(f"{name!r} is no measurement ({', '.join(NAMES)}).{hint(name, NAMES)}")
     import tyro
 
-    from oq2vl_jax.bench import decode, filter, pack, packing, rows, tuning
-
-    benches = {
-        packing.Packing: packing.measure,
-        pack.Pack: pack.measure,
-        rows.Rows: rows.measure,
-        filter.Filter: filter.measure,
-        tuning.Tuning: tuning.measure,
-        decode.Decode: decode.measure,
-    }
-    kinds = {kind.__name__.lower(): kind for kind in benches}
-    config = tyro.extras.subcommand_cli_from_dict(kinds, prog="python -m oq2vl_jax.bench")
-    results = benches[type(config)](config)
+    module = importlib.import_module(f"oq2vl_jax.bench.{name}")
+    options = getattr(module, name.capitalize())
+    config = tyro.cli(options, prog=f"{PROG} {name}", args=sys.argv[2:])
+    results = module.measure(config)
     if config.json:
         print(json.dumps(results))
+    elif hasattr(module, "show"):
+        module.show(results)
     else:
         print_table(results)
 

@@ -60,7 +60,8 @@ class Qwen2Attention(nnx.Module):
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             k, v = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
-        attended = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], -1)
+        with jax.named_scope("attention"):
+            attended = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], -1)
         return self.o_proj(attended), (k, v)
 
 

@@ -8,6 +8,7 @@ import tyro
 
 from oq2vl_jax.config import TrainConfig, load_config
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.runtime import Processes, set_environment, start_processes
 
 PROG = "python -m oq2vl_jax.train"
 
@@ -20,6 +21,12 @@ class TrainCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Print the resolved configuration, parameter counts and bytes per device, and exit."""
+    distributed: bool = False
+    """One process of several, as Slurm or Open MPI says; or name the next three."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process."""
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def parse(args: list[str]) -> TrainCommand:
@@ -36,6 +43,10 @@ def parse(args: list[str]) -> TrainCommand:
 
 def main() -> None:
     command = parse(sys.argv[1:])
+    set_environment()
+    processes = Processes(command.coordinator, command.num_processes, command.process_id)
+    if command.distributed or any(value is not None for value in processes):
+        start_processes(processes)
     from oq2vl_jax.train.run import describe, run
 
     if command.dry_run:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.model.attention import attention, packed_mask
 from oq2vl_jax.model.attention_kernel import is_supported
+from oq2vl_jax.runtime import is_first_process
 
 SHORT_ROW_TOKENS = 512
 CHECK_TOLERANCE = 0.02
@@ -59,7 +60,8 @@ def checked_attention(config: TrainConfig, mesh: Mesh) -> TrainConfig:
             print(
                 f"WARNING: attention kernel not used: {problem}. Using blocked attention.", file=sys.stderr, flush=True
             )
-    print(f"attention: {name} ({choice.reason})")
+    if is_first_process():
+        print(f"attention: {name} ({choice.reason})", flush=True)
     return dataclasses.replace(config, attention="kernel" if name == "kernel_interpreted" else name)
 
 

@@ -33,7 +33,7 @@ class FilesHandler(ocp.CheckpointHandler):
     """Copies small files into a checkpoint as they are."""
 
     def save(self, directory, args: "SaveFiles") -> None:
-        for file in args.files:
+        for file in args.files if jax.process_index() == 0 else ():
             shutil.copyfile(file, Path(directory) / file.name)
 
     def restore(self, directory, args=None) -> Path:

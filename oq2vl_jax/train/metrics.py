@@ -6,33 +6,52 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from oq2vl_jax.config import ModelConfig
-from oq2vl_jax.data.batch import Batch
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.devices import Device, device_of_kind
+from oq2vl_jax.train.flops import Work, model_flops
 from oq2vl_jax.train.trackers import RunTracker, Sampled
 
 
 class BatchCounts(NamedTuple):
-    """Real tokens and images of a batch (padding never counts), its slots, and the seconds it was waited for."""
+    """Real contents of a batch (padding never counts), its slots, and the seconds it was waited for."""
 
     tokens: int
     images: int
     slots: int
     wait_seconds: float
+    model_flops: float
 
 
-def count_batch(batch: Batch, model: ModelConfig, wait_seconds: float) -> BatchCounts:
-    placeholders = int(np.count_nonzero(batch.tokens == model.image_token_id))
-    tokens = int(np.count_nonzero(batch.segment_ids))
-    return BatchCounts(tokens, placeholders // model.num_visual_tokens, batch.tokens.size, wait_seconds)
+def count_batch(batch: Batch, config: TrainConfig, wait_seconds: float) -> BatchCounts:
+    work = work_of(batch, config)
+    flops = model_flops(config, work).total
+    return BatchCounts(int(work.tokens), int(work.images), batch.tokens.size, wait_seconds, flops)
+
+
+def work_of(batch: Batch, config: TrainConfig) -> Work:
+    """What a batch of numpy arrays really holds."""
+    is_real = batch.segment_ids > 0
+    placeholders = np.count_nonzero(batch.tokens == config.model.image_token_id)
+    return Work(
+        tokens=int(np.count_nonzero(is_real)),
+        images=int(placeholders) // config.model.num_visual_tokens,
+        pairs=int((batch.positions[is_real].astype(np.int64) + 1).sum()),
+        labelled=int(np.count_nonzero(batch.labels != IGNORE)),
+    )
 
 
 class Throughput:
-    """Rates over the batches added since the last report, for all processes together."""
+    """Rates over the batches added since the last report, for all processes together.
 
-    def __init__(self, num_processes: int):
-        self._num_processes = num_processes
+    device: of which peak FLOPs and so MFU are known; None leaves MFU out.
+    """
+
+    def __init__(self, num_processes: int, num_local_devices: int = 1, device: Device | None = None):
+        self._num_processes, self._num_local_devices, self._device = num_processes, num_local_devices, device
         self._reset()
 
     def _reset(self) -> None:
@@ -47,9 +66,12 @@ class Throughput:
 
     def report(self) -> dict[str, float]:
         seconds = time.monotonic() - self._start
-        tokens, images, slots, wait_seconds = (sum(values) for values in zip(*self._counts, strict=True))
+        tokens, images, slots, wait_seconds, flops = (sum(values) for values in zip(*self._counts, strict=True))
         self._reset()
-        return {
+        per_device = flops / seconds / self._num_local_devices
+        utilisation = {"mfu": per_device / self._device.peak_flops} if self._device else {}
+        return utilisation | {
+            "model_tflops_per_device": per_device / 1e12,
             "tokens_per_second": tokens * self._num_processes / seconds,
             "images_per_second": images * self._num_processes / seconds,
             "fill": tokens / slots,
@@ -93,9 +115,9 @@ def _whole_lines(path: Path) -> list[str]:
 class Progress:
     """A bar with loss and remaining time on a terminal; a line per log interval otherwise."""
 
-    def __init__(self, num_steps: int, start_step: int):
-        self._num_steps, self._bar = num_steps, None
-        if sys.stdout.isatty():
+    def __init__(self, num_steps: int, start_step: int, is_quiet: bool = False):
+        self._num_steps, self._bar, self._is_quiet = num_steps, None, is_quiet
+        if sys.stdout.isatty() and not is_quiet:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
@@ -115,10 +137,13 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, rate=record["tokens_per_second"])
             return
+        if self._is_quiet:
+            return
+        mfu = f"  MFU {100 * record['mfu']:.1f} %" if "mfu" in record else ""
         print(
             f"step {record['step']}/{self._num_steps}  loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
             f"grad_norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{record['images_per_second']:,.0f} images/s  waited {record['data_wait_seconds']:.2f} s for data",
+            f"{record['images_per_second']:,.0f} images/s  waited {record['data_wait_seconds']:.2f} s for data{mfu}",
             flush=True,
         )
 
@@ -134,15 +159,17 @@ class StepReporter:
         self,
         run_dir: Path,
         start_step: int,
-        num_steps: int,
-        log_every: int,
+        config: TrainConfig,
         num_processes: int,
         trackers: list[RunTracker] | None = None,
+        is_quiet: bool = False,
     ):
-        self._log, self._progress = MetricsLog(run_dir, start_step), Progress(num_steps, start_step)
+        self._log = MetricsLog(run_dir, start_step)
+        self._progress = Progress(config.num_steps, start_step, is_quiet)
         self._trackers = trackers or []
-        self._throughput = Throughput(num_processes)
-        self._num_steps, self._log_every = num_steps, log_every
+        local = jax.local_devices()
+        self._throughput = Throughput(num_processes, len(local), device_of_kind(local[0].device_kind))
+        self._num_steps, self._log_every = config.num_steps, config.log_every
         self._record = self._log.last
         self._skipped: dict[str, Any] = {}
 

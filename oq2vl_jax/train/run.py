@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from oq2vl_jax.config import DataConfig, TrainConfig, to_json
 from oq2vl_jax.data.loader import data_fingerprint, make_loader
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
 from oq2vl_jax.train.attention_choice import checked_attention
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays
 from oq2vl_jax.train.checks import check_config, check_run_dir, check_same_model
@@ -36,11 +38,12 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
         return train(config, stop_at_step, is_terminated)
 
 
-def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[], bool]) -> str | None:
-    """See run; leaves after a checkpoint when is_terminated() says so."""
+def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool]) -> str | None:
+    """See run; leaves after a checkpoint when is_terminated(step) says so."""
     mesh = make_mesh(config.mesh)
     check_config(config, mesh.size)
     run_dir = Path(config.run_dir)
+    use_compilation_cache(run_dir.absolute().parent)
     loader, tokenizer, fingerprint = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
@@ -50,21 +53,20 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     train_step = compile_train_step(checked_attention(config, mesh), mesh)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
-    trackers = open_trackers(config.trackers, run_dir, dataclasses.asdict(config), start_step)
-    reporter = StepReporter(run_dir, start_step, config.num_steps, config.log_every, jax.process_count(), trackers)
+    reporter = make_reporter(config, run_dir, start_step)
     batches, digest = iter(loader), None
     try:
         pending = None  # the step under way: its numbers are read one step later, so that the device never waits
         for step in range(start_step + 1, last_step + 1):
             wait_start = time.monotonic()
             batch = next(batches)
-            counts = count_batch(batch, config.model, time.monotonic() - wait_start)
+            counts = count_batch(batch, config, time.monotonic() - wait_start)
             state, metrics = train_step(state, to_global_batch(batch, mesh))
             if pending:
                 reporter.finish(*checked(*pending, saved_step))
             pending = (step, metrics, counts)
             reporter.skipped(getattr(loader, "skipped", {}))
-            must_leave = is_terminated()  # saves at once: who sent SIGTERM may not wait for an evaluation
+            must_leave = is_terminated(step)  # saves at once: who sent SIGTERM may not wait for an evaluation
             is_last = step == last_step or must_leave
             is_due = step % config.evaluation.every_num_steps == 0 or step == last_step
             is_evaluated = evaluator is not None and is_due and not must_leave
@@ -86,11 +88,24 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
         checkpointer.close()
         loader.close()
         reporter.close(digest)
+    if not is_first_process():
+        return digest
     if digest is None:
         print(f"stopped at step {int(state.step)}; checkpoint saved, the same command goes on from here")
     else:
         print(f"done: step {config.num_steps}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}")
     return digest
+
+
+def make_reporter(config: TrainConfig, run_dir: Path, start_step: int) -> StepReporter:
+    """The first process speaks for all; the others keep their own metrics.jsonl, with their own waiting times."""
+    log_dir, trackers, is_first = run_dir, [], is_first_process()
+    if is_first:
+        trackers = open_trackers(config.trackers, run_dir, dataclasses.asdict(config), start_step)
+    else:
+        log_dir = run_dir / "processes" / str(jax.process_index())
+        log_dir.mkdir(parents=True, exist_ok=True)
+    return StepReporter(log_dir, start_step, config, jax.process_count(), trackers, is_quiet=not is_first)
 
 
 def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
@@ -114,7 +129,7 @@ def evaluate(evaluator: Evaluator, state: TrainState, reporter: StepReporter, ru
     """Before the checkpoint of the same step: a restart then never finds one without its evaluation."""
     start = time.monotonic()
     step, loss = int(state.step), evaluator.loss(state.model)
-    samples = evaluator.samples(state.model)
+    samples = evaluator.samples(state.model) if jax.process_count() == 1 else []  # generation is one process's
     path = run_dir / "samples" / f"{step:06d}.html" if samples else None
     if path is not None and jax.process_index() == 0:
         write_samples(path, step, loss, samples)
@@ -134,6 +149,8 @@ def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: in
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:
+    if not is_first_process():
+        return
     partial = run_dir / "config.json.partial"
     partial.write_text(to_json(config))
     partial.replace(run_dir / "config.json")
@@ -145,6 +162,9 @@ def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
         return config.data
     from oq2vl_jax.data.synthetic import make_synthetic_source
 
+    if is_first_process():
+        make_synthetic_source(run_dir / "data", config)
+    wait_for_all("synthetic data")
     return dataclasses.replace(config.data, sources=(make_synthetic_source(run_dir / "data", config),))
 
 
@@ -183,11 +203,17 @@ def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:
 
 @contextlib.contextmanager
 def terminate_flag():
-    """Yields a function that tells whether SIGTERM has arrived; the loop then saves and leaves."""
+    """Yields a function of the step that tells whether SIGTERM has arrived; the loop then saves and leaves.
+
+    Several processes agree on the step at which they leave: jax's coordinator takes the signal there.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received = []
     previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     try:
-        yield lambda: bool(received)
+        yield lambda step: bool(received)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -197,7 +223,7 @@ def parameters_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(named_arrays(model).items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(jax.device_get(array)).tobytes())
+        digest.update(np.ascontiguousarray(whole_array(array)).tobytes())
     return digest.hexdigest()
 
 

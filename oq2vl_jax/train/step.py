@@ -33,8 +33,9 @@ from oq2vl_jax.train.sharding import (
     specs,
 )
 
-CHUNK_POSITIONS, MIN_CHUNK = 512, 32
-"""Labelled positions whose logits exist at once on a device, and at least so many of each row."""
+MAX_CHUNK, MIN_CHUNK, CHUNK_SHARE = 512, 32, 1 / 8
+"""Positions whose logits exist at once on a device: a share of the microbatch, about as much as carries a label, within
+bounds. A chunk costs a pass over the head's float32 gradient, the unused rest of the last one its matrix products."""
 
 
 class TrainState(NamedTuple):
@@ -81,8 +82,9 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
 def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:
     """Sum of cross entropies over the labelled tokens of a batch, float32."""
     hidden = model(batch.tokens, batch.images, batch.segment_ids, batch.positions, compute)
-    chunk_size = max(MIN_CHUNK, CHUNK_POSITIONS // len(batch.tokens))
-    return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size)
+    chunk_size = min(MAX_CHUNK, max(MIN_CHUNK, int(CHUNK_SHARE * batch.labels.size)))
+    with jax.named_scope("loss"):
+        return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size)
 
 
 def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
@@ -192,11 +194,13 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh)
     """One optimizer step on a global batch."""
     trained, frozen = split_trainable(state.model, config.trainable)
     loss, gradients = loss_and_gradients(state.model, batch, config, mesh)
-    updates, opt_state = make_optimizer(config.optimizer, config.num_steps).update(gradients, state.opt_state, trained)
+    with jax.named_scope("optimizer"):
+        optimizer = make_optimizer(config.optimizer, config.num_steps)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        model = merge_parts(optax.apply_updates(trained, updates), frozen)
     metrics = StepMetrics(
         loss, optax.tree.norm(gradients), jnp.float32(make_schedule(config.optimizer, config.num_steps)(state.step))
     )
-    model = merge_parts(optax.apply_updates(trained, updates), frozen)
     return TrainState(state.step + 1, model, opt_state), metrics
 
 

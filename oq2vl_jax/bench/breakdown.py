@@ -1,0 +1,68 @@
+"""Where the time of a step goes: a profile of some steps, its operations sorted by part of the model.
+
+The parts are named scopes of the code (jax.named_scope); an operation that the compiler fused carries the scope of its
+root, so the shares are those of operations, not of lines. On a CPU times add up over threads.
+"""
+
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+PARTS = ("vision", "attention", "loss", "optimizer")
+COLLECTIVE = re.compile(r"all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute")
+PRODUCT = re.compile(r"dot_general|\bdot|gemm|cublas")
+
+
+def breakdown(run: Callable[[], None], text: str, folder: str | None = None) -> dict[str, float]:
+    """Share of device time by part while run() runs. text: of the compiled program; folder: where the trace stays."""
+    with tempfile.TemporaryDirectory() as temporary:
+        with jax.profiler.trace(folder or temporary):
+            run()
+        traces = sorted(Path(folder or temporary).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        profile = jax.profiler.ProfileData.from_file(str(traces[-1]))
+    scopes, seconds = scopes_of(text), defaultdict(float)
+    for plane in profile.planes:
+        for line in plane.lines:
+            for operation, own in own_times(line):
+                if operation in scopes:
+                    seconds[part_of(operation, scopes[operation])] += own
+    total = sum(seconds.values())
+    return {part: seconds[part] / total for part in sorted(seconds, key=seconds.__getitem__, reverse=True)}
+
+
+def scopes_of(text: str) -> dict[str, str]:
+    """Operation -> the scopes it was traced in, from a compiled program."""
+    return dict(re.findall(r"%?([\w.\-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
+
+
+def part_of(operation: str, scope: str) -> str:
+    """vision, attention, loss, optimizer; matmul for the decoder's other products; collectives; other."""
+    if COLLECTIVE.search(operation):
+        return "collectives"
+    for part in PARTS:
+        if re.search(rf"\b{part}\b", scope):
+            return part
+    return "matmul" if PRODUCT.search(scope) or PRODUCT.search(operation) else "other"
+
+
+def own_times(line) -> list[tuple[str, float]]:
+    """(operation, seconds of its own, without operations that run inside it) of one line of a trace."""
+    events = []
+    for event in line.events:
+        operation = next((value for key, value in event.stats if key == "hlo_op"), None)
+        if operation is not None:
+            events.append((event.start_ns, event.start_ns + event.duration_ns, str(operation)))
+    events.sort(key=lambda event: (event[0], -event[1]))
+    own, stack = [0.0] * len(events), []
+    for number, (start, end, _) in enumerate(events):
+        while stack and events[stack[-1]][1] <= start:
+            stack.pop()
+        own[number] += (end - start) / 1e9
+        if stack:
+            own[stack[-1]] -= (end - start) / 1e9
+        stack.append(number)
+    return [(event[2], max(time, 0.0)) for event, time in zip(events, own, strict=True)]

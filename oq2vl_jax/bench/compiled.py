@@ -1,0 +1,190 @@
+"""The train step compiled for devices that need not be there, and what the compiler says about it.
+
+jax's CUDA plugin compiles for a GPU it is only told about (its facts: oq2vl_jax/devices.py), on a machine without one.
+Buffers come from XLA's own assignment, collectives from the text of the compiled program, where a loop's body counts as
+often as the loop runs. Nothing is run, so there are no times here; cuDNN calls are not validated by such a compilation.
+"""
+
+import math
+import re
+import time
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.data.batch import Batch
+from oq2vl_jax.devices import Device
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.optimizer import split_trainable
+from oq2vl_jax.train.sharding import bytes_per_device, parameter_shardings, row_sharding
+from oq2vl_jax.train.step import compile_train_step, compute_copy, init_train_state, state_shardings
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+               "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+
+
+class Memory(NamedTuple):
+    """Bytes of one device. activations: what the peak has beyond everything that is known by name."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gathered_weights: int
+    gradients: int
+    activations: int
+    peak: int
+
+
+class Compiled(NamedTuple):
+    """collectives: kind -> (how many run in a step, bytes of the whole arrays they bring together)."""
+
+    memory: Memory
+    collectives: dict[str, tuple[int, int]]
+    compile_seconds: float
+    text: str
+
+
+def mesh_of(device: Device | None, num_devices: int, data: int, fsdp: int) -> Mesh:
+    """A (data, fsdp) mesh of absent GPUs; of this machine's CPU devices for None.
+
+    Raises UserError where jax cannot compile for GPUs here.
+    """
+    if device is None:
+        devices = jax.devices("cpu")
+        if len(devices) < num_devices:
+            raise UserError(f"{num_devices} CPU devices are asked for, XLA was started with {len(devices)}.")
+        devices = devices[:num_devices]
+    else:
+        from jax.experimental import topologies
+
+        nodes = max(1, num_devices // 8)
+        try:
+            description = topologies.get_topology_desc(
+                platform="cuda", target_config=device.target_config(), topology=f"1x{nodes}x{num_devices // nodes}"
+            )
+        except Exception as error:  # of the plugin or of its absence
+            raise UserError(
+                f"jax cannot compile for {device.name} here ({str(error).splitlines()[0]}); install the extra plan: "
+                "pip install 'oq2vl-jax[plan]', or look at the structure alone with --device cpu."
+            ) from error
+        devices = description.devices
+    return Mesh(np.array(devices).reshape(data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
+    """Compiles the whole optimizer step of a configuration; nothing is allocated."""
+    shardings = state_shardings(config, mesh)
+    state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
+    batch = batch_shapes(config, mesh)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    start = time.perf_counter()
+    compiled = compile_train_step(config, mesh).lower(placed, batch).compile()
+    seconds = time.perf_counter() - start
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    peak = getattr(analysis, "peak_memory_in_bytes", 0) or (
+        analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    gathered, gradients = named_temporaries(config, mesh)
+    rows = row_sharding(mesh)
+    named = {
+        "parameters": bytes_per_device(state.model, shardings.model),
+        "optimizer": bytes_per_device(state.opt_state, shardings.opt_state),
+        "batch": sum(math.prod(rows.shard_shape(x.shape)) * x.dtype.itemsize for x in batch),
+        "gathered_weights": gathered,
+        "gradients": gradients,
+    }
+    memory = Memory(**named, activations=peak - sum(named.values()), peak=peak)
+    return Compiled(memory, count_collectives(text), seconds, text)
+
+
+def batch_shapes(config: TrainConfig, mesh: Mesh) -> Batch:
+    """The shapes of a global batch, rows over all devices."""
+    rows, size = row_sharding(mesh), config.model.vision.image_size
+    numbers = jax.ShapeDtypeStruct((config.global_batch_size, config.data.num_tokens), jnp.int32, sharding=rows)
+    shape = (config.global_batch_size, config.data.max_images, size, size, 3)
+    return Batch(numbers, numbers, numbers, numbers, jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows))
+
+
+def named_temporaries(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
+    """(bytes of the weights a device holds whole, bytes of its float32 gradients) during a step.
+
+    FSDP holds whole what is frozen and what lies outside the decoder's layers, and one layer at a time.
+    """
+    model = jax.eval_shape(
+        lambda: compute_copy(init_train_state(jax.random.key(0), config).model, config.compute_dtype)
+    )
+    trained, _ = split_trainable(model, config.trainable)
+    if config.mesh.sharding == "zero1":
+        return total_bytes(model), 4 * sum(x.size for x in jax.tree.leaves(trained))
+    layers = total_bytes(model.decoder.layers)
+    held = total_bytes(model) - layers + layers // config.model.decoder.num_layers
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
+    return held, bytes_per_device(wide, parameter_shardings(trained, mesh))
+
+
+def total_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def count_collectives(text: str) -> dict[str, tuple[int, int]]:
+    """kind -> (count, bytes of the whole arrays) over one run of a compiled program, loops unrolled.
+
+    A loop whose length is known only when it runs counts once.
+    """
+    bodies = computations(text)
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            for kind in COLLECTIVES:
+                match = re.search(rf"= (.*?) {kind}(-start)?\(", line)
+                if match:
+                    found[kind][0] += times
+                    found[kind][1] += times * whole_bytes(match[1], kind, bool(match[2]))
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            repeated = times * int(trips[1]) if trips else times
+            for key, names in re.findall(r"(body|to_apply|calls|true_computation|false_computation)=(%[\w.\-]+)", line):
+                if key != "to_apply" or " call(" in line:
+                    visit(names, repeated if key == "body" else times)
+            for names in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for branch in names.split(", "):
+                    visit(branch, times)
+
+    visit("ENTRY", 1)
+    return {kind: (count, size) for kind, (count, size) in found.items()}
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation of an HLO module by its name, "ENTRY" for the first one run."""
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?(%[\w.\-]+) .*\{$", line)
+        if head:
+            name = "ENTRY" if head[1] else head[2]
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+    return bodies
+
+
+def whole_bytes(shape: str, kind: str, is_started: bool) -> int:
+    """Bytes of the whole arrays of a collective: the larger side. A started one names both sides."""
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * DTYPE_BYTES[dtype]
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        if dtype in DTYPE_BYTES
+    ]
+    if is_started and kind in ("all-gather", "reduce-scatter"):
+        half = len(sizes) // 2
+        return max(sum(sizes[:half]), sum(sizes[half:]))
+    return sum(sizes)

@@ -1,0 +1,253 @@
+"""What a configuration needs on GPUs that are not at hand: memory, communication, and the floor of its time.
+
+    python -m oq2vl_jax.bench plan configs/pretrain.py --device a100-40g --num-devices 8
+
+compiles the real train step (bench/compiled.py), then tries which rows per microbatch, recomputation and sharding fit,
+and prints the command line of the best. "floor" is the time at the device's peak with all communication hidden: no
+run can be faster, a real one will not reach it. Nothing is timed here.
+"""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.devices import Device, find_device
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.runtime import COMPILE_ONLY_FLAGS, set_environment
+
+if TYPE_CHECKING:
+    from oq2vl_jax.bench.compiled import Compiled
+
+REMATS = ("none", "dots", "attention", "full")
+"""From most memory to most recomputation."""
+NODE_DEVICES = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Compile the train step for GPUs that are not there: memory, collectives, floor, and what fits."""
+
+    config: Positional[str]
+    """A file of configs/, or a resolved config.json."""
+    device: str = "a100-40g"
+    """a100-40g, a100-80g, h100, h200, l40s, rtx-4090; cpu compiles for this machine: structure only."""
+    num_devices: int = 8
+    rows: tuple[int, ...] = (1, 2, 4)
+    """Rows per microbatch to try."""
+    search: bool = True
+    """Try which combinations fit; otherwise the configuration as it stands alone."""
+    scaling: tuple[int, ...] = ()
+    """Instead: compute, communication and efficiency on these numbers of GPUs, such as 1 8 64."""
+    text_tokens_per_image: int | None = None
+    """Of a typical document, for the FLOPs of a row; None: 27 (captions) or 260 (conversations)."""
+    json: bool = False
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """The plan as one JSON object; see show for what is in it."""
+    device = None if plan.device == "cpu" else find_device(plan.device)
+    config = load_config(plan.config)
+    largest = max(plan.scaling or (plan.num_devices,))
+    prepare_jax(device, largest)
+    if plan.scaling:
+        return {"scaling": [scaling_row(config, device, number, plan) for number in plan.scaling]}
+    as_it_stands = examine(config, device, plan.num_devices, plan)
+    result = {"config": plan.config, "device": plan.device, "num_devices": plan.num_devices, "plan": as_it_stands}
+    if plan.search:
+        tried = search(config, device, plan)
+        fitting = [row for row in tried if row["fits"]]
+        best = min(fitting, key=lambda row: row["seconds_at_peak_with_communication"], default=None)
+        result |= {"tried": tried, "best": best, "command": command(plan, best) if best else None}
+    return result
+
+
+def prepare_jax(device: Device | None, num_devices: int) -> None:
+    """Before jax is imported. The GPUs are absent, so jax itself runs on the CPU."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    simulated = {"--xla_force_host_platform_device_count": str(num_devices)} if device is None else COMPILE_ONLY_FLAGS
+    set_environment(simulated)
+
+
+def search(config: TrainConfig, device: Device | None, plan: Plan) -> list[dict]:
+    """Every combination, from few rows to many; where one does not fit, more rows do not either."""
+    tried = []
+    for sharding in ("zero1", "fsdp") if plan.num_devices > 1 else (config.mesh.sharding,):
+        for remat in REMATS:
+            for rows in plan.rows:
+                if config.global_batch_size % (rows * plan.num_devices):
+                    continue
+                mesh = dataclasses.replace(config.mesh, sharding=sharding)
+                candidate = dataclasses.replace(config, mesh=mesh, remat=remat, rows_per_device=rows)
+                found = examine(candidate, device, plan.num_devices, plan)
+                keys = ("sharding", "rows_per_microbatch", "remat", "peak_gib", "fits", "executed_tflop_per_row")
+                tried.append({key: found[key] for key in (*keys, "seconds_at_peak_with_communication")})
+                if not plan.json:
+                    print(f"  {sharding} {remat} {rows}: {found['peak_gib']:.1f} GiB", file=sys.stderr, flush=True)
+                if not found["fits"]:
+                    break
+    return tried
+
+
+def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: Plan) -> dict[str, Any]:
+    """One configuration, compiled: memory by kind, collectives, FLOPs, floor."""
+    from oq2vl_jax.bench.compiled import compile_step, mesh_of
+    from oq2vl_jax.train.attention_choice import choose_attention
+    from oq2vl_jax.train.checks import check_config
+
+    check_config(config, num_devices)
+    data, fsdp = mesh_shape(config, num_devices)
+    mesh = mesh_of(device, num_devices, data, fsdp)
+    compiled = compile_step(config, mesh)
+    rows = config.rows_per_device or config.global_batch_size // num_devices
+    usable = device.usable_bytes if device else None
+    return {
+        "sharding": config.mesh.sharding,
+        "mesh": {"data": data, "fsdp": fsdp},
+        "rows_per_microbatch": rows,
+        "remat": config.remat,
+        "attention": choose_attention(config, mesh).name,
+        "gib": {kind: round(size / 2**30, 3) for kind, size in compiled.memory._asdict().items()},
+        "peak_gib": round(compiled.memory.peak / 2**30, 2),
+        "usable_gib": round(usable / 2**30, 2) if usable else None,
+        "fits": usable is None or compiled.memory.peak <= usable,
+        "collectives": {
+            kind: {"count": count, "gib": round(size / 2**30, 3)}
+            for kind, (count, size) in compiled.collectives.items()
+        },
+        "compile_seconds": round(compiled.compile_seconds, 1),
+        **floor(config, device, num_devices, compiled, plan),
+    }
+
+
+def mesh_shape(config: TrainConfig, num_devices: int) -> tuple[int, int]:
+    """(data, fsdp): as configured where that fits, else parameters over the GPUs of a node."""
+    fsdp = config.mesh.fsdp if config.mesh.fsdp != -1 else min(num_devices, NODE_DEVICES)
+    if num_devices % fsdp:
+        raise UserError(f"mesh.fsdp = {fsdp} does not divide {num_devices} devices.")
+    return num_devices // fsdp, fsdp
+
+
+def floor(
+    config: TrainConfig, device: Device | None, num_devices: int, compiled: "Compiled", plan: Plan
+) -> dict[str, Any]:
+    """FLOPs of a row by the model's formula, and times at the device's peak and its links' rates."""
+    from oq2vl_jax.train.flops import caption_row, executed_flops, model_flops
+
+    default = 27 if config.data.template == "plain" else 260
+    row = caption_row(config, plan.text_tokens_per_image or default)
+    rows = config.rows_per_device or config.global_batch_size // num_devices
+    needed, executed = model_flops(config, row), executed_flops(config, row, rows, 1)
+    found = {
+        "images_per_row": round(row.images, 2),
+        "model_tflop_per_row": {**{k: round(v / 1e12, 2) for k, v in needed._asdict().items()},
+                                "total": round(needed.total / 1e12, 2)},
+        "executed_tflop_per_row": round(executed.total / 1e12, 2),
+    }  # fmt: skip
+    if device is None:
+        return found | {"seconds_at_peak_with_communication": None}
+    rows_per_step = config.global_batch_size / num_devices
+    compute = rows_per_step * executed.total / device.peak_flops
+    communication = communication_seconds(compiled.collectives, device, num_devices)
+    return found | {
+        "floor_ms_per_step": round(1e3 * compute, 1),
+        "floor_tokens_per_second_per_gpu": round(rows_per_step * row.tokens / compute),
+        "mfu_at_floor": round(needed.total / executed.total, 3),
+        "communication_ms_per_step": round(1e3 * communication, 1),
+        "seconds_at_peak_with_communication": round(compute + communication, 4),
+    }
+
+
+def communication_seconds(collectives: dict[str, tuple[int, int]], device: Device, num_devices: int) -> float:
+    """Bytes over the links as rings move them, nothing hidden behind computation.
+
+    Gathers and scatters stay within a node; what is reduced over nodes moves this GPU's share over the network.
+    """
+    node = min(num_devices, NODE_DEVICES)
+    if num_devices == 1:
+        return 0.0
+    share = (node - 1) / node
+    gathered = sum(collectives.get(kind, (0, 0))[1] for kind in ("all-gather", "reduce-scatter"))
+    reduced = collectives.get("all-reduce", (0, 0))[1]
+    across = num_devices > NODE_DEVICES
+    rate = device.network_rate if across else device.link_rate
+    return share * gathered / device.link_rate + 2 * (share if not across else 1) * reduced / rate
+
+
+def scaling_row(config: TrainConfig, device: Device | None, num_devices: int, plan: Plan) -> dict[str, Any]:
+    """Compute against communication of one step, the same rows per GPU at every size."""
+    if device is None:
+        raise UserError("--scaling needs a GPU of the table; a CPU has no stated rates.")
+    rows_per_gpu = config.global_batch_size // NODE_DEVICES
+    candidate = dataclasses.replace(config, global_batch_size=rows_per_gpu * num_devices)
+    found = examine(candidate, device, num_devices, plan)
+    compute, communication = found["floor_ms_per_step"], found["communication_ms_per_step"]
+    return {
+        "gpus": num_devices,
+        "mesh": f"{found['mesh']['data']} x {found['mesh']['fsdp']}",
+        "rows_per_step": candidate.global_batch_size,
+        "peak_gib": found["peak_gib"],
+        "compute_ms_at_peak": compute,
+        "communication_ms": communication,
+        "efficiency_nothing_hidden": round(compute / (compute + communication), 4),
+        "tokens_per_second_at_peak": round(found["floor_tokens_per_second_per_gpu"] * num_devices),
+    }
+
+
+def command(plan: Plan, best: dict) -> str:
+    return (
+        f"python -m oq2vl_jax.train {plan.config} --mesh.sharding {best['sharding']} "
+        f"--rows-per-device {best['rows_per_microbatch']} --remat {best['remat']}"
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    """The plan for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=140, highlight=False)
+
+    def shown(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+    def print_rows(title: str, rows: list[dict]) -> None:
+        table = Table(*rows[0], title=title, title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*map(shown, row.values()))
+        console.print(table)
+
+    if "scaling" in result:
+        print_rows(
+            "same rows per GPU; links and network as in oq2vl_jax/devices.py, nothing measured", result["scaling"]
+        )
+        return
+    plan = result["plan"]
+    console.print(f"{result['config']} on {result['num_devices']} x {result['device']}, mesh {plan['mesh']}")
+    console.print(
+        f"{plan['sharding']}, {plan['rows_per_microbatch']} rows per microbatch, remat {plan['remat']}, attention "
+        f"{plan['attention']}; compiled in {plan['compile_seconds']} s\n"
+    )
+    print_rows("GiB per device", [{"kind": kind, "GiB": size} for kind, size in plan["gib"].items()])
+    if plan["usable_gib"]:
+        verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+        console.print(f"peak {plan['peak_gib']} of {plan['usable_gib']} GiB usable: {verdict}\n")
+    if plan["collectives"]:
+        print_rows("collectives of a step", [{"kind": k, **v} for k, v in plan["collectives"].items()])
+    flops = {"part": "TFLOP per row"} | plan["model_tflop_per_row"]
+    print_rows(f"\nmodel FLOPs ({plan['images_per_row']} images a row)", [flops])
+    console.print(f"executed: {plan['executed_tflop_per_row']} TFLOP per row")
+    if "floor_ms_per_step" in plan:
+        console.print(
+            f"floor: {plan['floor_ms_per_step']:,} ms per step, {plan['floor_tokens_per_second_per_gpu']:,} tokens/s a "
+            f"GPU (MFU {plan['mfu_at_floor']}); communication {plan['communication_ms_per_step']:,} ms, nothing hidden"
+        )
+    if "tried" in result:
+        print_rows("\nwhat fits", result["tried"])
+        console.print(f"\n{result['command']}" if result["command"] else "\nnothing fits; try --rows 1 or more GPUs.")

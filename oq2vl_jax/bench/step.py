@@ -1,0 +1,147 @@
+"""The train step measured: synthetic rows with real lengths, the step of oq2vl_jax.train, nothing else.
+
+    python -m oq2vl_jax.bench step configs/pretrain.py --global-rows 16 --profile trace
+
+Needs no data, no grain: jax, flax and optax, and the pure-Python packages that the model and the command line import
+(jaxtyping, tyro). FLOPs by train/flops.py; MFU needs a GPU of oq2vl_jax/devices.py.
+"""
+
+import dataclasses
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.runtime import set_environment
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens/s, images/s, MFU, memory and breakdown of the train step, on the devices that are here."""
+
+    config: Positional[str] = "configs/pretrain.py"
+    """A file of configs/, or a resolved config.json."""
+    global_rows: int | None = None
+    """Rows of an optimizer step over all devices; None: as configured."""
+    rows_per_device: int | None = None
+    """Rows per microbatch; None: as configured."""
+    remat: Literal["none", "dots", "attention", "full"] | None = None
+    attention: Literal["auto", "xla", "blocked", "kernel"] | None = None
+    sharding: Literal["zero1", "fsdp"] | None = None
+    num_steps: int = 5
+    warmup_steps: int = 2
+    profile: str | None = None
+    """Folder for a trace of two steps (TensorBoard's profiler or Perfetto read it)."""
+    breakdown: bool = True
+    seed: int = 0
+    json: bool = False
+
+
+def measure(options: Step) -> dict[str, Any]:
+    """Every figure of the docstring, with what it was measured on."""
+    set_environment()
+    config = configured(options)
+    import jax
+
+    from oq2vl_jax.bench.synthetic_rows import make_rows
+    from oq2vl_jax.devices import device_of_kind
+    from oq2vl_jax.train.attention_choice import checked_attention
+    from oq2vl_jax.train.flops import executed_flops, model_flops
+    from oq2vl_jax.train.metrics import work_of
+    from oq2vl_jax.train.sharding import make_mesh, to_global_batch
+    from oq2vl_jax.train.step import compile_train_step, init_train_state, rows_per_device, state_shardings
+
+    mesh = make_mesh(config.mesh)
+    check(config, mesh.size)
+    config = checked_attention(config, mesh)
+    rows = make_rows(config, config.global_batch_size, options.seed)
+    work, batch = work_of(rows, config), to_global_batch(rows, mesh)
+    shardings = state_shardings(config, mesh)
+    state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(options.seed))
+    start = time.perf_counter()
+    step = compile_train_step(config, mesh).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    seconds, losses = [], []
+    for _ in range(options.warmup_steps + options.num_steps):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[options.warmup_steps :])
+    needed = model_flops(config, work)
+    executed = executed_flops(config, work, rows_per_device(config, mesh), config.global_batch_size / mesh.size)
+    kind = jax.devices()[0].device_kind
+    device, memory = device_of_kind(kind), jax.local_devices()[0].memory_stats() or {}
+    result = {
+        "device": f"{mesh.size} x {kind}",
+        "jax": jax.__version__,
+        "rows_per_step": config.global_batch_size,
+        "rows_per_microbatch": rows_per_device(config, mesh),
+        "remat": config.remat,
+        "attention": config.attention,
+        "sharding": config.mesh.sharding,
+        "compile_seconds": round(compile_seconds, 1),
+        "step_seconds": median,
+        "step_seconds_all": [round(x, 4) for x in seconds[options.warmup_steps :]],
+        "first_loss": losses[0],
+        "fill": work.tokens / rows.tokens.size,
+        "tokens_per_second": work.tokens / median,
+        "images_per_second": work.images / median,
+        "model_tflops": needed.total / median / 1e12,
+        "executed_tflops": executed.total / median / 1e12,
+        "mfu": needed.total / median / mesh.size / device.peak_flops if device else None,
+        "peak_memory_gib": memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None,
+    }
+    if options.breakdown or options.profile:
+        result["breakdown"] = profiled(step, state, batch, options.profile)
+    return result
+
+
+def configured(options: Step) -> TrainConfig:
+    """The configuration with the options over it; weights are random and nothing is read or written."""
+    config = load_config(options.config)
+    changes = {
+        "global_batch_size": options.global_rows,
+        "rows_per_device": options.rows_per_device,
+        "remat": options.remat,
+        "attention": options.attention,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.sharding:
+        changes["mesh"] = dataclasses.replace(config.mesh, sharding=options.sharding)
+    return dataclasses.replace(config, init_from=None, run_dir="", **changes)
+
+
+def check(config: TrainConfig, num_devices: int) -> None:
+    """The configuration's own checks; the data it names is not used."""
+    from oq2vl_jax.train.checks import check_config
+
+    data = dataclasses.replace(config.data, sources=("synthetic",), packing="offline", images=None)
+    check_config(dataclasses.replace(config, data=data), num_devices)
+
+
+def profiled(step: Any, state: Any, batch: Any, folder: str | None) -> dict[str, float]:
+    from oq2vl_jax.bench.breakdown import breakdown
+
+    def two_steps() -> None:
+        nonlocal state
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            float(metrics.loss)
+
+    return {part: round(share, 4) for part, share in breakdown(two_steps, step.as_text(), folder).items()}
+
+
+def show(result: dict[str, Any]) -> None:
+    """One line a figure."""
+    for name, value in result.items():
+        if name == "breakdown":
+            shares = "  ".join(f"{part} {100 * share:.1f} %" for part, share in value.items())
+            print(f"{'breakdown':22s} {shares}")
+        elif value is None:
+            print(f"{name:22s} not known for this device")
+        else:
+            print(f"{name:22s} {value:,.4g}" if isinstance(value, float) else f"{name:22s} {value}")

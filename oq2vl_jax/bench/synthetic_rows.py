@@ -1,0 +1,49 @@
+"""Packed rows without a data set: real lengths, real numbers of images, random contents. Only numpy."""
+
+import numpy as np
+
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.data.batch import IGNORE, Batch
+
+TEXT_TOKENS = {"plain": (27, 0.5), "conversation": (260, 0.7)}
+"""Mean and log-normal sigma of the text of a document: captions (27 of 171 tokens, as in the published mixture), or
+conversations about a picture (modelled on LLaVA-665k, as in bench/tuning.py)."""
+
+
+def make_rows(config: TrainConfig, num_rows: int, seed: int = 0) -> Batch:
+    """A batch of rows filled with documents of one image and some text each, until tokens or image slots end.
+
+    The text is labelled; ids are random below the image token and the vocabulary.
+    """
+    rng = np.random.default_rng(seed)
+    num_tokens, visual = config.data.num_tokens, config.model.num_visual_tokens
+    shape = (num_rows, num_tokens)
+    tokens, labels = np.zeros(shape, np.int32), np.full(shape, IGNORE, np.int32)
+    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    size = config.model.vision.image_size
+    images = np.zeros((num_rows, config.data.max_images, size, size, 3), np.uint8)
+    highest = min(config.model.image_token_id, config.model.decoder.vocab_size)
+    for row in range(num_rows):
+        for slot, (start, length) in enumerate(documents(config, rng)):
+            document = slice(start, start + length)
+            ids = rng.integers(0, highest, length)
+            ids[:visual] = config.model.image_token_id
+            tokens[row, document], segments[row, document] = ids, slot + 1
+            positions[row, document] = np.arange(length)
+            labels[row, start + visual - 1 : start + length - 1] = ids[visual:]
+            images[row, slot] = rng.integers(0, 256, images.shape[2:], dtype=np.uint8)
+    return Batch(tokens, labels, positions, segments, images)
+
+
+def documents(config: TrainConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(start, length) of the documents of one row. The last one takes what is left if that is about a document."""
+    mean, sigma = TEXT_TOKENS["plain" if config.data.template == "plain" else "conversation"]
+    visual, placed, start = config.model.num_visual_tokens, [], 0
+    while len(placed) < config.data.max_images:
+        text = max(2, int(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma)))
+        length = min(visual + text, config.data.num_tokens - start)
+        if length < visual + 2:
+            break
+        placed.append((start, length))
+        start += length
+    return placed

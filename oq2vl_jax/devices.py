@@ -1,0 +1,110 @@
+"""The GPUs this project plans for and measures on: peak rates, memory, links, and what XLA's compiler asks about them.
+
+Peaks are the makers' dense bfloat16 rates with float32 accumulation, the denominator of MFU. Rates of
+memory and links are bytes per second in one direction. Compiler facts are XLA's GpuTargetConfigProto; those of the
+A100-40G and the H100 were read from machines, the others are of data sheets and of the compute capability.
+"""
+
+from dataclasses import dataclass
+
+from oq2vl_jax.config import hint
+from oq2vl_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU model."""
+
+    name: str
+    kind: str
+    """As jax.Device.device_kind says it."""
+    peak_flops: float
+    memory_bytes: int
+    memory_rate: float
+    link_rate: float
+    """To another GPU of the node."""
+    network_rate: float
+    """To another node, per GPU."""
+    capability: tuple[int, int]
+    cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_bytes_per_core: int
+    shared_bytes_per_block: int
+    threads_per_core: int
+
+    @property
+    def usable_bytes(self) -> int:
+        """What JAX may take when it is told to (runtime.MEMORY_FRACTION); the rest is CUDA's and the libraries'."""
+        return int(USABLE_SHARE * self.memory_bytes)
+
+    def target_config(self) -> str:
+        """The text form of XLA's GpuTargetConfigProto, for compiling without the device."""
+        return TARGET_CONFIG.format(
+            device=self, memory_rate=int(self.memory_rate), major=self.capability[0], minor=self.capability[1]
+        )
+
+
+USABLE_SHARE = 0.92
+
+TARGET_CONFIG = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {device.shared_bytes_per_core}
+  threads_per_core_limit: {device.threads_per_core}
+  core_count: {device.cores}
+  fpus_per_core: {device.fpus_per_core}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {memory_rate}
+  l2_cache_size: {device.l2_bytes}
+  clock_rate_ghz: {device.clock_ghz}
+  device_memory_size: {device.memory_bytes}
+  shared_memory_per_block_optin: {device.shared_bytes_per_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 28 }}
+device_description_str: "{device.kind}"
+"""
+
+AMPERE = {"shared_bytes_per_core": 167_936, "shared_bytes_per_block": 166_912, "threads_per_core": 2048}
+HOPPER = {"shared_bytes_per_core": 233_472, "shared_bytes_per_block": 232_448, "threads_per_core": 2048}
+ADA = {"shared_bytes_per_core": 102_400, "shared_bytes_per_block": 101_376, "threads_per_core": 1536}
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100-40g", "NVIDIA A100-SXM4-40GB", 312e12, 42_331_013_120, 1555.2e9, 300e9, 25e9,
+               (8, 0), 108, 64, 1.41, 41_943_040, **AMPERE),
+        Device("a100-80g", "NVIDIA A100-SXM4-80GB", 312e12, 84_987_740_160, 2039e9, 300e9, 25e9,
+               (8, 0), 108, 64, 1.41, 41_943_040, **AMPERE),
+        Device("h100", "NVIDIA H100 80GB HBM3", 989e12, 84_929_347_584, 3352.3e9, 450e9, 50e9,
+               (9, 0), 132, 128, 1.98, 52_428_800, **HOPPER),
+        Device("h200", "NVIDIA H200", 989e12, 150_121_545_728, 4800e9, 450e9, 50e9,
+               (9, 0), 132, 128, 1.98, 62_914_560, **HOPPER),
+        Device("l40s", "NVIDIA L40S", 362e12, 47_697_362_944, 864e9, 32e9, 12.5e9,
+               (8, 9), 142, 128, 2.52, 100_663_296, **ADA),
+        Device("rtx-4090", "NVIDIA GeForce RTX 4090", 165.2e12, 25_393_692_672, 1008e9, 32e9, 3e9,
+               (8, 9), 128, 128, 2.52, 75_497_472, **ADA),
+    )
+}  # fmt: skip
+"""Links: NVLink 3 and 4, PCIe 4 x16. Networks: 200 and 400 Gb/s a GPU, 100 Gb/s for the L40S, 25 Gb/s for the 4090."""
+
+
+def find_device(name: str) -> Device:
+    """The device of a name of the table. Raises UserError for another."""
+    if name not in DEVICES:
+        raise UserError(f"device {name!r} is not in the table ({', '.join(DEVICES)}).{hint(name, DEVICES)}")
+    return DEVICES[name]
+
+
+def device_of_kind(kind: str) -> Device | None:
+    """The device of a jax device_kind; None where the table does not know it."""
+    return next((device for device in DEVICES.values() if device.kind == kind), None)

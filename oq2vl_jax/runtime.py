@@ -1,0 +1,87 @@
+"""What has to be said to jax before it starts, and how several processes become one run. Imports jax lazily.
+
+XLA flags go through an environment variable that jax reads once, when its backend starts. One that XLA does not know
+ends the process, so there is one table of them, and a test that starts jax with it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from oq2vl_jax.devices import USABLE_SHARE
+from oq2vl_jax.errors import UserError
+
+GPU_FLAGS = {"--xla_gpu_enable_latency_hiding_scheduler": "true"}
+"""Collectives run beside computation; without it jax 0.11 compiled them one after the other. Known to 0.10 and 0.11."""
+COMPILE_ONLY_FLAGS = {"--xla_gpu_enable_triton_gemm": "false"}
+"""For compiling without the device (bench plan): Triton's matrix products are tuned by running them."""
+
+
+class Processes(NamedTuple):
+    """Which process of a run this is. coordinator: HOST:PORT of the first one; all None: as the scheduler says."""
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+
+def set_environment(flags: dict[str, str] | None = None) -> None:
+    """Adds XLA flags (GPU_FLAGS) and the share of memory that JAX takes; what the user has set stays as it is."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    names = {flag.split("=")[0] for flag in given}
+    added = [f"{name}={value}" for name, value in (GPU_FLAGS | (flags or {})).items() if name not in names]
+    os.environ["XLA_FLAGS"] = " ".join([*given, *added])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(USABLE_SHARE))
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Compiled programs are kept in folder/compilation_cache, so that a restart does not compile; a set one stays."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str((folder / "compilation_cache").absolute()))
+
+
+def start_processes(processes: Processes) -> None:
+    """Joins the processes of a run. Raises UserError where the three numbers do not fit together."""
+    import jax
+
+    given = [value is not None for value in processes]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id belong together; give all three.")
+    if all(given) and not 0 <= (processes.index or 0) < (processes.count or 0):
+        raise UserError(f"--process-id = {processes.index} is not one of --num-processes = {processes.count}.")
+    try:
+        jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes did not come together ({str(error).splitlines()[0]}); outside of Slurm and Open MPI, name "
+            "--coordinator HOST:PORT --num-processes N --process-id I."
+        ) from error
+
+
+def is_first_process() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has called it with this name."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)
+
+
+def whole_array(array: Any) -> Any:
+    """A numpy array of all of a global array, in every process."""
+    import jax
+
+    if getattr(array, "is_fully_addressable", True):
+        return jax.device_get(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(array, tiled=True)
