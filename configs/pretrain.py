@@ -17,7 +17,6 @@ config = TrainConfig(
         num_tokens=4096,
         max_images=28,
         template="plain",
-        num_threads=16,
     ),
     optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01, warmup_fraction=0.03, max_grad_norm=1.0),
     trainable=TrainableConfig(vision=False, projector=True, decoder=True),

@@ -20,7 +20,6 @@ config = TrainConfig(
         num_tokens=4096,
         max_images=5,
         template="open_qwen2vl",
-        num_threads=16,
     ),
     optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.1, warmup_fraction=0.03, max_grad_norm=1.0),
     trainable=TrainableConfig(vision=False, projector=True, decoder=True),

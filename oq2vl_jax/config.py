@@ -131,10 +131,13 @@ class DataConfig:
     """How conversations were written out by the packer; generation asks in the same form."""
     attention_scope: Literal["document", "row"] = "document"
     """document: packed documents do not see each other, positions restart. row: the published behaviour."""
-    num_threads: int = 4
-    """Threads that decode images, per worker."""
+    num_threads: int | None = None
+    """Threads that decode images, per worker; None: one per core that this process may use."""
     num_workers: int = 0
     """Worker processes; 0 = threads only. Batches do not depend on either number."""
+    exact_decoding: bool = False
+    """Decode large JPEGs at full size before resizing, as the published code does. By default they are halved while
+    they are decoded (JPEG's own scaling) as long as both sides stay at least the model's."""
     packing: Literal["offline", "online"] = "offline"
     """offline: sources are folders of oq2vl_jax.data.pack. online: sources are tars or instruction files, packed while
     training (data/online.py); one process only."""

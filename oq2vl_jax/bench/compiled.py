@@ -87,6 +87,8 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
     compiled = compile_train_step(config, mesh).lower(placed, batch).compile()
     seconds = time.perf_counter() - start
     analysis, text = compiled.memory_analysis(), compiled.as_text()
+    assert analysis is not None
+    assert text is not None
     peak = getattr(analysis, "peak_memory_in_bytes", 0) or (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes

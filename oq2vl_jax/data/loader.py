@@ -7,6 +7,7 @@ of rows consumed over all processes, so it can be restored on any number of work
 import functools
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -131,15 +132,21 @@ class RowDecoder(grain.transforms.Map):
 
         def decode(slot: int) -> None:
             try:
-                images[slot] = decode_image(row.images[slot], size)
+                images[slot] = decode_image(row.images[slot], size, is_exact=self.data.exact_decoding)
             except ImageError as problem:
                 raise UserError(
                     f"image {slot} of the row of {row.keys[0]}: {problem}; pack the shards again."
                 ) from problem
 
-        decode_all = map if self.data.num_threads == 1 else decoding_pool(self.data.num_threads).map
+        num_threads = threads_of(self.data)
+        decode_all = map if num_threads == 1 else decoding_pool(num_threads).map
         list(decode_all(decode, range(len(row.images))))
         return images
+
+
+def threads_of(data: DataConfig) -> int:
+    """data.num_threads, or the cores this process may use, shared by the worker processes."""
+    return data.num_threads or max(1, len(os.sched_getaffinity(0)) // max(data.num_workers, 1))
 
 
 @functools.lru_cache(maxsize=1)

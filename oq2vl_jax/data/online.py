@@ -154,7 +154,7 @@ class OnlineLoader:
     """Endless batches packed on the fly; the same face as the loader of packed rows."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, batch_size: int, seed: int, tokenizer: Path):
-        from oq2vl_jax.data.loader import RowDecoder
+        from oq2vl_jax.data.loader import RowDecoder, threads_of
 
         codec = TextCodec.load(str(tokenizer))
         if codec.special.image != model.image_token_id or codec.vocab_size > model.decoder.vocab_size:
@@ -167,7 +167,8 @@ class OnlineLoader:
         limits = Limits(data.template, data.num_tokens, data.max_images, model.num_visual_tokens)
         samples: Any = SampleSource(data.sources, data.images)
         documents = grain.MapDataset.source(samples).seed(seed).shuffle().repeat().map(ToDocument(codec, limits))
-        reading = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=4 * data.num_threads)
+        num_threads = threads_of(data)
+        reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
         used = DropSkipped(documents.to_iter_dataset(reading), self.skipped)
         windows = used.batch(data.window, batch_fn=lambda docs: pack_window(docs, data.num_tokens, data.max_images))
         rows = grain.experimental.FlatMapIterDataset(windows, GiveOutRows())

@@ -177,7 +177,9 @@ def fused(layers: Qwen2Layer) -> Qwen2Layer:
     attn.qkv_proj, mlp.gate_up_proj = (
         side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj),
     )  # fmt: skip
-    attn.q_proj = attn.k_proj = attn.v_proj = mlp.gate_proj = mlp.up_proj = None
+    for part, names in ((attn, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj"))):
+        for name in names:
+            setattr(part, name, None)
     return layers
 
 

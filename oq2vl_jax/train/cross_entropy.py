@@ -23,7 +23,8 @@ def cross_entropy_sum(
 ) -> Float[Array, ""]:
     """Sum over labelled positions of -log softmax(hidden @ head.T)[label], in float32; labels == IGNORE do not count.
 
-    chunk_size: positions whose logits exist at once. The head is used in the type of `hidden`; its gradient is accumulated in float32.
+    chunk_size: positions whose logits exist at once. The head is used in the type of `hidden`; its gradient is
+    accumulated in float32.
     """
     return _loss_and_gradients(hidden, head, labels, chunk_size, with_gradients=False)[0]
 

@@ -1,0 +1,82 @@
+"""The loader measured: rows and images per second alone, and the seconds that a step of a given length waits for it.
+
+python -m oq2vl_jax.bench data configs/pretrain.py --step-seconds 9     # on the packed folders the config names
+"""
+
+import dataclasses
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tyro.conf import Positional
+
+from oq2vl_jax.config import load_config
+from oq2vl_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows/s and images/s of the loader alone, and what a step waits for it."""
+
+    config: Positional[str] = "configs/pretrain.py"
+    sources: tuple[str, ...] = ()
+    """Packed folders, in place of those of the config."""
+    num_batches: int = 8
+    global_rows: int | None = None
+    """Rows of a batch; None: as configured."""
+    num_threads: int | None = None
+    num_workers: int | None = None
+    step_seconds: float | None = None
+    """Length of the step it has to hide behind; None: a step as long as the loader alone takes."""
+    json: bool = False
+
+
+def measure(options: Data) -> list[dict[str, Any]]:
+    """alone: batches taken as fast as they come; under a step: taken every step_seconds, while nothing else runs."""
+    from oq2vl_jax.data.loader import make_loader
+
+    config = load_config(options.config)
+    changes = {"num_threads": options.num_threads, "num_workers": options.num_workers}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    data = dataclasses.replace(config.data, sources=options.sources or config.data.sources, **changes)
+    if not data.sources or data.packing == "online":
+        raise UserError("bench data reads packed folders; name them with --sources.")
+    rows = options.global_rows or config.global_batch_size
+    loader = make_loader(data, config.model, rows, config.seed)
+    try:
+        batches = iter(loader)
+        next(batches)  # starts the threads
+        alone, images = take(batches, options.num_batches, 0.0, config.model)
+        pause = options.step_seconds or sum(alone) / len(alone)
+        waits, _ = take(batches, options.num_batches, pause, config.model)
+    finally:
+        loader.close()
+    return [
+        {
+            "way": "alone",
+            "rows/s": rows * len(alone) / sum(alone),
+            "images/s": images / sum(alone),
+            "seconds waited a batch": statistics.median(alone),
+        },
+        {
+            "way": f"under a step of {pause:.3g} s",
+            "rows/s": rows / (pause + statistics.mean(waits)),
+            "images/s": images / len(alone) / (pause + statistics.mean(waits)),
+            "seconds waited a batch": statistics.median(waits),
+        },
+    ]
+
+
+def take(batches, number: int, pause: float, model) -> tuple[list[float], int]:
+    """(seconds waited for each batch, images in all of them)."""
+    import numpy as np
+
+    waits, images = [], 0
+    for _ in range(number):
+        time.sleep(pause)
+        start = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - start)
+        images += int(np.count_nonzero(batch.tokens == model.image_token_id)) // model.num_visual_tokens
+    return waits, images

@@ -1,0 +1,176 @@
+"""Our train step against PyTorch's, on the same weights and the same rows, in turns: `make bench-peers`.
+
+Each side lives in a process of its own and waits for its turn, so that one does not run on the other's cores. Prints
+the median seconds of a step, how many times as fast ours is, and the first losses beside what our model says of them.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+SIDES = ("ours", "published", "best")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", nargs="?", default="configs/bench_mid.py")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, after one to warm up")
+    parser.add_argument("--global-rows", type=int)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        serve_steps(options.side, options.config, options.global_rows)
+        return
+    result = compare(options.config, options.rounds, options.global_rows)
+    print(json.dumps(result) if options.json else table(result))
+
+
+def compare(config: str, rounds: int, global_rows: int | None = None, sides: tuple[str, ...] = SIDES) -> dict:
+    """Median seconds and first losses of each side, and how many times as fast ours is."""
+    more = ["--global-rows", str(global_rows)] if global_rows else []
+    workers = {
+        side: subprocess.Popen(
+            [sys.executable, "-m", "tests.peers.compare", config, "--side", side, *more],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for side in sides
+    }  # fmt: skip
+    try:
+        about = {side: ask(worker) for side, worker in workers.items()}
+        first = {side: ask(worker, "step") for side, worker in workers.items()}  # compiles
+        for worker in workers.values():
+            ask(worker, "step")
+        seconds = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side, worker in workers.items():
+                seconds[side].append(ask(worker, "step")["seconds"])
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    return {
+        "about": about,
+        "first_loss": {side: found["loss"] for side, found in first.items()},
+        "expected_loss": {side: about["ours"][f"{side}_loss"] for side in sides if side != "ours"},
+        "seconds": seconds,
+        "median_seconds": medians,
+        "times_as_fast": {side: medians[side] / medians["ours"] for side in sides if side != "ours"},
+    }
+
+
+def ask(worker: subprocess.Popen, word: str | None = None) -> dict:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    if word:
+        worker.stdin.write(word + "\n")
+        worker.stdin.flush()
+    for line in worker.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit("a side ended before its turn; its error stands above")
+
+
+def serve_steps(side: str, path: str, global_rows: int | None) -> None:
+    """One step for each line of standard input."""
+    config, rows, arrays = prepared(path, global_rows)
+    step, about = (our_step if side == "ours" else torch_step)(side, config, rows, arrays)
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss = step()
+        print(json.dumps({"loss": loss, "seconds": time.perf_counter() - start}), flush=True)
+
+
+def prepared(path: str, global_rows: int | None):
+    """(configuration, rows, weights by our names), the same in every process."""
+    import jax
+    import numpy as np
+
+    from oq2vl_jax.bench.step import Step, configured
+    from oq2vl_jax.bench.synthetic_rows import make_rows
+    from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+    from oq2vl_jax.train.checkpoint import named_arrays
+
+    config = configured(Step(path, global_rows=global_rows))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model = jax.jit(lambda key: OpenQwen2VL(key, config.model))(jax.random.key(0))
+        arrays = {name: np.asarray(x) for name, x in named_arrays(model).items()}
+    return config, make_rows(config, config.global_batch_size), arrays
+
+
+def our_step(side, config, rows, arrays):
+    import jax
+
+    from oq2vl_jax.runtime import set_environment
+    from oq2vl_jax.train.attention_choice import checked_attention
+    from oq2vl_jax.train.checkpoint import from_named_arrays
+    from oq2vl_jax.train.sharding import make_mesh, to_global_batch
+    from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
+
+    set_environment()
+    mesh = make_mesh(config.mesh)
+    config = checked_attention(config, mesh)
+    shardings = state_shardings(config, mesh)
+    state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(1))
+    model = jax.tree.map(jax.device_put, from_named_arrays(state.model, arrays), shardings.model)
+    state = state._replace(model=model)
+    about = {"device": jax.devices()[0].device_kind, "dtype": config.compute_dtype} | expected_losses(
+        config, mesh, rows, model
+    )
+    batch, compiled = to_global_batch(rows, mesh), compile_train_step(config, mesh)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return float(metrics.loss)
+
+    return step, about
+
+
+def expected_losses(config, mesh, rows, model) -> dict:
+    """What the peers should compute, by our model. published: row scope, means of microbatches averaged."""
+    import jax
+    import numpy as np
+
+    from oq2vl_jax.data.batch import IGNORE
+    from oq2vl_jax.train.sharding import to_global_batch
+    from oq2vl_jax.train.step import total_loss
+
+    def loss_of(batch) -> float:
+        one = dataclasses.replace(config, global_batch_size=len(batch.tokens), rows_per_device=1)
+        total = jax.jit(lambda model, batch: total_loss(model, batch, one, mesh))(model, to_global_batch(batch, mesh))
+        return float(total) / int((batch.labels != IGNORE).sum())
+
+    everywhere = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
+    in_row_scope = rows._replace(positions=everywhere, segment_ids=np.ones_like(rows.tokens))
+    size = (config.rows_per_device or len(rows.tokens)) * mesh.size
+    parts = [type(rows)(*(x[i : i + size] for x in in_row_scope)) for i in range(0, len(rows.tokens), size)]
+    return {"best_loss": loss_of(rows), "published_loss": sum(map(loss_of, parts)) / len(parts)}
+
+
+def torch_step(side, config, rows, arrays):
+    import torch
+
+    from tests.peers.torch_step import TorchStep
+
+    peer = TorchStep(config, arrays, is_best=side == "best")
+    return lambda: peer.step(rows), {"device": peer.device, "torch": torch.__version__}
+
+
+def table(result: dict) -> str:
+    lines = [f"ours on {result['about']['ours']['device']}, {result['about']['ours']['dtype']}"]
+    for side, seconds in result["median_seconds"].items():
+        ratio = f"  ours is {result['times_as_fast'][side]:.2f} times as fast" if side != "ours" else ""
+        loss = result["first_loss"][side]
+        expected = f" (by our model {result['expected_loss'][side]:.6f})" if side != "ours" else ""
+        lines.append(f"{side:10s} {seconds:8.3f} s a step{ratio}; loss {loss:.6f}{expected}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""One loss and one gradient, however the step is computed; images beyond the real ones cost less than a chunk."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oq2vl_jax.bench.synthetic_rows import make_rows
+from oq2vl_jax.config import MeshConfig, TrainableConfig
+from oq2vl_jax.data.batch import IGNORE
+from oq2vl_jax.model import open_qwen2vl
+from oq2vl_jax.model.layers import Compute
+from oq2vl_jax.train import step as step_module
+from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.train.sharding import make_mesh, to_global_batch
+from oq2vl_jax.train.step import loss_and_gradients, total_loss
+from tests.train.conftest import TINY, tiny_model
+
+LOSS_TOLERANCE = 1e-6  # relative; measured 2e-7
+GRADIENT_TOLERANCE = 1e-5  # of a parameter's largest gradient; measured 3e-6
+WAYS = {
+    "blocked": {"attention": "blocked"},
+    "kernel": {"attention": "kernel"},
+    "microbatches, dots": {"rows_per_device": 1, "remat": "dots"},
+    "kernel, dots": {"attention": "kernel", "remat": "dots"},
+    "attention kept, fsdp": {"attention": "blocked", "remat": "attention", "sharding": "fsdp", "rows_per_device": 1},
+    "everything kept, fsdp": {"sharding": "fsdp"},
+    "nothing kept, fsdp": {"remat": "full", "sharding": "fsdp"},
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(dataclasses.replace(TINY, global_batch_size=16), 16, seed=1)
+
+
+def whole_logits_loss(model, rows):
+    """The reference: every logit at once, reference attention, no sharding."""
+    hidden = model(*(jnp.asarray(x) for x in (rows.tokens, rows.images, rows.segment_ids, rows.positions)), Compute())
+    log_probabilities = jax.nn.log_softmax(model.logits(hidden))
+    counts = rows.labels != IGNORE
+    picked = jnp.take_along_axis(log_probabilities, jnp.where(counts, rows.labels, 0)[..., None], -1)[..., 0]
+    return -(picked * counts).sum() / counts.sum()
+
+
+@pytest.fixture(scope="module")
+def expected(rows):
+    loss, gradients = jax.jit(jax.value_and_grad(whole_logits_loss))(tiny_model(), rows)
+    return float(loss), {name: np.asarray(x) for name, x in named_arrays(gradients).items()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_loss_and_gradients_of_whole_logits(way, rows, expected):
+    changes = dict(WAYS[way])
+    mesh_config = MeshConfig(2, 4, changes.pop("sharding", "zero1"))
+    config = dataclasses.replace(TINY, mesh=mesh_config, global_batch_size=16, **changes)
+    mesh = make_mesh(mesh_config)
+    run = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config, mesh))
+    loss, gradients = run(tiny_model(), to_global_batch(rows, mesh))
+    assert float(loss) == pytest.approx(expected[0], rel=LOSS_TOLERANCE)
+    found = named_arrays(gradients)
+    assert found.keys() == expected[1].keys()
+    errors = {k: np.abs(np.asarray(found[k]) - v).max() / max(np.abs(v).max(), 1e-12) for k, v in expected[1].items()}
+    errors.pop("vision.layers.self_attn.k_proj.bias")  # softmax does not depend on it: its gradient is rounding alone
+    worst = max(errors, key=errors.__getitem__)
+    print(f"{way}: loss {abs(float(loss) / expected[0] - 1):.1e}, gradients {errors[worst]:.1e} ({worst})")
+    assert errors[worst] < GRADIENT_TOLERANCE
+
+
+def test_the_loss_without_gradients_is_the_same(rows, expected):
+    config = dataclasses.replace(TINY, mesh=MeshConfig(2, 4, "fsdp"), global_batch_size=16, rows_per_device=1)
+    mesh = make_mesh(config.mesh)
+    total = jax.jit(lambda model, batch: total_loss(model, batch, config, mesh))(
+        tiny_model(), to_global_batch(rows, mesh)
+    )
+    assert float(total) / (rows.labels != IGNORE).sum() == pytest.approx(expected[0], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 8, 9, 23])
+def test_the_encoder_runs_fewer_than_eight_images_too_many(num_images, monkeypatch):
+    encoded = []
+    real = open_qwen2vl.normalize
+
+    def counted(images, dtype):
+        jax.debug.callback(lambda: encoded.append(len(images)))
+        return real(images, dtype)
+
+    monkeypatch.setattr(open_qwen2vl, "normalize", counted)
+    model = tiny_model()
+    tokens = np.zeros((4, 32), np.int32)
+    counts = [min(6, max(0, num_images - 6 * row)) for row in range(4)]
+    for row, count in enumerate(counts):
+        tokens[row, : 4 * count] = TINY.model.image_token_id
+    images = jnp.zeros((4, 6, 32, 32, 3), jnp.uint8)
+    jax.block_until_ready(jax.jit(lambda: model.embed(jnp.asarray(tokens), images))())
+    jax.effects_barrier()
+    assert num_images <= sum(encoded) <= num_images + 7
+
+
+def test_a_frozen_decoder_and_encoder_get_no_gradient(rows):
+    config = dataclasses.replace(
+        TINY, trainable=TrainableConfig(vision=False, projector=True, decoder=False), global_batch_size=16
+    )
+    mesh = make_mesh(config.mesh)
+    _, gradients = jax.jit(lambda m, b: loss_and_gradients(m, b, config, mesh))(
+        tiny_model(), to_global_batch(rows, mesh)
+    )
+    assert {name.split(".")[0] for name in named_arrays(gradients)} == {"projector"}
+
+
+def test_the_compute_copy_rounds_matrices_only():
+    copy = step_module.compute_copy(tiny_model(), "bfloat16")
+    wide = {name for name, x in named_arrays(copy).items() if x.dtype == np.float32}
+    assert "decoder.embed_tokens" in wide, "its gradient adds up over a token's positions"
+    assert {name for name in wide if name.endswith("kernel")} == set()
