@@ -151,7 +151,7 @@ def count_collectives(text: str) -> dict[str, tuple[int, int]]:
                 match = re.search(rf"= (.*?) {kind}(-start)?\(", line)
                 if match:
                     found[kind][0] += times
-                    found[kind][1] += times * whole_bytes(match[1], kind, bool(match[2]))
+                    found[kind][1] += times * whole_bytes(match[1], kind, bool(match[2]), group_size(line))
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             repeated = times * int(trips[1]) if trips else times
             for key, names in re.findall(r"(body|to_apply|calls|true_computation|false_computation)=(%[\w.\-]+)", line):
@@ -179,8 +179,17 @@ def computations(text: str) -> dict[str, list[str]]:
     return bodies
 
 
-def whole_bytes(shape: str, kind: str, is_started: bool) -> int:
-    """Bytes of the whole arrays of a collective: the larger side. A started one names both sides."""
+def group_size(line: str) -> int:
+    """Devices that take part in a collective: {{0,1,2,3}} or, in short, [groups,devices]<=[...]."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    short = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(short[1]) if short else 1
+
+
+def whole_bytes(shape: str, kind: str, is_started: bool, num_devices: int) -> int:
+    """Bytes of the whole arrays of a collective: the larger side. A started one names both, another what comes out."""
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * DTYPE_BYTES[dtype]
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
@@ -189,4 +198,4 @@ def whole_bytes(shape: str, kind: str, is_started: bool) -> int:
     if is_started and kind in ("all-gather", "reduce-scatter"):
         half = len(sizes) // 2
         return max(sum(sizes[:half]), sum(sizes[half:]))
-    return sum(sizes)
+    return sum(sizes) * (num_devices if kind == "reduce-scatter" else 1)

@@ -17,8 +17,6 @@ Layer = TypeVar("Layer", bound=nnx.Module)
 
 ATTENTION_NAMES = ("attention_output", "attention_log_norm")
 """Checkpoint names that every attention gives what its backward pass needs."""
-GATHERED = "gathered_weights"
-"""Checkpoint name of a layer's weights brought together from the devices: never kept, always gathered again."""
 
 
 class Compute(NamedTuple):
@@ -133,11 +131,15 @@ def remat_layer(apply: Callable, remat: str, is_gathered: bool = False) -> Calla
     policies = jax.checkpoint_policies
     named = policies.save_only_these_names(*ATTENTION_NAMES)
     if remat == "none":
-        policy = policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(apply, policy=policy) if is_gathered else apply
+        return jax.checkpoint(apply, policy=all_but_gathered) if is_gathered else apply
     kept = {
         "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named),
         "attention": named,
         "full": None,
     }
     return jax.checkpoint(apply, policy=kept[remat])
+
+
+def all_but_gathered(primitive, *_, **__) -> bool:
+    """Checkpoint policy: keep everything but weights brought together from the devices, which are gathered again."""
+    return primitive.name != "all_gather"

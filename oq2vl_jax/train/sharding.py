@@ -15,12 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.model.layers import GATHERED
 
 LOGICAL_TO_MESH = {
     "embed": "fsdp", "vocab": None, "heads": None, "mlp": None, "patch": None, "position": None, "layers": None,
@@ -104,12 +102,7 @@ def layer_gather(stacked_dims: Any) -> Any:
     """A function that makes one layer of a stack whole, inside the scan over the stack (model.layers.Compute)."""
 
     def gather_layer(layer: Any) -> Any:
-        whole = jax.tree.map(
-            lambda x, dim: x if dim == WHOLE else jax.lax.all_gather(x, "fsdp", axis=dim - 1, tiled=True),
-            layer,
-            stacked_dims,
-        )
-        return jax.tree.map(lambda x: checkpoint_name(x, GATHERED), whole)
+        return gather(layer, jax.tree.map(lambda dim: dim if dim == WHOLE else dim - 1, stacked_dims))
 
     return gather_layer
 

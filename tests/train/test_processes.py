@@ -51,27 +51,34 @@ def records(run_dir):
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("sharding", ["zero1", "fsdp"])
-def test_two_processes_are_one_run(tmp_path, tiny_config, sharding):
-    flags = ("--log-every", "1", "--mesh.sharding", sharding, "--checkpoint.every-num-steps", "4")
-    run(tiny_config("alone", num_steps=4, log_every=1))
-    outputs = together(tmp_path / "both", "--num-steps", "4", *flags)
-    assert "done: step 4" in outputs[0]
+def equal_losses(ours, theirs):
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=LOSS_TOLERANCE)
+
+
+def test_two_processes_are_one_run(tmp_path, tiny_config):
+    run(tiny_config("alone", num_steps=2, log_every=1))
+    outputs = together(tmp_path / "both", "--num-steps", "2", "--log-every", "1")
+    assert "done: step 2" in outputs[0]
     assert "step" not in outputs[1], "the first process speaks for all"
-    alone, both = records(tmp_path / "alone"), records(tmp_path / "both")
-    assert [record["step"] for record in both] == [record["step"] for record in alone]
-    for ours, theirs in zip(both, alone, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_TOLERANCE)
-    if sharding == "fsdp":
-        return
-    # stopped by SIGTERM, they agree on a step, save, and go on together to the same end
+    equal_losses(records(tmp_path / "both"), records(tmp_path / "alone"))
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_go_on_together(tmp_path, tiny_config):
+    """FSDP over both; SIGTERM makes them agree on a step and save; one process goes on from their checkpoint."""
+    flags = ("--log-every", "1", "--mesh.sharding", "fsdp")
     seen = tmp_path / "stopped" / "metrics.jsonl"
-    stopped = together(
+    outputs = together(
         tmp_path / "stopped", "--num-steps", "400", *flags, stop_when=lambda: seen.exists() and "\n" in seen.read_text()
     )
-    assert "checkpoint saved" in stopped[0]
+    assert "checkpoint saved" in outputs[0]
     step = max(int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir())
     assert 1 <= step < 400
+    assert run(tiny_config("stopped", num_steps=400, log_every=1), stop_at_step=step + 2) is None
+    run(tiny_config("alone", num_steps=400, log_every=1), stop_at_step=step + 2)
+    equal_losses(records(tmp_path / "stopped"), records(tmp_path / "alone"))
 
 
 def test_three_numbers_belong_together(tmp_path):

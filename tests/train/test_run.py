@@ -64,7 +64,7 @@ def test_loss_on_a_4x2_mesh_equals_1x1():
     # a large eps: with Adam's 1e-8 a gradient of 1e-9 moves a parameter by its sign, which rounding decides
     smooth = dataclasses.replace(TINY, optimizer=dataclasses.replace(TINY.optimizer, eps=1e-2))
     losses, norms, parameters = train_steps(smooth, one_device_mesh())
-    for data, fsdp, sharding in ((4, 2, "zero1"), (4, 2, "fsdp"), (1, 8, "fsdp")):
+    for data, fsdp, sharding in ((4, 2, "zero1"), (1, 8, "fsdp")):
         config = dataclasses.replace(smooth, mesh=MeshConfig(data, fsdp, sharding))
         mesh_losses, mesh_norms, mesh_parameters = train_steps(config, make_mesh(config.mesh))
         worst = max(np.abs(mesh_parameters[name] - value).max() for name, value in parameters.items())
