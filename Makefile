@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test bridge-full-size lint clean-demo
+.PHONY: demo test test-plan bench-peers bridge-full-size lint clean-demo
 
 # Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
-demo: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
+MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
+demo: export GLIBC_TUNABLES := $(MALLOC)
 demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.demo.easy_vqa --out $(DEMO)/data
 	$(BIN)/python -m oq2vl_jax.data.filter configs/filter_easy_vqa.toml --metadata '$(DEMO)/data/captions/*.parquet' \
@@ -39,6 +40,16 @@ bridge-full-size: .venv/.test-installed
 # A process per core: compiling for the tests is most of the time.
 test: .venv/.test-installed
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Compiles the published step for GPUs that are not there: 5 GB of CUDA packages.
+test-plan: .venv/.test-installed
+	$(BIN)/python -m pip install --quiet --editable '.[plan]'
+	$(BIN)/python -m pytest -m plan tests/bench -s
+
+# Our step against PyTorch's on whatever device is here, same weights and rows, in turns: about 5 minutes on two cores.
+bench-peers: export GLIBC_TUNABLES := $(MALLOC)
+bench-peers: .venv/.test-installed
+	$(BIN)/python -m tests.peers.compare configs/bench_mid.py
 
 lint: .venv/.test-installed
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright

@@ -1,6 +1,7 @@
 """For measuring on two CPU cores only: width 512, 8 layers, the full vocabulary, four captions a row of 1,024.
 
     python -m oq2vl_jax.bench step configs/bench_mid.py
+    python -m oq2vl_jax.train configs/bench_mid.py --data.sources PACKED      # rows of 1,024 tokens, 4 images
 
 make bench-peers compares it with PyTorch. A caption has 225 visual tokens here, so that four of them fill a row.
 """

@@ -36,7 +36,7 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """What JAX may take when it is told to (runtime.MEMORY_FRACTION); the rest is CUDA's and the libraries'."""
+        """What JAX may take when it is told to (runtime.set_environment); the rest is CUDA's and the libraries'."""
         return int(USABLE_SHARE * self.memory_bytes)
 
     def target_config(self) -> str:

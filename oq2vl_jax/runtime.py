@@ -5,6 +5,8 @@ ends the process, so there is one table of them, and a test that starts jax with
 """
 
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,10 @@ GPU_FLAGS = {"--xla_gpu_enable_latency_hiding_scheduler": "true"}
 """Collectives run beside computation; without it jax 0.11 compiled them one after the other. Known to 0.10 and 0.11."""
 COMPILE_ONLY_FLAGS = {"--xla_gpu_enable_triton_gemm": "false"}
 """For compiling without the device (bench plan): Triton's matrix products are tuned by running them."""
+
+
+CONNECT_SECONDS = 120.0
+"""How long a process waits for the first one."""
 
 
 class Processes(NamedTuple):
@@ -49,8 +55,12 @@ def start_processes(processes: Processes) -> None:
     given = [value is not None for value in processes]
     if any(given) and not all(given):
         raise UserError("--coordinator, --num-processes and --process-id belong together; give all three.")
+    if processes.coordinator and processes.coordinator.rpartition(":")[0] == "":
+        raise UserError(f"--coordinator = {processes.coordinator!r}, expected HOST:PORT.")
     if all(given) and not 0 <= (processes.index or 0) < (processes.count or 0):
         raise UserError(f"--process-id = {processes.index} is not one of --num-processes = {processes.count}.")
+    if processes.index:  # jax ends the process where it does not find the first one in time
+        wait_for_port(processes.coordinator or "", CONNECT_SECONDS)
     try:
         jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
     except (ValueError, RuntimeError) as error:
@@ -58,6 +68,25 @@ def start_processes(processes: Processes) -> None:
             f"the processes did not come together ({str(error).splitlines()[0]}); outside of Slurm and Open MPI, name "
             "--coordinator HOST:PORT --num-processes N --process-id I."
         ) from error
+
+
+def wait_for_port(address: str, seconds: float) -> None:
+    """Returns once somebody listens at HOST:PORT. Raises UserError when nobody does in time."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        raise UserError(f"--coordinator = {address!r}, expected HOST:PORT.")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--coordinator {address}: nobody answered for {seconds:.0f} s ({error}); is the process with "
+                    "--process-id 0 running there?"
+                ) from error
+            time.sleep(0.2)
 
 
 def is_first_process() -> bool:
@@ -74,6 +103,18 @@ def wait_for_all(name: str) -> None:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices(name)
+
+
+def any_process(answer: bool) -> bool:
+    """True everywhere if one process says so."""
+    import jax
+
+    if jax.process_count() == 1:
+        return answer
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(np.any(process_allgather(np.array([answer]))))
 
 
 def whole_array(array: Any) -> Any:

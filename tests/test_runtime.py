@@ -31,7 +31,7 @@ def test_every_flag_is_known_to_xla():
 
 def test_the_compilation_cache_lies_beside_the_runs(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment["XLA_FLAGS"] = ""  # one device: less to compile
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device: less to compile
     command = [sys.executable, "-m", "oq2vl_jax.train", "configs/tiny.py", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run([*command, "--num-steps", "1"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

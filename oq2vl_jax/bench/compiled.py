@@ -127,7 +127,7 @@ def named_temporaries(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
     trained, _ = split_trainable(model, config.trainable)
     if config.mesh.sharding == "zero1":
         return total_bytes(model), 4 * sum(x.size for x in jax.tree.leaves(trained))
-    layers = total_bytes(model.decoder.layers)
+    layers = total_bytes(trained.decoder.layers)
     held = total_bytes(model) - layers + layers // config.model.decoder.num_layers
     wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
     return held, bytes_per_device(wide, parameter_shardings(trained, mesh))

@@ -42,7 +42,9 @@ def measure(options: Data) -> list[dict[str, Any]]:
     data = dataclasses.replace(config.data, sources=options.sources or config.data.sources, **changes)
     if not data.sources or data.packing == "online":
         raise UserError("bench data reads packed folders; name them with --sources.")
-    rows = options.global_rows or config.global_batch_size
+    rows = config.global_batch_size if options.global_rows is None else options.global_rows
+    if min(options.num_batches, rows) < 1 or (options.step_seconds or 0) < 0:
+        raise UserError("--num-batches and --global-rows must be at least 1, --step-seconds at least 0.")
     loader = make_loader(data, config.model, rows, config.seed)
     try:
         batches = iter(loader)

@@ -52,6 +52,8 @@ def measure(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON object; see show for what is in it."""
     device = None if plan.device == "cpu" else find_device(plan.device)
     config = load_config(plan.config)
+    if min(plan.num_devices, *plan.rows, *plan.scaling, plan.text_tokens_per_image or 1) < 1:
+        raise UserError("--num-devices, --rows, --scaling and --text-tokens-per-image must be at least 1.")
     largest = max(plan.scaling or (plan.num_devices,))
     prepare_jax(device, largest)
     if plan.scaling:
@@ -61,8 +63,12 @@ def measure(plan: Plan) -> dict[str, Any]:
     if plan.search:
         tried = search(config, device, plan)
         fitting = [row for row in tried if row["fits"]]
-        best = min(fitting, key=lambda row: row["seconds_at_peak_with_communication"], default=None)
-        result |= {"tried": tried, "best": best, "command": command(plan, best) if best else None}
+        if device is None:  # without rates: the least recomputation, then the fewest bytes
+            best = min(fitting, key=lambda row: (row["executed_tflop_per_row"], row["peak_gib"]), default=None)
+        else:
+            best = min(fitting, key=lambda row: row["seconds_at_peak_with_communication"], default=None)
+        mesh = as_it_stands["mesh"]
+        result |= {"tried": tried, "best": best, "command": command(plan, best, mesh) if best else None}
     return result
 
 
@@ -103,7 +109,7 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
     data, fsdp = mesh_shape(config, num_devices)
     mesh = mesh_of(device, num_devices, data, fsdp)
     compiled = compile_step(config, mesh)
-    rows = config.rows_per_device or config.global_batch_size // num_devices
+    rows = microbatch_rows(config, num_devices)
     usable = device.usable_bytes if device else None
     return {
         "sharding": config.mesh.sharding,
@@ -124,11 +130,16 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
     }
 
 
+def microbatch_rows(config: TrainConfig, num_devices: int) -> int:
+    return config.rows_per_device or config.global_batch_size // num_devices
+
+
 def mesh_shape(config: TrainConfig, num_devices: int) -> tuple[int, int]:
-    """(data, fsdp): as configured where that fits, else parameters over the GPUs of a node."""
-    fsdp = config.mesh.fsdp if config.mesh.fsdp != -1 else min(num_devices, NODE_DEVICES)
-    if num_devices % fsdp:
-        raise UserError(f"mesh.fsdp = {fsdp} does not divide {num_devices} devices.")
+    """(data, fsdp): as configured where both numbers are given, else parameters over the GPUs of a node."""
+    data, fsdp = config.mesh.data, config.mesh.fsdp
+    if min(data, fsdp) > 0 and data * fsdp == num_devices:
+        return data, fsdp
+    fsdp = NODE_DEVICES if num_devices % NODE_DEVICES == 0 else num_devices
     return num_devices // fsdp, fsdp
 
 
@@ -136,11 +147,10 @@ def floor(
     config: TrainConfig, device: Device | None, num_devices: int, compiled: "Compiled", plan: Plan
 ) -> dict[str, Any]:
     """FLOPs of a row by the model's formula, and times at the device's peak and its links' rates."""
-    from oq2vl_jax.train.flops import caption_row, executed_flops, model_flops
+    from oq2vl_jax.train.flops import executed_flops, model_flops, typical_row
 
-    default = 27 if config.data.template == "plain" else 260
-    row = caption_row(config, plan.text_tokens_per_image or default)
-    rows = config.rows_per_device or config.global_batch_size // num_devices
+    row = typical_row(config, plan.text_tokens_per_image)
+    rows = microbatch_rows(config, num_devices)
     needed, executed = model_flops(config, row), executed_flops(config, row, rows, 1)
     found = {
         "images_per_row": round(row.images, 2),
@@ -191,6 +201,7 @@ def scaling_row(config: TrainConfig, device: Device | None, num_devices: int, pl
         "mesh": f"{found['mesh']['data']} x {found['mesh']['fsdp']}",
         "rows_per_step": candidate.global_batch_size,
         "peak_gib": found["peak_gib"],
+        "fits": found["fits"],
         "compute_ms_at_peak": compute,
         "communication_ms": communication,
         "efficiency_nothing_hidden": round(compute / (compute + communication), 4),
@@ -198,9 +209,10 @@ def scaling_row(config: TrainConfig, device: Device | None, num_devices: int, pl
     }
 
 
-def command(plan: Plan, best: dict) -> str:
+def command(plan: Plan, best: dict, mesh: dict) -> str:
     return (
-        f"python -m oq2vl_jax.train {plan.config} --mesh.sharding {best['sharding']} "
+        f"python -m oq2vl_jax.train {plan.config} --mesh.data {mesh['data']} --mesh.fsdp {mesh['fsdp']} "
+        f"--mesh.sharding {best['sharding']} "
         f"--rows-per-device {best['rows_per_microbatch']} --remat {best['remat']}"
     )
 
@@ -248,6 +260,8 @@ def show(result: dict[str, Any]) -> None:
             f"floor: {plan['floor_ms_per_step']:,} ms per step, {plan['floor_tokens_per_second_per_gpu']:,} tokens/s a "
             f"GPU (MFU {plan['mfu_at_floor']}); communication {plan['communication_ms_per_step']:,} ms, nothing hidden"
         )
-    if "tried" in result:
+    if "tried" in result and not result["tried"]:
+        console.print("\nno number of --rows divides the rows of a device")
+    elif "tried" in result:
         print_rows("\nwhat fits", result["tried"])
         console.print(f"\n{result['command']}" if result["command"] else "\nnothing fits; try --rows 1 or more GPUs.")

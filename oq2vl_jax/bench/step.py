@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import set_environment
 
 
@@ -42,6 +43,8 @@ class Step:
 
 def measure(options: Step) -> dict[str, Any]:
     """Every figure of the docstring, with what it was measured on."""
+    if options.num_steps < 1 or options.warmup_steps < 0:
+        raise UserError("--num-steps must be at least 1, --warmup-steps at least 0.")
     set_environment()
     config = configured(options)
     import jax
@@ -72,7 +75,7 @@ def measure(options: Step) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[options.warmup_steps :])
     needed = model_flops(config, work)
-    executed = executed_flops(config, work, rows_per_device(config, mesh), config.global_batch_size / mesh.size)
+    executed = executed_flops(config, work, rows_per_device(config, mesh), config.global_batch_size)
     kind = jax.devices()[0].device_kind
     device, memory = device_of_kind(kind), jax.local_devices()[0].memory_stats() or {}
     result = {

@@ -1,19 +1,19 @@
-"""Packed rows without a data set: real lengths, real numbers of images, random contents. Only numpy."""
+"""Packed rows without a data set: real lengths, real numbers of images, random contents."""
 
 import numpy as np
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.train.flops import text_tokens
 
-TEXT_TOKENS = {"plain": (27, 0.5), "conversation": (260, 0.7)}
-"""Mean and log-normal sigma of the text of a document: captions (27 of 171 tokens, as in the published mixture), or
-conversations about a picture (modelled on LLaVA-665k, as in bench/tuning.py)."""
+SIGMA = 0.6
+"""Of the log-normal length of a document's text, around train/flops.py's typical number of tokens."""
 
 
 def make_rows(config: TrainConfig, num_rows: int, seed: int = 0) -> Batch:
     """A batch of rows filled with documents of one image and some text each, until tokens or image slots end.
 
-    The text is labelled; ids are random below the image token and the vocabulary.
+    All of the text is labelled (of conversations only answers would be); ids are random.
     """
     rng = np.random.default_rng(seed)
     num_tokens, visual = config.data.num_tokens, config.model.num_visual_tokens
@@ -36,11 +36,11 @@ def make_rows(config: TrainConfig, num_rows: int, seed: int = 0) -> Batch:
 
 
 def documents(config: TrainConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(start, length) of the documents of one row. The last one takes what is left if that is about a document."""
-    mean, sigma = TEXT_TOKENS["plain" if config.data.template == "plain" else "conversation"]
+    """(start, length) of the documents of one row; the last one is cut where the row ends, text first."""
+    mean = text_tokens(config)
     visual, placed, start = config.model.num_visual_tokens, [], 0
     while len(placed) < config.data.max_images:
-        text = max(2, int(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma)))
+        text = max(2, int(rng.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA)))
         length = min(visual + text, config.data.num_tokens - start)
         if length < visual + 2:
             break

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 ATTENTION_NAMES = ("attention_output", "attention_log_norm")
-"""Checkpoint names that every attention gives what its backward pass needs."""
+"""Checkpoint names that packed attention gives what its backward pass needs; the reference has the first one only, and
+computes its scores again."""
 
 
 class Compute(NamedTuple):

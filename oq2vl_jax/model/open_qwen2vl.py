@@ -69,17 +69,18 @@ class OpenQwen2VL(nnx.Module):
             patches = self.vision(normalize(chunk, compute.dtype), compute)
             return adaptive_average_pool(patches, self.config.num_visual_tokens)
 
-        if num_images is None or len(images) <= IMAGES_PER_CHUNK:
+        if num_images is None:
             return self.projector(features(images))
-        padded = jnp.pad(images, ((0, -len(images) % IMAGES_PER_CHUNK), *((0, 0),) * 3))
-        chunks = padded.reshape(-1, IMAGES_PER_CHUNK, *images.shape[1:])
-        shape = (IMAGES_PER_CHUNK, self.config.num_visual_tokens, self.config.vision.hidden_size)
+        size = min(IMAGES_PER_CHUNK, len(images))
+        padded = jnp.pad(images, ((0, -len(images) % size), *((0, 0),) * 3))
+        chunks = padded.reshape(-1, size, *images.shape[1:])
+        shape = (size, self.config.num_visual_tokens, self.config.vision.hidden_size)
 
         def encode_chunk(_, chunk_and_start):
             chunk, start = chunk_and_start
             return None, jax.lax.cond(start < num_images, features, lambda _: jnp.zeros(shape, compute.dtype), chunk)
 
-        _, pooled = jax.lax.scan(encode_chunk, None, (chunks, jnp.arange(0, len(padded), IMAGES_PER_CHUNK)))
+        _, pooled = jax.lax.scan(encode_chunk, None, (chunks, jnp.arange(0, len(padded), size)))
         return self.projector(pooled.reshape(-1, *shape[1:])[: len(images)])
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

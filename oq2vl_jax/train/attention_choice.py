@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.model.attention import attention, packed_mask
 from oq2vl_jax.model.attention_kernel import is_supported
-from oq2vl_jax.runtime import is_first_process
+from oq2vl_jax.runtime import any_process, is_first_process
 
 SHORT_ROW_TOKENS = 512
 CHECK_LENGTHS = (163, 80, 72, 5)
@@ -56,13 +56,13 @@ def checked_attention(config: TrainConfig, mesh: Mesh) -> TrainConfig:
     name = choice.name
     if name == "kernel":
         problem = kernel_problem(config)
-        if problem:
-            name = "blocked"
+        if any_process(problem is not None):  # all of them must compile the same program
+            name, problem = "blocked", problem or "it failed in another process"
             print(
                 f"WARNING: attention kernel not used: {problem}. Using blocked attention.", file=sys.stderr, flush=True
             )
     if is_first_process():
-        print(f"attention: {name} ({choice.reason})", flush=True)
+        print(f"attention: {name} ({choice.reason})", file=sys.stderr, flush=True)
     return dataclasses.replace(config, attention="kernel" if name == "kernel_interpreted" else name)
 
 
@@ -80,12 +80,12 @@ def kernel_problem(config: TrainConfig, implementation: str = "kernel") -> str |
         "images": ((2, vision.num_heads, vision.num_heads, vision.head_dim), None),
     }
     for what, (shape, documents) in cases.items():
-        arrays = random_heads(*shape, config.compute_dtype)
+        arrays = random_heads(shape, config.compute_dtype)
         try:
-            found = values_and_gradients(implementation, documents, *arrays)
+            found = values_and_gradients(implementation, documents, arrays)
         except Exception as error:  # a compiler's own, of any kind
             return f"{what}: it does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        expected = values_and_gradients("xla", documents, *arrays)
+        expected = values_and_gradients("xla", documents, arrays)
         for name, ours, theirs in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             if not error < CHECK_TOLERANCE:
@@ -93,14 +93,17 @@ def kernel_problem(config: TrainConfig, implementation: str = "kernel") -> str |
     return None
 
 
-def random_heads(rows: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> list[jax.Array]:
-    """q, k, v and the cotangent of the output."""
+def random_heads(shape: tuple[int, int, int, int], dtype: str) -> list[jax.Array]:
+    """q, k, v and the cotangent of the output. shape: rows, query heads, kv heads, width of a head."""
+    rows, num_heads, num_kv_heads, head_dim = shape
     rng, length = np.random.default_rng(0), sum(CHECK_LENGTHS)
     heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
     return [jnp.asarray(rng.normal(size=(rows, length, n, head_dim)), dtype) for n in heads]
 
 
-def values_and_gradients(implementation: str, documents, q, k, v, cotangent) -> list[np.ndarray]:
+def values_and_gradients(
+    implementation: str, documents: tuple[jax.Array, jax.Array] | None, arrays: list[jax.Array]
+) -> list[np.ndarray]:
     """Output, dq, dk, dv; documents: (segment_ids, positions), or None for images. Padding is set to zero."""
     is_real = True if documents is None else (documents[0] > 0)[..., None, None]
 
@@ -113,4 +116,4 @@ def values_and_gradients(implementation: str, documents, q, k, v, cotangent) -> 
         value, pull_back = jax.vjp(attended, q, k, v)
         return value, *pull_back(jnp.where(is_real, cotangent, 0).astype(value.dtype))
 
-    return [np.asarray(x, np.float32) for x in run(q, k, v, cotangent)]
+    return [np.asarray(x, np.float32) for x in run(*arrays)]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig, flatten, load_config
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train.checkpoint import load_description
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
@@ -40,6 +39,8 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         problems.append(f"optimizer.learning_rate = {config.optimizer.learning_rate}, expected more than 0")
     if config.data.window < 1:
         problems.append("data.window must be at least 1")
+    if config.data.num_workers < 0 or (config.data.num_threads is not None and config.data.num_threads < 1):
+        problems.append("data.num_threads must be at least 1, data.num_workers at least 0")
     rates = ("vision", "projector", "decoder")
     own = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
     problems += [
@@ -84,6 +85,8 @@ def check_same_model(source: Path, config: TrainConfig) -> None:
 
     Only the number of visual tokens may change: the projector's weights are the same at every resolution.
     """
+    from oq2vl_jax.train.checkpoint import load_description  # Orbax, which bench step does without
+
     there, here = flatten(load_description(source).model), flatten(config.model)
     changed = [key for key in here if key != "num_visual_tokens" and there[key] != here[key]]
     if changed:

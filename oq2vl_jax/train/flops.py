@@ -10,8 +10,9 @@ parts two, a frozen one with nothing to train below it one (arXiv 2204.02311, ap
     vision      2 x matrix parameters x patches + 4 x width x P^2 a block, of the blocks that run
     projector   2 x its parameters x visual tokens
 
-Executed FLOPs count what the device is asked to do: logits of labelled positions only, layers computed again for the
-backward pass, images that pad the last chunk of the encoder.
+Executed FLOPs come nearer to what the device is asked to do: logits of labelled positions only, layers computed again
+for the backward pass, images that pad the last chunk of the encoder. What attention computes beyond its pairs (masked
+parts of tiles, scores again in its backward pass) is left out: it is under 1 % of a row of captions.
 """
 
 from typing import NamedTuple
@@ -19,8 +20,12 @@ from typing import NamedTuple
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.model.open_qwen2vl import IMAGES_PER_CHUNK
 
-LABELLED_SHARE = 0.16
-"""Of the positions of packed captions: 27 of 171 tokens carry a label."""
+TEXT_TOKENS = {"plain": 27, "conversation": 260}
+"""Text tokens of a typical document with one image: captions as in the published mixture, conversations as in LLaVA."""
+
+
+def text_tokens(config: TrainConfig) -> int:
+    return TEXT_TOKENS["plain" if config.data.template == "plain" else "conversation"]
 
 
 class Work(NamedTuple):
@@ -46,10 +51,11 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def caption_row(config: TrainConfig, text_tokens_per_image: int = 27) -> Work:
-    """A full row of documents of one image and that much text; full rows of one document with attention_scope row."""
-    tokens = config.data.num_tokens
-    images = min(config.data.max_images, tokens / (config.model.num_visual_tokens + text_tokens_per_image))
+def typical_row(config: TrainConfig, text_tokens_per_image: int | None = None) -> Work:
+    """A full row of documents of one image and some text each, the text labelled; with attention_scope row they are
+    one document. None: the text of a typical one."""
+    tokens, text_tokens_per_image = config.data.num_tokens, text_tokens_per_image or text_tokens(config)
+    images = min(max(config.data.max_images, 1), tokens / (config.model.num_visual_tokens + text_tokens_per_image))
     length = tokens if config.data.attention_scope == "row" else tokens / images
     return Work(tokens, images, tokens * (length + 1) / 2, images * text_tokens_per_image)
 

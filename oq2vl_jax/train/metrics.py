@@ -166,7 +166,7 @@ class StepReporter:
     ):
         self._log = MetricsLog(run_dir, start_step)
         self._progress = Progress(config.num_steps, start_step, is_quiet)
-        self._trackers = trackers or []
+        self._trackers, self._is_quiet = trackers or [], is_quiet
         local = jax.local_devices()
         self._throughput = Throughput(num_processes, len(local), device_of_kind(local[0].device_kind))
         self._num_steps, self._log_every = config.num_steps, config.log_every
@@ -191,6 +191,8 @@ class StepReporter:
         self._write({"step": step, **numbers})
         for tracker in self._trackers:
             tracker.log_samples(step, samples, page)
+        if self._is_quiet:
+            return
         shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         print(f"step {step}/{self._num_steps}  {shown}" + (f"  samples {page}" if page else ""), flush=True)
 

@@ -64,14 +64,17 @@ def scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
 def decay_mask(parameters: Any) -> Any:
     """True for matrices; False for biases and norm scales, whose stacked form [layers, dim] has two axes as well."""
 
-    def is_matrix(node):
-        if not isinstance(node, nnx.Param):
+    def mark(node):
+        if not isinstance(node, nnx.Param) or node.get_value() is None:  # None: a part that split_trainable left out
             return node
-        if node.get_value() is None:  # a part that split_trainable left out
-            return node
-        return node.replace(sum(name != "layers" for name in node.axes) > 1)
+        return node.replace(is_matrix(node))
 
-    return jax.tree.map(is_matrix, parameters, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return jax.tree.map(mark, parameters, is_leaf=lambda node: isinstance(node, nnx.Param))
+
+
+def is_matrix(parameter: nnx.Param) -> bool:
+    """Whether a parameter has two axes or more besides the one that stacks layers."""
+    return sum(name != "layers" for name in parameter.axes) > 1
 
 
 def split_trainable(model: Any, trainable: TrainableConfig) -> tuple[Any, Any]:

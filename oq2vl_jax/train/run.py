@@ -42,15 +42,16 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     """See run; leaves after a checkpoint when is_terminated(step) says so."""
     mesh = make_mesh(config.mesh)
     check_config(config, mesh.size)
+    computed = checked_attention(config, mesh)  # what is compiled; the configuration as it was given is what is saved
     run_dir = Path(config.run_dir)
     use_compilation_cache(run_dir.absolute().parent)
     loader, tokenizer, fingerprint = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
-    evaluator = Evaluator(config, mesh) if config.evaluation.sources else None
+    evaluator = Evaluator(computed, mesh) if config.evaluation.sources else None
     state = start_state(config, mesh, checkpointer, loader, fingerprint, tokenizer)
     write_config(config, run_dir)
-    train_step = compile_train_step(checked_attention(config, mesh), mesh)
+    train_step = compile_train_step(computed, mesh)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
     reporter = make_reporter(config, run_dir, start_step)
@@ -182,7 +183,8 @@ def start_state(
                 "back, or start another run with --init-from."
             )
         loader.set_state(loader_state["position"])
-        print(f"resuming from step {step}")
+        if is_first_process():
+            print(f"resuming from step {step}")
         return state
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
     if config.init_from is None:

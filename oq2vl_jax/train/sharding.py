@@ -5,8 +5,8 @@ itself runs on each device alone (jax.shard_map) and brings weights and gradient
 
     mesh.sharding   zero1                                  fsdp
     weights         gathered once a step, all of them      gathered layer by layer, in every pass
-    gradients       summed over microbatches in float32,   scattered layer by layer, summed over microbatches
-                    then reduced and scattered once        where they belong
+    gradients       summed over microbatches in float32,   reduced and scattered layer by layer in the type of the
+                    then reduced and scattered once        computation, summed in float32 where they belong
 """
 
 import math
@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.optimizer import is_matrix
 
 LOGICAL_TO_MESH = {
     "embed": "fsdp", "vocab": None, "heads": None, "mlp": None, "patch": None, "position": None, "layers": None,
@@ -59,7 +60,7 @@ def parameter_shardings(model: Any, mesh: Mesh) -> Any:
         if value is None:  # a part that split_trainable left out
             return node
         axes = [LOGICAL_TO_MESH[name] for name in node.axes]
-        matrix = sum(name != "layers" for name in node.axes) > 1
+        matrix = is_matrix(node)
         sizes = [mesh.shape[axis] if axis else 1 for axis in axes]
         spec = [
             axis if matrix and dim % size == 0 else None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -19,7 +20,7 @@ from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import fused, unfused
 from oq2vl_jax.train.attention_choice import choose_attention
 from oq2vl_jax.train.cross_entropy import cross_entropy_sum
-from oq2vl_jax.train.optimizer import make_optimizer, make_schedule, merge_parts, split_trainable
+from oq2vl_jax.train.optimizer import is_matrix, make_optimizer, make_schedule, merge_parts, split_trainable
 from oq2vl_jax.train.sharding import (
     ROW_AXES,
     WHOLE,
@@ -90,16 +91,15 @@ def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> 
 def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
     """The weights as a step reads them: matrices in `dtype`, the decoder's fused. Made once a step, share by share.
 
-    The embedding stays float32: its gradient adds up over all positions of a token, which bfloat16 would round away.
+    Vectors stay float32, and the embedding: its gradient adds up over all positions of a token, which bfloat16 would
+    round away.
     """
 
-    def is_stored_wide(path) -> bool:
-        return any(getattr(key, "name", None) in ("embed_tokens", "lm_head") for key in path)
+    def cast(node):
+        is_wide = not isinstance(node, nnx.Param) or not is_matrix(node) or "vocab" in node.axes
+        return node if is_wide else node.replace(node.get_value().astype(dtype))
 
-    def cast(path, x):
-        return x if x.ndim < 2 or is_stored_wide(path) else x.astype(dtype)
-
-    copy = jax.tree_util.tree_map_with_path(cast, model)
+    copy = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, nnx.Param))
     copy.decoder.layers = fused(copy.decoder.layers)
     return copy
 

@@ -96,15 +96,16 @@ def test_the_best_is_the_fastest_that_fits(monkeypatch):
         seconds = {"none": 1.0, "dots": 1.1, "attention": 1.3, "full": 1.4}[remat] - 0.01 * rows
         fits = {"none": 0, "dots": 1, "attention": 2, "full": 4}[remat] >= rows
         return {
-            "sharding": config.mesh.sharding, "rows_per_microbatch": rows, "remat": remat, "peak_gib": 1.0,
-            "fits": fits, "executed_tflop_per_row": 1.0, "seconds_at_peak_with_communication": seconds,
+            "sharding": config.mesh.sharding, "mesh": {"data": 1, "fsdp": 8}, "rows_per_microbatch": rows,
+            "remat": remat, "peak_gib": 1.0, "fits": fits, "executed_tflop_per_row": 1.0,
+            "seconds_at_peak_with_communication": seconds,
         }  # fmt: skip
 
     monkeypatch.setattr(plan, "examine", examined)
     monkeypatch.setattr(plan, "prepare_jax", lambda device, num_devices: None)
     result = plan.measure(plan.Plan("configs/pretrain.py", json=True))
     assert result["best"]["remat"] == "dots"
-    assert "--mesh.sharding zero1 --rows-per-device 1 --remat dots" in result["command"]
+    assert "--mesh.data 1 --mesh.fsdp 8 --mesh.sharding zero1 --rows-per-device 1 --remat dots" in result["command"]
     assert not any(row["remat"] == "none" and row["rows_per_microbatch"] > 1 for row in result["tried"]), (
         "1 did not fit"
     )

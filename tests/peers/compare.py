@@ -7,10 +7,13 @@ the median seconds of a step, how many times as fast ours is, and the first loss
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+
+from oq2vl_jax.runtime import set_environment
 
 SIDES = ("ours", "published", "best")
 
@@ -77,6 +80,11 @@ def ask(worker: subprocess.Popen, word: str | None = None) -> dict:
 
 def serve_steps(side: str, path: str, global_rows: int | None) -> None:
     """One step for each line of standard input."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share a GPU
+    if side == "ours":
+        set_environment()
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"
     config, rows, arrays = prepared(path, global_rows)
     step, about = (our_step if side == "ours" else torch_step)(side, config, rows, arrays)
     print(json.dumps(about), flush=True)
@@ -106,13 +114,11 @@ def prepared(path: str, global_rows: int | None):
 def our_step(side, config, rows, arrays):
     import jax
 
-    from oq2vl_jax.runtime import set_environment
     from oq2vl_jax.train.attention_choice import checked_attention
     from oq2vl_jax.train.checkpoint import from_named_arrays
     from oq2vl_jax.train.sharding import make_mesh, to_global_batch
     from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 
-    set_environment()
     mesh = make_mesh(config.mesh)
     config = checked_attention(config, mesh)
     shardings = state_shardings(config, mesh)

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
 from oq2vl_jax.config import load_config
-from oq2vl_jax.train.flops import Work, caption_row, executed_flops, forward_flops, model_flops
+from oq2vl_jax.train.flops import Work, executed_flops, forward_flops, model_flops, typical_row
 from oq2vl_jax.train.metrics import work_of
 from tests.train.conftest import TINY, tiny_model
 
@@ -49,7 +49,7 @@ def test_forward_formula_equals_the_traced_products():
 
 def test_the_published_row_is_the_one_of_the_performance_notes():
     config = load_config("configs/pretrain.py")
-    needed = model_flops(config, caption_row(config))
+    needed = model_flops(config, typical_row(config))
     teraflops = {part: round(value / 1e12, 1) for part, value in needed._asdict().items()}
     assert teraflops == {"decoder": 32.2, "logits": 5.7, "attention": 0.2, "vision": 15.4, "projector": 0.1}
     assert round(needed.total / 1e12, 1) == 53.6
@@ -57,7 +57,7 @@ def test_the_published_row_is_the_one_of_the_performance_notes():
 
 def test_recomputation_and_padding_are_executed_but_not_needed():
     config = load_config("configs/pretrain.py")
-    row = caption_row(config)
+    row = typical_row(config)
     needed = model_flops(config, row)
     kept, again = (executed_flops(dataclasses.replace(config, remat=remat), row, 2, 1) for remat in ("dots", "full"))
     assert kept.decoder == needed.decoder
