@@ -12,8 +12,10 @@ from oq2vl_jax.model.attention import causal_segment_mask
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL, flat_images, merge_visual_tokens
 from oq2vl_jax.model.qwen2 import Qwen2Decoder, rope_table
+from oq2vl_jax.train.checkpoint import named_arrays
 
 ALONE_TOLERANCE = 2e-5  # of the largest hidden value; measured 0 on this CPU
+REMAT_TOLERANCE = 1e-5  # of a parameter's largest gradient; measured 1.5e-6
 IMAGE = 60
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=16, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=3, num_heads=2),
@@ -158,13 +160,19 @@ def test_remat_changes_nothing(model):
     rng = np.random.default_rng(5)
     tokens, images, segments, positions = (jnp.asarray(x[None]) for x in make_row(rng, [6, 7], [1, 1]))
 
-    def loss(model, remat):
-        return (model(tokens, images, segments, positions, Compute(remat=remat)) ** 2).sum()
+    weights = rng.normal(size=(*tokens.shape, CONFIG.decoder.hidden_size))  # the norm makes a plain square constant
 
-    plain = jax.grad(loss)(model, "none")
+    def loss(model, remat):
+        return (weights * model(tokens, images, segments, positions, Compute(remat=remat))).sum()
+
+    gradient_of = jax.jit(jax.grad(loss), static_argnums=1)
+    plain = named_arrays(gradient_of(model, "none"))
+    plain.pop("vision.layers.self_attn.k_proj.bias")  # softmax does not depend on it: its gradient is rounding alone
     for remat in ("dots", "attention", "full"):
-        gradient = jax.grad(loss)(model, remat)
-        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-5), plain, gradient)))
+        gradient = named_arrays(gradient_of(model, remat))
+        errors = {name: jnp.abs(gradient[name] - x).max() / jnp.abs(x).max() for name, x in plain.items()}
+        print(remat, max(errors.values()))
+        assert max(errors.values()) < REMAT_TOLERANCE
 
 
 def test_a_wrong_shape_is_named(model):
