@@ -1,7 +1,8 @@
 """Our train step against PyTorch's, on the same weights and the same rows, in turns: `make bench-peers`.
 
-Each side lives in a process of its own and waits for its turn, so that one does not run on the other's cores. Prints
-the median seconds of a step, how many times as fast ours is, and the first losses beside what our model says of them.
+Each side has the machine to itself when it is its turn: a process that is started, warmed up, timed for some steps and
+ended, in two rounds or more. (Side by side, waiting processes held so much memory that ours lost a third of its speed.)
+Prints the median seconds of a step, how many times as fast ours is, and the first losses beside what our model says.
 """
 
 import argparse
@@ -21,7 +22,7 @@ SIDES = ("ours", "published", "best")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default="configs/bench_mid.py")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side, three timed steps each")
     parser.add_argument("--global-rows", type=int)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -33,28 +34,25 @@ def main() -> None:
     print(json.dumps(result) if options.json else table(result))
 
 
-def compare(config: str, rounds: int, global_rows: int | None = None, sides: tuple[str, ...] = SIDES) -> dict:
+def compare(
+    config: str, rounds: int, global_rows: int | None = None, sides: tuple[str, ...] = SIDES, steps: int = 3
+) -> dict:
     """Median seconds and first losses of each side, and how many times as fast ours is."""
     more = ["--global-rows", str(global_rows)] if global_rows else []
-    workers = {
-        side: subprocess.Popen(
-            [sys.executable, "-m", "tests.peers.compare", config, "--side", side, *more],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for side in sides
-    }  # fmt: skip
-    try:
-        about = {side: ask(worker) for side, worker in workers.items()}
-        first = {side: ask(worker, "step") for side, worker in workers.items()}  # compiles
-        for worker in workers.values():
-            ask(worker, "step")
-        seconds = {side: [] for side in sides}
-        for _ in range(rounds):
-            for side, worker in workers.items():
-                seconds[side].append(ask(worker, "step")["seconds"])
-    finally:
-        for worker in workers.values():
-            worker.kill()
+    about, first, seconds = {}, {}, {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "tests.peers.compare", config, "--side", side, *more],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            try:
+                about[side], first[side] = ask(worker), ask(worker, "step")  # compiles
+                ask(worker, "step")
+                seconds[side] += [ask(worker, "step")["seconds"] for _ in range(steps)]
+            finally:
+                worker.kill()
+                worker.wait()
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     return {
         "about": about,
