@@ -124,14 +124,17 @@ def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, me
             whole, how = whole_but_layers(trained, dims, compute) if is_fsdp else (trained, compute)
             return loss_sum(merge_parts(whole, frozen), microbatch, how) / num_labelled
 
-        def accumulate(carry, microbatch):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(trained, microbatch)), None
+        loss_and_gradient = jax.value_and_grad(loss_fn)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), trained))
+        def accumulate(carry, microbatch):
+            return jax.tree.map(jnp.add, carry, loss_and_gradient(trained, microbatch)), None
+
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
-        if len(microbatches.tokens) == 1:
-            (loss, gradients), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], microbatches))
+        if len(microbatches.tokens) == 1:  # nothing to add up
+            loss, gradients = loss_and_gradient(trained, batch)
+            gradients = jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
         else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.float32(0), trained))
             (loss, gradients), _ = jax.lax.scan(accumulate, zeros, microbatches)
         return jax.lax.psum(loss, ROW_AXES), reduce_gradients(gradients, dims, is_fsdp, mesh)
 
