@@ -43,3 +43,9 @@ def test_devices_are_found_by_what_jax_calls_them():
     assert device_of_kind("cpu") is None
     with pytest.raises(UserError, match="Did you mean 'h100'"):
         find_device("h10")
+
+
+@pytest.mark.parametrize(("address", "message"), [("localhost:1", "nobody answered"), ("localhost", "HOST:PORT")])
+def test_a_first_process_that_is_not_there_is_one_sentence(address, message):
+    with pytest.raises(UserError, match=message):
+        runtime.wait_for_port(address, seconds=0.1)

@@ -104,12 +104,13 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
     from oq2vl_jax.bench.compiled import compile_step, mesh_of
     from oq2vl_jax.train.attention_choice import choose_attention
     from oq2vl_jax.train.checks import check_config
+    from oq2vl_jax.train.step import rows_per_device
 
     check_config(config, num_devices)
     data, fsdp = mesh_shape(config, num_devices)
     mesh = mesh_of(device, num_devices, data, fsdp)
     compiled = compile_step(config, mesh)
-    rows = microbatch_rows(config, num_devices)
+    rows = rows_per_device(config, mesh)
     usable = device.usable_bytes if device else None
     return {
         "sharding": config.mesh.sharding,
@@ -126,12 +127,8 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
             for kind, (count, size) in compiled.collectives.items()
         },
         "compile_seconds": round(compiled.compile_seconds, 1),
-        **floor(config, device, num_devices, compiled, plan),
+        **floor(config, device, num_devices, compiled, rows, plan),
     }
-
-
-def microbatch_rows(config: TrainConfig, num_devices: int) -> int:
-    return config.rows_per_device or config.global_batch_size // num_devices
 
 
 def mesh_shape(config: TrainConfig, num_devices: int) -> tuple[int, int]:
@@ -144,13 +141,12 @@ def mesh_shape(config: TrainConfig, num_devices: int) -> tuple[int, int]:
 
 
 def floor(
-    config: TrainConfig, device: Device | None, num_devices: int, compiled: "Compiled", plan: Plan
+    config: TrainConfig, device: Device | None, num_devices: int, compiled: "Compiled", rows: int, plan: Plan
 ) -> dict[str, Any]:
     """FLOPs of a row by the model's formula, and times at the device's peak and its links' rates."""
     from oq2vl_jax.train.flops import executed_flops, model_flops, typical_row
 
     row = typical_row(config, plan.text_tokens_per_image)
-    rows = microbatch_rows(config, num_devices)
     needed, executed = model_flops(config, row), executed_flops(config, row, rows, 1)
     found = {
         "images_per_row": round(row.images, 2),
