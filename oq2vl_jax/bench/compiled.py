@@ -20,9 +20,10 @@ from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import Batch
 from oq2vl_jax.devices import Device
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.train.gradients import compute_copy
 from oq2vl_jax.train.optimizer import split_trainable
 from oq2vl_jax.train.sharding import bytes_per_device, parameter_shardings, row_sharding
-from oq2vl_jax.train.step import compile_train_step, compute_copy, init_train_state, state_shardings
+from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,

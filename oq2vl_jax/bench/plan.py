@@ -104,7 +104,7 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
     from oq2vl_jax.bench.compiled import compile_step, mesh_of
     from oq2vl_jax.train.attention_choice import choose_attention
     from oq2vl_jax.train.checks import check_config
-    from oq2vl_jax.train.step import rows_per_device
+    from oq2vl_jax.train.gradients import rows_per_device
 
     check_config(config, num_devices)
     data, fsdp = mesh_shape(config, num_devices)

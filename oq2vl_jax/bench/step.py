@@ -53,9 +53,10 @@ def measure(options: Step) -> dict[str, Any]:
     from oq2vl_jax.devices import device_of_kind
     from oq2vl_jax.train.attention_choice import checked_attention
     from oq2vl_jax.train.flops import executed_flops, model_flops
+    from oq2vl_jax.train.gradients import rows_per_device
     from oq2vl_jax.train.metrics import work_of
     from oq2vl_jax.train.sharding import make_mesh, to_global_batch
-    from oq2vl_jax.train.step import compile_train_step, init_train_state, rows_per_device, state_shardings
+    from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)

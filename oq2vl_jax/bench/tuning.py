@@ -122,8 +122,8 @@ def step_seconds(config: Tuning, rows: int, num_tokens: int, slots: int) -> floa
     import jax
 
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+    from oq2vl_jax.train.gradients import compute_of, loss_sum
     from oq2vl_jax.train.sharding import make_mesh
-    from oq2vl_jax.train.step import compute_of, loss_sum
 
     train = train_config(config, rows, num_tokens, slots)
     model = OpenQwen2VL(jax.random.key(0), train.model)

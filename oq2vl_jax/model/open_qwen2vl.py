@@ -47,7 +47,16 @@ class OpenQwen2VL(nnx.Module):
         self, tokens: Int[Array, "B T"], images: UInt8[Array, "B I height width 3"], compute: Compute = Compute()
     ) -> Float[Array, "B T D"]:
         """Token embeddings with the visual tokens in their places."""
-        embeddings = self.decoder.embed(tokens, compute.dtype)
+        return self.with_images(self.decoder.embed(tokens, compute.dtype), tokens, images, compute)
+
+    def with_images(
+        self,
+        embeddings: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        images: UInt8[Array, "B I height width 3"],
+        compute: Compute = Compute(),
+    ) -> Float[Array, "B T D"]:
+        """Embeddings of `tokens` with the visual tokens of `images` in their places."""
         if images.shape[1] == 0:
             return embeddings
         is_image = tokens == self.config.image_token_id

@@ -115,6 +115,9 @@ class Qwen2Decoder(nnx.Module):
         """The output matrix; logits = hidden @ head.T."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
+    def set_head(self, value: Float[Array, "V D"]) -> None:
+        (self.embed_tokens if self.lm_head is None else self.lm_head)[...] = value
+
     def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         return self.embed_tokens[...][tokens].astype(dtype)
 

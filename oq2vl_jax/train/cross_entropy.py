@@ -2,16 +2,19 @@
 
 Only 16-26 % of the positions of a packed row carry a label, and the logits of 4,096 positions over 151,936 entries are
 2.5 GB in float32. So the labelled positions of all rows are sorted to the front, and a loop whose trip count is traced
-runs over chunks of them; the gradient of a chunk is formed while its logits exist (arXiv 2410.10989 has the idea).
+runs over chunks of them; the gradient of a chunk is formed while its logits exist (arXiv 2410.10989 has the idea). The
+train step lets the head's gradient, the largest of all, add up in one array over chunks and microbatches.
 
     labels   -  -  7  3     -  9  -  -      two rows, - = IGNORE
     order    2  3  5  0  1  4  6  7         chunk size 2: two chunks run, the rest never does
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from oq2vl_jax.data.batch import IGNORE
@@ -26,12 +29,30 @@ def cross_entropy_sum(
     chunk_size: positions whose logits exist at once. The head is used in the type of `hidden`; its gradient is
     accumulated in float32.
     """
-    return _loss_and_gradients(hidden, head, labels, chunk_size, with_gradients=False)[0]
+    return _run(hidden, head, labels, chunk_size)[0]
+
+
+def cross_entropy_and_gradients(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    scale: Float[Array, ""],
+    head_gradient: Float[Array, "V D"] | None,
+    chunk_size: int = 256,
+) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "V D"] | None]:
+    """scale times cross_entropy_sum; its gradient by `hidden`; the float32 `head_gradient` with that by `head` added.
+
+    head_gradient: None where the head is not trained.
+    """
+    return _run(hidden, head, labels, chunk_size, scale, head_gradient, with_gradient=True)
 
 
 def _forward(hidden, head, labels, chunk_size):
-    loss, gradients = _loss_and_gradients(hidden, head, labels, chunk_size, with_gradients=True)
-    return loss, gradients
+    loss, hidden_gradient, head_gradient = cross_entropy_and_gradients(
+        hidden, head, labels, jnp.float32(1), jnp.zeros(head.shape, jnp.float32), chunk_size
+    )
+    assert head_gradient is not None
+    return loss, (hidden_gradient, head_gradient.astype(head.dtype))
 
 
 def _backward(chunk_size, gradients, cotangent):
@@ -42,7 +63,8 @@ def _backward(chunk_size, gradients, cotangent):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _loss_and_gradients(hidden, head, labels, chunk_size, with_gradients):
+def _run(hidden, head, labels, chunk_size, scale: ArrayLike = 1.0, head_gradient=None, with_gradient=False) -> Any:
+    """(loss, gradient by hidden or None, head_gradient with its part added or None), the loss times scale."""
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     num_positions = len(flat_labels)
     chunk_size = min(chunk_size, num_positions)
@@ -55,26 +77,28 @@ def _loss_and_gradients(hidden, head, labels, chunk_size, with_gradients):
     num_chunks = -(-is_labelled.sum() // chunk_size)
 
     def run_chunk(i, carry):
-        loss, hidden_gradient, head_gradient = carry
+        loss, sorted_gradient, head_gradient = carry
         x = jax.lax.dynamic_slice_in_dim(sorted_hidden, i * chunk_size, chunk_size)
         chunk_labels = jax.lax.dynamic_slice_in_dim(sorted_labels, i * chunk_size, chunk_size)
         logits = jnp.einsum("CD,VD->CV", x, compute_head, preferred_element_type=jnp.float32)
-        counts = chunk_labels != IGNORE
-        target = jnp.where(counts, chunk_labels, 0)
+        weight = jnp.where(chunk_labels != IGNORE, scale, 0.0)
+        target = jnp.where(chunk_labels != IGNORE, chunk_labels, 0)
         log_norm = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        loss += jnp.where(counts, log_norm - picked, 0.0).sum()
-        if with_gradients:
-            is_target = jnp.arange(head.shape[0]) == target[:, None]
-            error = (jnp.exp(logits - log_norm[:, None]) - is_target) * counts[:, None]
-            error = error.astype(hidden.dtype)
-            x_gradient = jnp.einsum("CV,VD->CD", error, compute_head)
-            hidden_gradient = jax.lax.dynamic_update_slice_in_dim(hidden_gradient, x_gradient, i * chunk_size, axis=0)
+        loss += (weight * (log_norm - picked)).sum()
+        is_target = jnp.arange(head.shape[0]) == target[:, None]
+        error = (jnp.exp(logits - log_norm[:, None]) - is_target) * weight[:, None]
+        error = error.astype(hidden.dtype)
+        if sorted_gradient is not None:
+            part = jnp.einsum("CV,VD->CD", error, compute_head)
+            sorted_gradient = jax.lax.dynamic_update_slice_in_dim(sorted_gradient, part, i * chunk_size, axis=0)
+        if head_gradient is not None:
             head_gradient += jnp.einsum("CV,CD->VD", error, x, preferred_element_type=jnp.float32)
-        return loss, hidden_gradient, head_gradient
+        return loss, sorted_gradient, head_gradient
 
-    head_shape = head.shape if with_gradients else ()
-    carry = (jnp.float32(0), jnp.zeros_like(sorted_hidden), jnp.zeros(head_shape, jnp.float32))
-    loss, hidden_gradient, head_gradient = jax.lax.fori_loop(0, num_chunks, run_chunk, carry)
-    unsorted = jnp.zeros_like(flat_hidden).at[order].set(hidden_gradient[:num_positions])
-    return loss, (unsorted.reshape(hidden.shape), head_gradient.astype(head.dtype))
+    carry = (jnp.float32(0), jnp.zeros_like(sorted_hidden) if with_gradient else None, head_gradient)
+    loss, sorted_gradient, head_gradient = jax.lax.fori_loop(0, num_chunks, run_chunk, carry)
+    if sorted_gradient is None:
+        return loss, None, head_gradient
+    unsorted = jnp.zeros_like(flat_hidden).at[order].set(sorted_gradient[:num_positions])
+    return loss, unsorted.reshape(hidden.shape), head_gradient

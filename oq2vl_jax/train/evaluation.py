@@ -19,8 +19,9 @@ from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.train.gradients import total_loss
 from oq2vl_jax.train.sharding import row_sharding, to_global_batch
-from oq2vl_jax.train.step import state_shardings, total_loss
+from oq2vl_jax.train.step import state_shardings
 from oq2vl_jax.train.trackers import Sampled
 
 SAMPLE_SEED = 0

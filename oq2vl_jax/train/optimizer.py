@@ -4,6 +4,7 @@ Frozen parts take no gradient and hold no optimizer state: `split_trainable` cut
 differentiation, and the optimizer only ever sees the trainable half.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,15 +80,21 @@ def is_matrix(parameter: nnx.Param) -> bool:
 
 def split_trainable(model: Any, trainable: TrainableConfig) -> tuple[Any, Any]:
     """(trained, frozen): the model twice, each with None where the other has the parameter."""
-
-    def part_of(path) -> str:
-        return path[0].name
-
-    trained = jax.tree_util.tree_map_with_path(lambda path, x: x if part_of(path) in trainable.parts else None, model)
-    frozen = jax.tree_util.tree_map_with_path(lambda path, x: None if part_of(path) in trainable.parts else x, model)
-    return trained, frozen
+    return split_parts(model, lambda path: path[0].name in trainable.parts)
 
 
-def merge_parts(trained: Any, frozen: Any) -> Any:
-    """Inverse of split_trainable."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+def split_vocabulary(model: Any) -> tuple[Any, Any]:
+    """(the decoder's tables with a row per token, everything else), as split_trainable does."""
+    return split_parts(model, lambda path: path[1].name in ("embed_tokens", "lm_head"))
+
+
+def split_parts(model: Any, is_first: Callable[[tuple[Any, ...]], bool]) -> tuple[Any, Any]:
+    """The model twice, each with None where the other has the parameter. is_first: of a parameter's path."""
+    first = jax.tree_util.tree_map_with_path(lambda path, x: x if is_first(path) else None, model)
+    second = jax.tree_util.tree_map_with_path(lambda path, x: None if is_first(path) else x, model)
+    return first, second
+
+
+def merge_parts(first: Any, second: Any) -> Any:
+    """Inverse of split_parts."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)

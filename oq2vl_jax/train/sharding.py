@@ -4,9 +4,9 @@ Mesh (data, fsdp): the rows of a batch are split over both axes; parameters and 
 itself runs on each device alone (jax.shard_map) and brings weights and gradients together by the functions below:
 
     mesh.sharding   zero1                                  fsdp
-    weights         gathered once a step, all of them      gathered layer by layer, in every pass
-    gradients       summed over microbatches in float32,   reduced and scattered layer by layer in the type of the
-                    then reduced and scattered once        computation, summed in float32 where they belong
+    weights         gathered once a step, all of them      the decoder's gathered layer by layer, in every pass
+    gradients       summed over microbatches in float32,   the decoder's reduced and scattered layer by layer in the
+                    then reduced and scattered once        type of the computation, summed in float32 where they belong
 """
 
 import math
@@ -108,20 +108,20 @@ def layer_gather(stacked_dims: Any) -> Any:
     return gather_layer
 
 
-def reduce_gradients(gradients: Any, dims: Any, is_scattered: bool, mesh: Mesh) -> Any:
+def reduce_gradients(gradients: Any, dims: Any, dims_of_whole: Any, mesh: Mesh) -> Any:
     """Inside shard_map: this device's share of the gradients summed over all devices.
 
-    is_scattered: gradients of split parameters come from `gather` and are summed over fsdp already.
+    dims_of_whole: WHOLE for gradients that the backward pass of `gather` has summed over fsdp and scattered already.
     """
 
-    def reduce(x: jax.Array, dim: int) -> jax.Array:
+    def reduce(x: jax.Array, dim: int, dim_of_whole: int) -> jax.Array:
         if dim == WHOLE:
             return jax.lax.psum(x, ROW_AXES)
-        if not is_scattered:
+        if dim_of_whole != WHOLE:
             x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=dim, tiled=True)
         return jax.lax.psum(x, "data") if mesh.shape["data"] > 1 else x
 
-    return jax.tree.map(reduce, gradients, dims)
+    return jax.tree.map(reduce, gradients, dims, dims_of_whole)
 
 
 def specs(shardings: Any) -> Any:

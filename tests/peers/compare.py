@@ -142,8 +142,8 @@ def expected_losses(config, mesh, rows, model) -> dict:
     import numpy as np
 
     from oq2vl_jax.data.batch import IGNORE
+    from oq2vl_jax.train.gradients import total_loss
     from oq2vl_jax.train.sharding import to_global_batch
-    from oq2vl_jax.train.step import total_loss
 
     def loss_of(batch) -> float:
         one = dataclasses.replace(config, global_batch_size=len(batch.tokens), rows_per_device=1)

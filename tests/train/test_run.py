@@ -17,7 +17,7 @@ import pytest
 from oq2vl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainableConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train import step as step_module
+from oq2vl_jax.train import gradients
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, named_arrays
 from oq2vl_jax.train.run import run
 from oq2vl_jax.train.sharding import make_mesh, parameter_shardings, to_global_batch
@@ -230,13 +230,14 @@ def test_impossible_configurations_are_one_sentence(tiny_config, overrides, mess
 def test_a_nan_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny_config, monkeypatch):
     config = tiny_config(num_steps=6)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_num_steps=2))
-    real = step_module.loss_sum
+    real = gradients.microbatch_gradients
 
-    def loss_sum(model, batch, compute):
-        poisoned = jnp.where(model.decoder.norm.scale[...].sum() == 64, 0.0, jnp.nan)  # scale is 1 until it is trained
-        return real(model, batch, compute) + poisoned
+    def poisoned(trained, *others):
+        is_fresh = trained.decoder.norm.scale[...].sum() == 64  # scale is 1 until it is trained
+        loss, *found = real(trained, *others)
+        return loss + jnp.where(is_fresh, 0.0, jnp.nan), *found
 
-    monkeypatch.setattr(step_module, "loss_sum", loss_sum)
+    monkeypatch.setattr(gradients, "microbatch_gradients", poisoned)
     with pytest.raises(UserError, match=r"the loss is nan, .* at step \d; no checkpoint was saved yet"):
         run(config)
     assert not list((Path(config.run_dir) / "checkpoints").glob("0*"))

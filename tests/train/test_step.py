@@ -12,10 +12,9 @@ from oq2vl_jax.config import MeshConfig, TrainableConfig
 from oq2vl_jax.data.batch import IGNORE
 from oq2vl_jax.model import open_qwen2vl
 from oq2vl_jax.model.layers import Compute
-from oq2vl_jax.train import step as step_module
 from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.train.gradients import compute_copy, loss_and_gradients, total_loss
 from oq2vl_jax.train.sharding import make_mesh, to_global_batch
-from oq2vl_jax.train.step import loss_and_gradients, total_loss
 from tests.train.conftest import TINY, tiny_model
 
 LOSS_TOLERANCE = 1e-6  # relative; measured 2e-7
@@ -111,7 +110,7 @@ def test_a_frozen_decoder_and_encoder_get_no_gradient(rows):
 
 
 def test_the_compute_copy_rounds_matrices_only():
-    copy = step_module.compute_copy(tiny_model(), "bfloat16")
+    copy = compute_copy(tiny_model(), "bfloat16")
     wide = {name for name, x in named_arrays(copy).items() if x.dtype == np.float32}
     assert "decoder.embed_tokens" in wide, "its gradient adds up over a token's positions"
     assert {name for name in wide if name.endswith("kernel")} == set()

@@ -1,0 +1,198 @@
+"""Loss and gradients of a global batch on a mesh of devices.
+
+The loss of a step is the sum of cross entropies over all labelled tokens of the global batch divided by their number,
+whatever the split into devices and microbatches (the published code averages the means of microbatches).
+
+Every device runs its own rows, a microbatch at a time. The tables with a row per token, 16 % of the parameters and
+float32 gradients of 0.93 GB, are read at both ends of the model only; their gradients are written into one array, in
+place, over all microbatches:
+
+    embeddings = table[tokens] -> model -> hidden -> logits of a chunk -> loss
+    gradient[tokens] += back   <- model <- back   <- gradient += chunk's part
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.model.layers import Compute
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.model.qwen2 import fused, unfused
+from oq2vl_jax.train.attention_choice import choose_attention
+from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients, cross_entropy_sum
+from oq2vl_jax.train.optimizer import is_matrix, merge_parts, split_trainable, split_vocabulary
+from oq2vl_jax.train.sharding import (
+    ROW_AXES,
+    WHOLE,
+    gather,
+    gathered_dims,
+    layer_gather,
+    parameter_shardings,
+    reduce_gradients,
+    replicated,
+    row_sharding,
+    specs,
+)
+
+MAX_CHUNK, MIN_CHUNK, CHUNK_SHARE = 512, 32, 1 / 8
+"""Positions whose logits exist at once on a device: a share of the microbatch, about as much as carries a label, within
+bounds. A chunk costs a pass over the head's float32 gradient, the unused rest of the last one its matrix products."""
+
+
+def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> tuple[jax.Array, Any]:
+    """Nats per labelled token of a global batch, and the gradients of the trained parts where their masters lie.
+
+    See train/sharding.py for what passes between the devices.
+    """
+    trained, frozen = split_trainable(compute_copy(model, config.compute_dtype), config.trainable)
+    dims, shardings = gathered_dims(trained, mesh), parameter_shardings(trained, mesh)
+    frozen_dims, frozen_shardings = gathered_dims(frozen, mesh), parameter_shardings(frozen, mesh)
+    scale = 1 / jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
+
+    def on_device(trained, frozen, batch, scale):
+        dims_now, compute = gathered_at_once(dims, config, mesh)
+        trained, frozen = gather(trained, dims_now), gather(frozen, frozen_dims)
+        microbatches = split_microbatches(batch, rows_per_device(config, mesh))
+        loss, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, compute)
+        return jax.lax.psum(loss, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
+
+    whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
+    loss, gradients = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs(shardings), specs(frozen_shardings), rows, whole),
+        out_specs=(whole, specs(shardings)),
+        check_vma=False,  # loops of devices may differ in length; every collective stands outside of them
+    )(trained, frozen, batch, scale)
+    gradients.decoder.layers = unfused(gradients.decoder.layers)
+    return loss, gradients
+
+
+def sum_of_microbatches(
+    trained: Any, frozen: Any, microbatches: Batch, scale: jax.Array, compute: Compute
+) -> tuple[jax.Array, Any]:
+    """scale times the loss of one device's rows, and its float32 gradients. microbatches: a Batch of [N, rows, ...]."""
+    tables, rest = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split_vocabulary(trained))
+    if len(microbatches.tokens) == 1:  # nothing to add up
+        only = jax.tree.map(lambda x: x[0], microbatches)
+        loss, rest, tables = microbatch_gradients(trained, frozen, only, scale, tables, compute)
+        return loss, merge_parts(tables, jax.tree.map(lambda x: x.astype(jnp.float32), rest))
+
+    def add(carry, microbatch):
+        loss, rest, tables = carry
+        more_loss, more, tables = microbatch_gradients(trained, frozen, microbatch, scale, tables, compute)
+        return (loss + more_loss, jax.tree.map(jnp.add, rest, more), tables), None
+
+    (loss, rest, tables), _ = jax.lax.scan(add, (jnp.float32(0), rest, tables), microbatches)
+    return loss, merge_parts(tables, rest)
+
+
+def microbatch_gradients(
+    trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
+) -> tuple[jax.Array, Any, Any]:
+    """scale times the loss; its gradients by all that is trained but the tables; table_gradients, theirs added."""
+    tables, rest = split_vocabulary(trained)
+
+    def hidden_states(rest, embeddings):
+        model = merge_parts(merge_parts(tables, rest), frozen)
+        x = model.with_images(embeddings, batch.tokens, batch.images, compute)
+        return model.decoder(x, batch.segment_ids, batch.positions, compute)
+
+    decoder = merge_parts(trained, frozen).decoder
+    is_trained = bool(jax.tree.leaves(table_gradients))
+    hidden, pull_back = jax.vjp(hidden_states, rest, decoder.embed(batch.tokens, compute.dtype))
+    with jax.named_scope("loss"):
+        loss, hidden_gradient, head_gradient = cross_entropy_and_gradients(
+            hidden,
+            decoder.head,
+            batch.labels,
+            scale,
+            table_gradients.decoder.head if is_trained else None,
+            chunk_size(batch),
+        )
+    rest_gradients, embedding_gradient = pull_back(hidden_gradient)
+    if is_trained:
+        table_gradients = jax.tree.map(lambda x: x, table_gradients)
+        sums = table_gradients.decoder
+        sums.set_head(head_gradient)
+        sums.embed_tokens[...] = sums.embed_tokens[...].at[batch.tokens].add(embedding_gradient.astype(jnp.float32))
+    return loss, rest_gradients, table_gradients
+
+
+def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:
+    """Sum of cross entropies over the labelled tokens of a batch, float32."""
+    hidden = model(batch.tokens, batch.images, batch.segment_ids, batch.positions, compute)
+    with jax.named_scope("loss"):
+        return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size(batch))
+
+
+def total_loss(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> jax.Array:
+    """Sum of cross entropies over the labelled tokens of a global batch, without gradients."""
+    copy = compute_copy(model, config.compute_dtype)
+    dims, shardings = gathered_dims(copy, mesh), parameter_shardings(copy, mesh)
+
+    def on_device(copy, batch):
+        dims_now, compute = gathered_at_once(dims, config, mesh)
+        whole = gather(copy, dims_now)
+        microbatches = split_microbatches(batch, rows_per_device(config, mesh))
+        losses = jax.lax.map(lambda microbatch: loss_sum(whole, microbatch, compute), microbatches)
+        return jax.lax.psum(losses.sum(), ROW_AXES)
+
+    whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
+    in_specs = (specs(shardings), rows)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)(copy, batch)
+
+
+def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
+    """The weights as a step reads them: matrices in `dtype`, the decoder's fused. Made once a step, share by share.
+
+    Vectors stay float32, and the embedding: its gradient adds up over all positions of a token, which bfloat16 would
+    round away.
+    """
+
+    def cast(node):
+        is_wide = not isinstance(node, nnx.Param) or not is_matrix(node) or "vocab" in node.axes
+        return node if is_wide else node.replace(node.get_value().astype(dtype))
+
+    copy = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, nnx.Param))
+    copy.decoder.layers = fused(copy.decoder.layers)
+    return copy
+
+
+def gathered_at_once(dims: Any, config: TrainConfig, mesh: Mesh) -> tuple[Any, Compute]:
+    """(dims of what is gathered before the first microbatch, WHOLE for the rest; how the model is computed).
+
+    With FSDP the decoder's layers are gathered one by one, when their turn comes.
+    """
+    compute = compute_of(config, mesh)
+    if config.mesh.sharding == "zero1" or not jax.tree.leaves(dims.decoder):
+        return dims, compute
+    now = jax.tree.map(lambda x: x, dims)
+    now.decoder.layers = jax.tree.map(lambda _: WHOLE, dims.decoder.layers)
+    return now, compute._replace(gather=layer_gather(dims.decoder.layers))
+
+
+def compute_of(config: TrainConfig, mesh: Mesh) -> Compute:
+    """How the devices of a mesh compute a configuration."""
+    return Compute(jnp.dtype(config.compute_dtype), config.remat, choose_attention(config, mesh).name)
+
+
+def rows_per_device(config: TrainConfig, mesh: Mesh) -> int:
+    """Rows that one device runs at a time."""
+    return config.rows_per_device or config.global_batch_size // mesh.size
+
+
+def split_microbatches(batch: Batch, rows: int) -> Batch:
+    """[B, ...] to [B / rows, rows, ...], the rows of one device."""
+    return jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
+
+
+def chunk_size(batch: Batch) -> int:
+    """Positions of a microbatch whose logits exist at once."""
+    return min(MAX_CHUNK, max(MIN_CHUNK, int(CHUNK_SHARE * batch.labels.size)))
