@@ -6,7 +6,8 @@ Two forms, on the same weights and the same packed rows:
                 through it), every decoder layer checkpointed, SDPA, AdamW; means of microbatches averaged
     best        what PyTorch can do for the same training: documents that do not see each other (flex_attention, or SDPA
                 with a dense mask where its backward pass is missing), logits of labelled positions only in chunks,
-                torch.compile of the decoder's layers, no checkpointing, fused AdamW, loss over the global count
+                their gradients formed while they exist, torch.compile of the decoder's layers, no checkpointing, fused
+                AdamW, loss over the global count
 
 Both run the encoder's 26 of 27 blocks without gradients on real images only; bfloat16 autocast on a GPU, float32 on a
 CPU.
@@ -97,11 +98,13 @@ class TorchStep:
             part = Batch(
                 *(torch.from_numpy(np.ascontiguousarray(x[first : first + rows])).to(self.device) for x in batch)
             )
+            if self.is_best:
+                total += self.backward_in_chunks(part, num_labelled)
+                continue
             with self.autocast():
-                losses = self.losses(part)
-            share = losses.sum() / num_labelled if self.is_best else losses.mean() * rows / num_rows
-            share.backward()
-            total += float(share.detach())
+                loss = self.losses(part).mean() * rows / num_rows
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,7 +114,28 @@ class TorchStep:
         return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else contextlib.nullcontext()
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Cross entropies of the labelled positions of a microbatch."""
+        """Cross entropies of the labelled positions of a microbatch, from the logits of all."""
+        logits = self.decoder.lm_head(self.hidden_states(batch)).float()
+        is_labelled = batch.labels != IGNORE
+        return functional.cross_entropy(logits[is_labelled], batch.labels[is_labelled].long(), reduction="none")
+
+    def backward_in_chunks(self, batch: Batch, num_labelled: int) -> float:
+        """Share of a microbatch in the loss. A chunk's gradients are formed while its logits exist."""
+        is_labelled = batch.labels != IGNORE
+        with self.autocast():
+            hidden = self.hidden_states(batch)[is_labelled]
+        targets, leaf = batch.labels[is_labelled].long(), hidden.detach().requires_grad_()
+        total = 0.0
+        for i in range(0, len(leaf), LOSS_CHUNK):
+            with self.autocast():
+                logits = self.decoder.lm_head(leaf[i : i + LOSS_CHUNK]).float()
+            loss = functional.cross_entropy(logits, targets[i : i + LOSS_CHUNK], reduction="sum") / num_labelled
+            loss.backward()
+            total += float(loss.detach())
+        hidden.backward(leaf.grad)
+        return total
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
         x = self.decoder.model.embed_tokens(batch.tokens)
         x = x.masked_scatter(
             (batch.tokens == self.config.model.image_token_id)[..., None], self.visual_tokens(batch).to(x.dtype)
@@ -123,23 +147,7 @@ class TorchStep:
                 x = self.run_layer(layer, x, rope, mask)
             else:
                 x = checkpoint(self.run_layer, layer, x, rope, mask, use_reentrant=False)
-        x = self.decoder.model.norm(x)
-        is_labelled = batch.labels != IGNORE
-        if not self.is_best:
-            logits = self.decoder.lm_head(x).float()
-            return functional.cross_entropy(logits[is_labelled], batch.labels[is_labelled].long(), reduction="none")
-        hidden, targets = x[is_labelled], batch.labels[is_labelled].long()
-        return torch.cat(
-            [
-                checkpoint(
-                    self.chunk_losses, hidden[i : i + LOSS_CHUNK], targets[i : i + LOSS_CHUNK], use_reentrant=False
-                )
-                for i in range(0, len(hidden), LOSS_CHUNK)
-            ]
-        )
-
-    def chunk_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(self.decoder.lm_head(hidden).float(), targets, reduction="none")
+        return self.decoder.model.norm(x)
 
     def visual_tokens(self, batch: Batch) -> torch.Tensor:
         """[images of the microbatch, M, D]: real images only."""
