@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from oq2vl_jax.config import DecoderConfig, ModelConfig, Template, VisionConfig, from_dict
+from oq2vl_jax.config import DecoderConfig, ModelConfig, Template, VisionConfig
+from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.data.text import SpecialTokens
 from oq2vl_jax.errors import UserError
 

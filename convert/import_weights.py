@@ -10,8 +10,8 @@ import numpy as np
 from convert.checkpoint_stream import LazyArray
 from convert.tensor_files import TensorSource
 from convert.weight_map import LAYOUTS, Weight, their_shape, unused_vision, weights_of
-from oq2vl_jax.config import ModelConfig, hint
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.config import ModelConfig
+from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.checkpoint import named_arrays
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.hf_config import EXTRA_KEY, malformed_is_an_error, read_decoder_config, read_json, read_vision_config
-from oq2vl_jax.config import ModelConfig, Template, VisionConfig, from_dict
+from oq2vl_jax.config import ModelConfig, Template, VisionConfig
+from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.errors import UserError
 
 LATEST = "checkpoints/latest-checkpoint.pt"

@@ -7,8 +7,7 @@ A100-40G and the H100 were read from machines, the others are of data sheets and
 
 from dataclasses import dataclass
 
-from oq2vl_jax.config import hint
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.errors import UserError, hint
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """What a user caused, and how a command says it: one sentence on stderr, exit code 2, no traceback."""
 
+import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -46,3 +47,9 @@ def is_full_or_forbidden(error: Exception) -> bool:
             errno.EISDIR,
         )
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the nearest known word, or nothing."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from oq2vl_jax.config import TrainConfig, VisionConfig, flatten, from_dict, load_config, to_json
+from oq2vl_jax.config import TrainConfig, VisionConfig
+from oq2vl_jax.config_files import flatten, from_dict, load_config, to_json
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.step import init_train_state
 

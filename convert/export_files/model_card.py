@@ -1,6 +1,7 @@
 """The README.md of an exported model: what it is, how it is asked, what it was trained with."""
 
-from oq2vl_jax.config import CheckpointDescription, TrainConfig, to_json
+from oq2vl_jax.config import CheckpointDescription, TrainConfig
+from oq2vl_jax.config_files import to_json
 
 ASK = """\
 ```python

@@ -15,8 +15,7 @@ import importlib
 import json
 import sys
 
-from oq2vl_jax.config import hint
-from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
 NAMES = ("step", "plan", "data", "packing", "pack", "rows", "filter", "tuning", "decode")

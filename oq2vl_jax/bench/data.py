@@ -11,7 +11,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from oq2vl_jax.config import load_config
+from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
 
 

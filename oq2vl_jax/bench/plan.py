@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config_files import load_config
 from oq2vl_jax.devices import Device, find_device
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import COMPILE_ONLY_FLAGS, set_environment

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import set_environment
 

@@ -49,7 +49,7 @@ class EvalConfig:
 
 def check(config: EvalConfig) -> None:
     """Raises UserError for what can be wrong before anything is loaded."""
-    from oq2vl_jax.config import hint
+    from oq2vl_jax.errors import hint
 
     if not config.task_names:
         raise UserError("--tasks is empty.")

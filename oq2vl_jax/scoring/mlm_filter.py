@@ -9,11 +9,10 @@ so three are allowed here. A reply that is no integer 0-100 scores null and is c
 import re
 from pathlib import Path
 
-from oq2vl_jax.config import hint
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.data.shards import Sample
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.runtime import Processes, set_environment, start_processes
 

@@ -22,8 +22,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from oq2vl_jax.config import CheckpointDescription, TrainConfig, from_dict, hint, to_json
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.config import CheckpointDescription, TrainConfig
+from oq2vl_jax.config_files import from_dict, to_json
+from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.train.step import TrainState
 
 STEP_DIGITS = 6

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig, flatten, load_config
+from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig
+from oq2vl_jax.config_files import flatten, load_config
 from oq2vl_jax.errors import UserError
 
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from oq2vl_jax.config import DataConfig, TrainConfig, to_json
+from oq2vl_jax.config import DataConfig, TrainConfig
+from oq2vl_jax.config_files import to_json
 from oq2vl_jax.data.loader import data_fingerprint, make_loader
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError

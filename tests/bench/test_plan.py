@@ -11,7 +11,7 @@ import pytest
 
 from oq2vl_jax.bench import plan
 from oq2vl_jax.bench.compiled import compile_step, count_collectives, mesh_of
-from oq2vl_jax.config import load_config, to_json
+from oq2vl_jax.config_files import load_config, to_json
 from oq2vl_jax.devices import DEVICES
 from oq2vl_jax.train.checkpoint import named_arrays
 from oq2vl_jax.train.step import init_train_state

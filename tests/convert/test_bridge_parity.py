@@ -233,7 +233,7 @@ def test_native_on_a_pooled_model_is_refused_with_the_reason(pooled, tmp_path):
 
 
 def test_a_converted_checkpoint_starts_training_and_is_no_run_directory(siglip, qwen, tmp_path):
-    from oq2vl_jax.config import load_config
+    from oq2vl_jax.config_files import load_config
     from oq2vl_jax.errors import UserError
     from oq2vl_jax.train.run import run
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from convert import from_hf, from_prismatic, to_hf
 from convert.prismatic import LATEST
 from convert.tensor_files import INDEX
-from oq2vl_jax.config import load_config
+from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.checkpoint import find_checkpoint
 from tests.convert.conftest import IMAGE_TOKEN, WIDTH

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from oq2vl_jax.config import TrainConfig, load_config
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config_files import load_config
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 
 TINY = load_config("configs/tiny.py")

@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
-from oq2vl_jax.config import load_config
+from oq2vl_jax.config_files import load_config
 from oq2vl_jax.train.flops import Work, executed_flops, forward_flops, model_flops, typical_row
 from oq2vl_jax.train.metrics import work_of
 from tests.train.conftest import TINY, tiny_model

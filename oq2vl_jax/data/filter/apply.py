@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oq2vl_jax.config import from_dict
+from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Expression, Leaf, evaluate, leaves, parse
 from oq2vl_jax.data.filter.pool import Pool

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oq2vl_jax.config import hint
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Leaf
 from oq2vl_jax.data.filter.rules import Rule
 from oq2vl_jax.data.uids import UidSet, mixed
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.errors import UserError, hint
 
 FILES_PER_BATCH = 64
 TEXT = "text for the language rule"

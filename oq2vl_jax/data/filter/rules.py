@@ -19,9 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from oq2vl_jax.config import hint
 from oq2vl_jax.data.filter.expression import Leaf
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.errors import UserError, hint
 
 CLIP_COLUMNS = {
     "clip_l14": "clip_l14_similarity_score",

@@ -1,0 +1,100 @@
+"""A configuration loaded from a file of configs/ or the config.json of a run, saved, and compared.
+
+Deviation from frameworks with YAML: a config is Python (an ablation is `dataclasses.replace`), its resolved form JSON.
+"""
+
+import dataclasses
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from oq2vl_jax import config as config_types
+from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.errors import UserError, hint
+
+
+def load_config(path: str) -> TrainConfig:
+    """Reads `config` from a .py of configs/, or a resolved config.json. Raises UserError with file, key and a hint."""
+    file = Path(path)
+    if not file.is_file():
+        siblings = [str(p) for p in file.parent.glob("*") if p.suffix in (".py", ".json")]
+        raise UserError(f"{path}: no such config file.{hint(str(file), siblings)}")
+    if file.suffix == ".json":
+        try:
+            return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid JSON: {error}.") from error
+    if file.suffix != ".py":
+        raise UserError(f"{path}: a config is a .py of configs/ or a resolved config.json.")
+    try:
+        config = runpy.run_path(str(file)).get("config")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except TypeError as error:  # a dataclass called with a wrong keyword
+        raise UserError(f"{path}: {_explain_keyword(error)}") from error
+    except Exception as error:  # a config is the user's own code
+        raise UserError(f"{path}: {type(error).__name__}: {error}.") from error
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path}: must bind `config = TrainConfig(...)`, found {type(config).__name__}.")
+    return from_dict(TrainConfig, dataclasses.asdict(config), where=path)  # Python checks no types
+
+
+def from_dict(cls: Any, values: Any, where: str) -> Any:
+    """Strict inverse of dataclasses.asdict: an unknown or missing key, or a value of another type, is an error."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object for {cls.__name__}, got {values!r}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems = [f"unknown key {key!r}{hint(key, fields)}" for key in values if key not in fields]
+    problems += [
+        f"missing key {name!r}"
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING
+    ]
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)} (in {cls.__name__}).")
+    types = get_type_hints(cls)
+    return cls(**{key: _from_value(types[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """{"optimizer.learning_rate": 0.001, ...}; lists such as data.sources stay one value."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{field.name}.{key}": inner for key, inner in flatten(value).items()}
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def _from_value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, where)
+    if get_origin(kind) is Literal:
+        is_valid = value in get_args(kind)
+    elif get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_from_value(get_args(kind)[0], item, where) for item in value)
+    else:
+        allowed = get_args(kind) or (kind,)
+        allowed += (int,) if float in allowed else ()
+        is_valid = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
+    if not is_valid:
+        raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}.")
+    return value
+
+
+def _explain_keyword(error: TypeError) -> str:
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found or not hasattr(config_types, found[1]):
+        return f"{error}."
+    cls, key = getattr(config_types, found[1]), found[2]
+    return f"{cls.__name__} has no field {key!r}.{hint(key, [field.name for field in dataclasses.fields(cls)])}"
