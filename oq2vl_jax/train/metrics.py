@@ -168,7 +168,10 @@ class StepReporter:
         self._progress = Progress(config.num_steps, start_step, is_quiet)
         self._trackers, self._is_quiet = trackers or [], is_quiet
         local = jax.local_devices()
-        self._throughput = Throughput(num_processes, len(local), device_of_kind(local[0].device_kind))
+        device = device_of_kind(local[0].device_kind)
+        if device is None and local[0].platform != "cpu" and not is_quiet:
+            print(f"no MFU: {local[0].device_kind} is not in the table of oq2vl_jax/devices.py", file=sys.stderr)
+        self._throughput = Throughput(num_processes, len(local), device)
         self._num_steps, self._log_every = config.num_steps, config.log_every
         self._record = self._log.last
         self._skipped: dict[str, Any] = {}

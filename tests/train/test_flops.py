@@ -1,6 +1,7 @@
 """The FLOP formula against a count of every matrix product that jax traces."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
 from oq2vl_jax.config_files import load_config
+from oq2vl_jax.train import metrics
 from oq2vl_jax.train.flops import Work, executed_flops, forward_flops, model_flops, typical_row
 from oq2vl_jax.train.metrics import work_of
 from tests.train.conftest import TINY, tiny_model
@@ -74,3 +76,11 @@ def test_work_counts_real_tokens_only():
     assert work.pairs == sum((x * (x + 1) // 2).sum() for x in lengths)
     assert work.images == sum(len(x) for x in lengths)
     assert work.labelled == work.tokens - 4 * work.images
+
+
+@pytest.mark.parametrize(("kind", "is_said"), [("NVIDIA H200", False), ("NVIDIA T4", True)])
+def test_a_gpu_without_a_known_peak_is_said_once(kind, is_said, tmp_path, monkeypatch, capsys):
+    gpu = SimpleNamespace(platform="gpu", device_kind=kind)
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [gpu])
+    metrics.StepReporter(tmp_path, 0, load_config("configs/tiny.py"), num_processes=1).close()
+    assert ("no MFU: NVIDIA T4 is not in the table" in capsys.readouterr().err) is is_said

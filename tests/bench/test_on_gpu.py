@@ -1,0 +1,44 @@
+"""On a GPU: the kernel passes its own check there, and every attention computes the same step. `pytest -m gpu`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ATTENTIONS = ("xla", "blocked", "kernel")
+LOSS_TOLERANCE = 1e-3  # relative, matrix products in TF32; not measured on a GPU yet
+AS_JAX_FINDS_IT = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+
+
+def bench_step(attention: str, config: str = "configs/bench_mid.py") -> tuple[dict, str]:
+    """(result, what it said) of a measured step in a process of its own, on the platform jax finds."""
+    command = [sys.executable, "-m", "oq2vl_jax.bench", "step", config, "--attention", attention,
+               "--num-steps", "2", "--warmup-steps", "1", "--no-breakdown", "--json"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=AS_JAX_FINDS_IT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.gpu
+def test_every_attention_computes_the_same_step():
+    results = {attention: bench_step(attention) for attention in ATTENTIONS}
+    for attention, (result, said) in results.items():
+        assert "cpu" not in result["device"], "there is no GPU here"
+        assert result["attention"] == attention, said
+        print(f"{attention}: {result['step_seconds']:.4f} s a step, first loss {result['first_loss']:.6f}")
+        assert result["first_loss"] == pytest.approx(results["xla"][0]["first_loss"], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_chosen_and_passes_its_check_at_the_published_heads():
+    """`auto` falls back with a warning where the check fails."""
+    program = (
+        "import dataclasses; from oq2vl_jax.config_files import load_config;"
+        "from oq2vl_jax.train.attention_choice import checked_attention; from oq2vl_jax.train.sharding import make_mesh;"
+        "config = load_config('configs/pretrain.py');"
+        "print(checked_attention(config, make_mesh(config.mesh)).attention)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=AS_JAX_FINDS_IT)
+    assert done.stdout.strip() == "kernel", done.stderr
