@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.model.qwen2 import KVCache, Qwen2Layer, fused, unstack_layers
+from oq2vl_jax.model.qwen2 import KVCache, Qwen2Layer, fused
 
 NOTHING = -1
 """Stands after the stop token of a row, and for "no visual token here"."""
@@ -52,7 +52,7 @@ class DecodeState(NamedTuple):
 
 def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
     """The weights as decoding reads them, the decoder's matrices in `dtype`. The stacked layers are let go."""
-    layers = tuple(with_transposed_kernels(fused(layer)) for layer in unstack_layers(model.decoder))
+    layers = tuple(with_transposed_kernels(fused(layer)) for layer in model.decoder.unstacked_layers())
     rest = jax.tree.map(lambda x: x, model)
     rest.decoder.layers = None  # type: ignore[assignment]
     if dtype != "float32":

@@ -1,11 +1,12 @@
 """Qwen2 decoder (arXiv 2407.10671; Hugging Face Qwen2ForCausalLM): GQA, RoPE, SwiGLU, RMSNorm, qkv biases.
 
-The layers are stacked and scanned. The KV cache is a value: a call takes one and returns the next.
+The layers are stacked; training and decoding take them one by one. The KV cache is a value: a call takes one and
+returns the next.
 """
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,11 @@ from oq2vl_jax.model.layers import (
     RMSNorm,
     normal,
     remat_layer,
+    run_layers,
     side_by_side,
     split_columns,
     stack_layers,
+    unstacked,
 )
 
 
@@ -102,7 +105,7 @@ class Qwen2Decoder(nnx.Module):
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         std = init_std(config)
         self.embed_tokens = normal(embed_key, (config.vocab_size, config.hidden_size), std, ("vocab", "embed"))
-        self.layers = stack_layers(partial(Qwen2Layer, config=config), layers_key, config.num_layers)
+        self.layers: Any = stack_layers(partial(Qwen2Layer, config=config), layers_key, config.num_layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.tie_word_embeddings:
             self.lm_head = None
@@ -117,6 +120,10 @@ class Qwen2Decoder(nnx.Module):
 
     def set_head(self, value: Float[Array, "V D"]) -> None:
         (self.embed_tokens if self.lm_head is None else self.lm_head)[...] = value
+
+    def unstacked_layers(self) -> tuple[Qwen2Layer, ...]:
+        """The layers one by one. Decoding with a scan over the stack takes a CPU four times as long."""
+        return unstacked(self.layers, self.config.num_layers)
 
     def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         return self.embed_tokens[...][tokens].astype(dtype)
@@ -134,15 +141,15 @@ class Qwen2Decoder(nnx.Module):
 
         def apply(x, layer):
             layer = compute.gather(layer) if compute.gather else layer
-            return layer(x, rope, mask, compute.attention)[0], None
+            return layer(x, rope, mask, compute.attention)[0]
 
         apply = remat_layer(apply, compute.remat, is_gathered=compute.gather is not None)
-        return self.norm(jax.lax.scan(apply, x, self.layers)[0])
+        return self.norm(run_layers(apply, x, self.layers))
 
     def prefill(
         self, layers: Iterable[Qwen2Layer], x: Float[Array, "B T D"], num_slots: int
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Runs prompts from position 0 on and fills the first T of num_slots slots. `layers`: see unstack_layers."""
+        """Runs prompts from position 0 on and fills the first T of num_slots slots. `layers`: unstacked."""
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         mask = positions[:, :, None] >= positions[:, None, :]
         rope = rope_table(positions, self.config)
@@ -196,15 +203,6 @@ def unfused(layers: Qwen2Layer) -> Qwen2Layer:
     mlp.gate_proj, mlp.up_proj = split_columns(mlp.gate_up_proj, mlp.widths)
     attn.qkv_proj = mlp.gate_up_proj = None
     return layers
-
-
-def unstack_layers(decoder: Qwen2Decoder) -> tuple[Qwen2Layer, ...]:
-    """The layers of a decoder one by one, each with arrays of its own.
-
-    Decoding reads every weight once per token; a scan over stacked layers copies each out of its stack first, which
-    takes four times as long on a CPU (docs/experiments.md).
-    """
-    return tuple(jax.tree.map(lambda x, i=i: x[i], decoder.layers) for i in range(decoder.config.num_layers))
 
 
 def init_std(config: DecoderConfig) -> float:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from oq2vl_jax.config import VisionConfig
 from oq2vl_jax.model.attention import attention
 from oq2vl_jax.model.clip_config import ClipTowerConfig
-from oq2vl_jax.model.layers import Compute, LayerNorm, Linear, normal, remat_layer, stack_layers
+from oq2vl_jax.model.layers import Compute, LayerNorm, Linear, normal, remat_layer, run_layers, stack_layers
 
 ACTIVATIONS = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -92,9 +92,9 @@ class SiglipEncoder(nnx.Module):
         x = x + self.position_embedding[...].astype(x.dtype)
 
         def apply(x, layer):
-            return layer(x, None, compute.attention), None
+            return layer(x, None, compute.attention)
 
-        return jax.lax.scan(remat_layer(apply, compute.remat), x, self.layers)[0]
+        return run_layers(remat_layer(apply, compute.remat), x, self.layers)
 
 
 def patchify(pixels: Float[Array, "I height width 3"], patch_size: int) -> Float[Array, "I P patch_dim"]:

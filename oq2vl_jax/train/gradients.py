@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
-from oq2vl_jax.model.layers import Compute
+from oq2vl_jax.model.layers import Compute, stacked
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import fused, unfused
 from oq2vl_jax.train.attention_choice import choose_attention
@@ -57,9 +57,10 @@ def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, me
 
     def on_device(trained, frozen, batch, scale):
         dims_now, compute = gathered_at_once(dims, config, mesh)
-        trained, frozen = gather(trained, dims_now), gather(frozen, frozen_dims)
+        trained, frozen = layers_apart(gather(trained, dims_now)), layers_apart(gather(frozen, frozen_dims))
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
         loss, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, compute)
+        gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
         return jax.lax.psum(loss, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
 
     whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
@@ -163,6 +164,13 @@ def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
     copy = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, nnx.Param))
     copy.decoder.layers = fused(copy.decoder.layers)
     return copy
+
+
+def layers_apart(model: OpenQwen2VL) -> OpenQwen2VL:
+    """The model, or a part of it, with the decoder's layers one by one (model.layers.run_layers says why)."""
+    model = jax.tree.map(lambda x: x, model)
+    model.decoder.layers = nnx.data(model.decoder.unstacked_layers())
+    return model
 
 
 def gathered_at_once(dims: Any, config: TrainConfig, mesh: Mesh) -> tuple[Any, Compute]:

@@ -100,7 +100,7 @@ def gather(tree: Any, dims: Any) -> Any:
 
 
 def layer_gather(stacked_dims: Any) -> Any:
-    """A function that makes one layer of a stack whole, inside the scan over the stack (model.layers.Compute)."""
+    """A function that makes one layer of a stack whole, when its turn comes (model.layers.Compute)."""
 
     def gather_layer(layer: Any) -> Any:
         return gather(layer, jax.tree.map(lambda dim: dim if dim == WHOLE else dim - 1, stacked_dims))

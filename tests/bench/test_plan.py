@@ -66,8 +66,8 @@ def test_zero1_communicates_once_a_step_and_fsdp_in_every_microbatch(compiled):
     assert gathered[1] == size
     assert compiled["zero1"].collectives["reduce-scatter"][1] == size
     layers = 4 * sum(x.size for name, x in matrices.items() if name.startswith("decoder.layers"))
-    # forward and backward of each microbatch gather the layers, all else passes once
-    assert compiled["fsdp"].collectives["all-gather"][1] == (size - layers) + 4 * 2 * layers
+    # each microbatch gathers the layers, twice where the compiler does not merge both passes (a CPU's may); the rest once
+    assert (size - layers) + 4 * layers <= compiled["fsdp"].collectives["all-gather"][1] <= size + 7 * layers
     assert compiled["fsdp"].collectives["reduce-scatter"][1] == (size - layers) + 4 * layers
 
 
@@ -135,8 +135,12 @@ def test_two_rows_of_the_published_run_fit_an_a100(sharding):
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sharding=sharding), rows_per_device=2)
     found = compile_step(config, mesh_of(DEVICES["a100-40g"], 8, 1, 8))
     print(f"{sharding}: peak {found.memory.peak / 2**30:.1f} GiB, compiled in {found.compile_seconds:.1f} s")
-    assert found.memory.peak < 36 * 2**30  # measured 27.4 (zero1), 17.6 (fsdp)
-    assert found.compile_seconds < 30  # measured 10-13 alone, 21 beside another job
+    assert found.memory.peak < 36 * 2**30  # measured 24.2 (zero1), 17.7 (fsdp)
+    assert found.compile_seconds < 30  # measured 13-14 alone, 21 beside another job
+    state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
+    layers = 2 * sum(x.size for x in jax.tree.leaves(state.model.decoder.layers) if x.ndim > 2)  # bfloat16
+    gathered = found.collectives["all-gather"][1]
+    assert gathered // layers == {"zero1": 1, "fsdp": 2 * 16}[sharding], "forward and backward of 16 microbatches"
 
 
 @pytest.mark.plan
