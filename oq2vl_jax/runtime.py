@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 from oq2vl_jax.devices import USABLE_SHARE
 from oq2vl_jax.errors import UserError
 
-GPU_FLAGS = {"--xla_gpu_enable_latency_hiding_scheduler": "true"}
-"""Collectives run beside computation; without it jax 0.11 compiled them one after the other. Known to 0.10 and 0.11."""
+GPU_FLAGS = {
+    "--xla_gpu_enable_latency_hiding_scheduler": "true",
+    "--xla_gpu_dot_merger_threshold_mb": "0",
+}
+"""Known to jax 0.10 and 0.11. Scheduler: collectives run beside computation; without it jax 0.11 compiled them one
+after the other. Merger: XLA would compute the encoder's q, k, v in one product, then write each again with its bias."""
 COMPILE_ONLY_FLAGS = {"--xla_gpu_enable_triton_gemm": "false"}
 """For compiling without the device (bench plan): Triton's matrix products are tuned by running them."""
 

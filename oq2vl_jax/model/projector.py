@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from oq2vl_jax.config import ModelConfig
-from oq2vl_jax.model.layers import Linear
+from oq2vl_jax.model.layers import Linear, gelu
 
 
 class Projector(nnx.Module):
@@ -29,7 +29,7 @@ class Projector(nnx.Module):
         self.fc2 = Linear(keys[1], width, width, ("mlp", "embed"), width**-0.5)
 
     def __call__(self, pooled: Float[Array, "I M vision_dim"]) -> Float[Array, "I M D"]:
-        return self.fc2(jax.nn.gelu(self.fc1(pooled), approximate=False))
+        return self.fc2(gelu(self.fc1(pooled)))
 
 
 def adaptive_average_pool(features: Float[Array, "I P D"], num_tokens: int) -> Float[Array, "I M D"]:

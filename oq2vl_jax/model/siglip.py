@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, UInt8
 from oq2vl_jax.config import VisionConfig
 from oq2vl_jax.model.attention import attention
 from oq2vl_jax.model.clip_config import ClipTowerConfig
-from oq2vl_jax.model.layers import Compute, LayerNorm, Linear, normal, remat_layer, run_layers, stack_layers
+from oq2vl_jax.model.layers import Compute, LayerNorm, Linear, gelu, normal, remat_layer, run_layers, stack_layers
 
 ACTIVATIONS = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of OpenAI's CLIP
 }

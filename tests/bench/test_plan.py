@@ -66,7 +66,7 @@ def test_zero1_communicates_once_a_step_and_fsdp_in_every_microbatch(compiled):
     assert gathered[1] == size
     assert compiled["zero1"].collectives["reduce-scatter"][1] == size
     layers = 4 * sum(x.size for name, x in matrices.items() if name.startswith("decoder.layers"))
-    # each microbatch gathers the layers, twice where the compiler does not merge both passes (a CPU's may); the rest once
+    # each microbatch gathers the layers, twice where the compiler does not merge both passes (a CPU's may)
     assert (size - layers) + 4 * layers <= compiled["fsdp"].collectives["all-gather"][1] <= size + 7 * layers
     assert compiled["fsdp"].collectives["reduce-scatter"][1] == (size - layers) + 4 * layers
 

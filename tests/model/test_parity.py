@@ -8,13 +8,23 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from oq2vl_jax.config import DecoderConfig, VisionConfig
+from oq2vl_jax.model.layers import gelu
 from oq2vl_jax.model.projector import adaptive_average_pool
 from oq2vl_jax.model.qwen2 import Qwen2Decoder
 from oq2vl_jax.model.siglip import SiglipEncoder
 
 VISION_TOLERANCE = 5e-6  # of the largest feature; measured 1.5e-7
 DECODER_TOLERANCE = 5e-6  # of the largest logit; measured 3.3e-7 and 3.7e-7
+BFLOAT16_ROUNDING = 2**-8  # relative; measured 2**-8.04, and 2**-7.3 when every step is rounded
 POOL_TOLERANCE = 1e-6  # of the largest value; measured 1.2e-7
+
+
+def test_gelu_in_bfloat16_is_rounded_once():
+    x = jnp.asarray(3 * np.random.default_rng().normal(size=100_000), jnp.bfloat16)
+    exact = torch.nn.functional.gelu(torch.from_numpy(np.asarray(x, np.float64))).numpy()
+    is_normal = np.abs(exact) > 1e-2
+    errors = np.abs(np.asarray(gelu(x), np.float64) - exact)[is_normal] / np.abs(exact)[is_normal]
+    assert errors.max() <= BFLOAT16_ROUNDING * 1.01
 
 
 def relative_error(ours, theirs) -> float:
