@@ -46,6 +46,7 @@ class Device:
 
 
 USABLE_SHARE = 0.92
+NODE_DEVICES = 8
 
 TARGET_CONFIG = """
 gpu_device_info {{

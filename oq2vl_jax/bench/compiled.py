@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from oq2vl_jax.bench.program import Instruction, array_bytes, executions
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import Batch
 from oq2vl_jax.devices import Device
@@ -26,8 +27,6 @@ from oq2vl_jax.train.sharding import bytes_per_device, parameter_shardings, row_
 from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-               "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 
 
 class Memory(NamedTuple):
@@ -139,45 +138,17 @@ def total_bytes(tree: Any) -> int:
 
 
 def count_collectives(text: str) -> dict[str, tuple[int, int]]:
-    """kind -> (count, bytes of the whole arrays) over one run of a compiled program, loops unrolled.
+    """kind -> (count, bytes of the whole arrays) over one run of a compiled program.
 
-    A loop whose length is known only when it runs counts once.
+    A loop whose length is known only when it runs counts once, a branch as if it were taken.
     """
-    bodies = computations(text)
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-
-    def visit(name: str, times: int) -> None:
-        for line in bodies.get(name, ()):
-            for kind in COLLECTIVES:
-                match = re.search(rf"= (.*?) {kind}(-start)?\(", line)
-                if match:
-                    found[kind][0] += times
-                    found[kind][1] += times * whole_bytes(match[1], kind, bool(match[2]), group_size(line))
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            repeated = times * int(trips[1]) if trips else times
-            for key, names in re.findall(r"(body|to_apply|calls|true_computation|false_computation)=(%[\w.\-]+)", line):
-                if key != "to_apply" or " call(" in line:
-                    visit(names, repeated if key == "body" else times)
-            for names in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                for branch in names.split(", "):
-                    visit(branch, times)
-
-    visit("ENTRY", 1)
+    for instruction, times, _ in executions(text):
+        kind = instruction.op.removesuffix("-start")
+        if kind in COLLECTIVES:
+            found[kind][0] += int(times)
+            found[kind][1] += int(times) * whole_bytes(instruction)
     return {kind: (count, size) for kind, (count, size) in found.items()}
-
-
-def computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation of an HLO module by its name, "ENTRY" for the first one run."""
-    bodies: dict[str, list[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?(%[\w.\-]+) .*\{$", line)
-        if head:
-            name = "ENTRY" if head[1] else head[2]
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
-    return bodies
 
 
 def group_size(line: str) -> int:
@@ -189,14 +160,10 @@ def group_size(line: str) -> int:
     return int(short[1]) if short else 1
 
 
-def whole_bytes(shape: str, kind: str, is_started: bool, num_devices: int) -> int:
+def whole_bytes(collective: Instruction) -> int:
     """Bytes of the whole arrays of a collective: the larger side. A started one names both, another what comes out."""
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * DTYPE_BYTES[dtype]
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
-        if dtype in DTYPE_BYTES
-    ]
-    if is_started and kind in ("all-gather", "reduce-scatter"):
+    sizes, op = array_bytes(collective.shape), collective.op
+    if op in ("all-gather-start", "reduce-scatter-start"):
         half = len(sizes) // 2
         return max(sum(sizes[:half]), sum(sizes[half:]))
-    return sum(sizes) * (num_devices if kind == "reduce-scatter" else 1)
+    return sum(sizes) * (group_size(collective.line) if op == "reduce-scatter" else 1)

@@ -3,30 +3,27 @@
     python -m oq2vl_jax.bench plan configs/pretrain.py --device a100-40g --num-devices 8
 
 compiles the real train step (bench/compiled.py), then tries which rows per microbatch, recomputation and sharding fit,
-and prints the command line of the best. "floor" is the time at the device's peak with all communication hidden: no
-run can be faster, a real one will not reach it. Nothing is timed here.
+and prints the command line of the best. Two floors that no run can pass: the FLOPs at the device's peak, and the
+compiled program by its roofline (bench/floor.py), with all communication hidden. A real run reaches neither. Nothing is
+timed here.
 """
 
 import dataclasses
 import os
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tyro.conf import Positional
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config
-from oq2vl_jax.devices import Device, find_device
+from oq2vl_jax.devices import NODE_DEVICES, Device, find_device
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import COMPILE_ONLY_FLAGS, set_environment
 
-if TYPE_CHECKING:
-    from oq2vl_jax.bench.compiled import Compiled
-
 REMATS = ("none", "dots", "attention", "full")
 """From most memory to most recomputation."""
-NODE_DEVICES = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,8 @@ class Plan:
     """Instead: compute, communication and efficiency on these numbers of GPUs, such as 1 8 64."""
     text_tokens_per_image: int | None = None
     """Of a typical document, for the FLOPs of a row; None: 27 (captions) or 260 (conversations)."""
+    kernels: int = 0
+    """Show this many kernels of the compiled program, those that must take longest first."""
     json: bool = False
 
 
@@ -67,7 +66,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         if device is None:  # without rates: the least recomputation, then the fewest bytes
             best = min(fitting, key=lambda row: (row["executed_tflop_per_row"], row["peak_gib"]), default=None)
         else:
-            best = min(fitting, key=lambda row: row["seconds_at_peak_with_communication"], default=None)
+            best = min(fitting, key=lambda row: row["roofline_ms_with_communication"], default=None)
         mesh = as_it_stands["mesh"]
         result |= {"tried": tried, "best": best, "command": command(plan, best, mesh) if best else None}
     return result
@@ -92,7 +91,7 @@ def search(config: TrainConfig, device: Device | None, plan: Plan) -> list[dict]
                 candidate = dataclasses.replace(config, mesh=mesh, remat=remat, rows_per_device=rows)
                 found = examine(candidate, device, plan.num_devices, plan)
                 keys = ("sharding", "rows_per_microbatch", "remat", "peak_gib", "fits", "executed_tflop_per_row")
-                tried.append({key: found[key] for key in (*keys, "seconds_at_peak_with_communication")})
+                tried.append({key: found[key] for key in (*keys, "roofline_ms_with_communication")})
                 if not plan.json:
                     print(f"  {sharding} {remat} {rows}: {found['peak_gib']:.1f} GiB", file=sys.stderr, flush=True)
                 if not found["fits"]:
@@ -103,8 +102,10 @@ def search(config: TrainConfig, device: Device | None, plan: Plan) -> list[dict]
 def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: Plan) -> dict[str, Any]:
     """One configuration, compiled: memory by kind, collectives, FLOPs, floor."""
     from oq2vl_jax.bench.compiled import compile_step, mesh_of
+    from oq2vl_jax.bench.floor import floor
     from oq2vl_jax.train.attention_choice import choose_attention
     from oq2vl_jax.train.checks import check_config
+    from oq2vl_jax.train.flops import typical_row
     from oq2vl_jax.train.gradients import rows_per_device
 
     check_config(config, num_devices)
@@ -128,7 +129,7 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
             for kind, (count, size) in compiled.collectives.items()
         },
         "compile_seconds": round(compiled.compile_seconds, 1),
-        **floor(config, device, num_devices, compiled, rows, plan),
+        **floor(config, device, num_devices, compiled, typical_row(config, plan.text_tokens_per_image), plan.kernels),
     }
 
 
@@ -141,50 +142,6 @@ def mesh_shape(config: TrainConfig, num_devices: int) -> tuple[int, int]:
     return num_devices // fsdp, fsdp
 
 
-def floor(
-    config: TrainConfig, device: Device | None, num_devices: int, compiled: "Compiled", rows: int, plan: Plan
-) -> dict[str, Any]:
-    """FLOPs of a row by the model's formula, and times at the device's peak and its links' rates."""
-    from oq2vl_jax.train.flops import executed_flops, model_flops, typical_row
-
-    row = typical_row(config, plan.text_tokens_per_image)
-    needed, executed = model_flops(config, row), executed_flops(config, row, rows, 1)
-    found = {
-        "images_per_row": round(row.images, 2),
-        "model_tflop_per_row": {**{k: round(v / 1e12, 2) for k, v in needed._asdict().items()},
-                                "total": round(needed.total / 1e12, 2)},
-        "executed_tflop_per_row": round(executed.total / 1e12, 2),
-    }  # fmt: skip
-    if device is None:
-        return found | {"seconds_at_peak_with_communication": None}
-    rows_per_step = config.global_batch_size / num_devices
-    compute = rows_per_step * executed.total / device.peak_flops
-    communication = communication_seconds(compiled.collectives, device, num_devices)
-    return found | {
-        "floor_ms_per_step": round(1e3 * compute, 1),
-        "floor_tokens_per_second_per_gpu": round(rows_per_step * row.tokens / compute),
-        "mfu_at_floor": round(needed.total / executed.total, 3),
-        "communication_ms_per_step": round(1e3 * communication, 1),
-        "seconds_at_peak_with_communication": round(compute + communication, 4),
-    }
-
-
-def communication_seconds(collectives: dict[str, tuple[int, int]], device: Device, num_devices: int) -> float:
-    """Bytes over the links as rings move them, nothing hidden behind computation.
-
-    Gathers and scatters stay within a node; what is reduced over nodes moves this GPU's share over the network.
-    """
-    node = min(num_devices, NODE_DEVICES)
-    if num_devices == 1:
-        return 0.0
-    share = (node - 1) / node
-    gathered = sum(collectives.get(kind, (0, 0))[1] for kind in ("all-gather", "reduce-scatter"))
-    reduced = collectives.get("all-reduce", (0, 0))[1]
-    across = num_devices > NODE_DEVICES
-    rate = device.network_rate if across else device.link_rate
-    return share * gathered / device.link_rate + 2 * (share if not across else 1) * reduced / rate
-
-
 def scaling_row(config: TrainConfig, device: Device | None, num_devices: int, plan: Plan) -> dict[str, Any]:
     """Compute against communication of one step, the same rows per GPU at every size."""
     if device is None:
@@ -192,17 +149,17 @@ def scaling_row(config: TrainConfig, device: Device | None, num_devices: int, pl
     rows_per_gpu = config.global_batch_size // NODE_DEVICES
     candidate = dataclasses.replace(config, global_batch_size=rows_per_gpu * num_devices)
     found = examine(candidate, device, num_devices, plan)
-    compute, communication = found["floor_ms_per_step"], found["communication_ms_per_step"]
+    compute, communication = found["roofline_ms_per_step"]["total"], found["communication_ms_per_step"]
     return {
         "gpus": num_devices,
         "mesh": f"{found['mesh']['data']} x {found['mesh']['fsdp']}",
         "rows_per_step": candidate.global_batch_size,
         "peak_gib": found["peak_gib"],
         "fits": found["fits"],
-        "compute_ms_at_peak": compute,
+        "compute_ms_by_roofline": compute,
         "communication_ms": communication,
         "efficiency_nothing_hidden": round(compute / (compute + communication), 4),
-        "tokens_per_second_at_peak": round(found["floor_tokens_per_second_per_gpu"] * num_devices),
+        "tokens_per_second_by_roofline": round(found["roofline_tokens_per_second_per_gpu"] * num_devices),
     }
 
 
@@ -257,6 +214,14 @@ def show(result: dict[str, Any]) -> None:
             f"floor: {plan['floor_ms_per_step']:,} ms per step, {plan['floor_tokens_per_second_per_gpu']:,} tokens/s a "
             f"GPU (MFU {plan['mfu_at_floor']}); communication {plan['communication_ms_per_step']:,} ms, nothing hidden"
         )
+        least = plan["roofline_ms_per_step"]
+        console.print(
+            f"roofline of the compiled program: {least['total']:,} ms per step (products {least['matmul']:,}, "
+            f"attention {least['attention']:,}, memory {least['memory']:,}), "
+            f"{plan['roofline_tokens_per_second_per_gpu']:,} tokens/s a GPU (MFU {plan['mfu_at_roofline']})"
+        )
+        if plan["kernels"]:
+            print_rows("\nlongest kernels by roofline", plan["kernels"])
     if "tried" in result and not result["tried"]:
         console.print("\nno number of --rows divides the rows of a device")
     elif "tried" in result:

@@ -115,7 +115,7 @@ def microbatch_gradients(
             batch.labels,
             scale,
             table_gradients.decoder.head if is_trained else None,
-            chunk_size(batch),
+            chunk_size(batch.labels.size),
         )
     rest_gradients, embedding_gradient = pull_back(hidden_gradient)
     if is_trained:
@@ -130,7 +130,7 @@ def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> 
     """Sum of cross entropies over the labelled tokens of a batch, float32."""
     hidden = model(batch.tokens, batch.images, batch.segment_ids, batch.positions, compute)
     with jax.named_scope("loss"):
-        return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size(batch))
+        return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size(batch.labels.size))
 
 
 def total_loss(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> jax.Array:
@@ -201,6 +201,6 @@ def split_microbatches(batch: Batch, rows: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
 
 
-def chunk_size(batch: Batch) -> int:
-    """Positions of a microbatch whose logits exist at once."""
-    return min(MAX_CHUNK, max(MIN_CHUNK, int(CHUNK_SHARE * batch.labels.size)))
+def chunk_size(num_positions: int) -> int:
+    """Of the positions of a microbatch, those whose logits exist at once."""
+    return min(MAX_CHUNK, max(MIN_CHUNK, int(CHUNK_SHARE * num_positions)))

@@ -98,7 +98,7 @@ def test_the_best_is_the_fastest_that_fits(monkeypatch):
         return {
             "sharding": config.mesh.sharding, "mesh": {"data": 1, "fsdp": 8}, "rows_per_microbatch": rows,
             "remat": remat, "peak_gib": 1.0, "fits": fits, "executed_tflop_per_row": 1.0,
-            "seconds_at_peak_with_communication": seconds,
+            "roofline_ms_with_communication": seconds,
         }  # fmt: skip
 
     monkeypatch.setattr(plan, "examine", examined)

@@ -1,0 +1,109 @@
+"""The text of a compiled program (XLA's HLO): its instructions, how often each runs, the bytes of its arrays."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+               "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+HEAD = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+
+
+class Instruction(NamedTuple):
+    """shape: as the text says it, a tuple's in parentheses. op: its opcode. line: the whole of it."""
+
+    name: str
+    shape: str
+    op: str
+    operands: tuple[str, ...]
+    line: str
+    is_root: bool
+
+
+class Execution(NamedTuple):
+    """An instruction, how often it runs, and the instructions of its computation by name."""
+
+    instruction: Instruction
+    times: float
+    scope: dict[str, Instruction]
+
+
+def executions(text: str, unknown_trips: float = 1, branch_share: float = 1) -> Iterator[Execution]:
+    """Every instruction of one run of a program, loops unrolled; what a fusion is made of does not show.
+
+    unknown_trips: of a loop whose length is known only when it runs. branch_share: how often a branch is taken.
+    """
+    bodies = computations(text)
+
+    def visit(name: str, times: float) -> Iterator[Execution]:
+        scope = {instruction.name: instruction for instruction in bodies.get(name, ())}
+        for instruction in scope.values():
+            yield Execution(instruction, times, scope)
+            line, op = instruction.line, instruction.op
+            if op == "while":
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                yield from visit(called(line, "body"), times * (int(trips[1]) if trips else unknown_trips))
+            elif op == "conditional":
+                for branch in branches(line):
+                    yield from visit(branch, times * branch_share)
+            elif op == "call":
+                yield from visit(called(line, "to_apply"), times)
+            elif op == "async-start":
+                yield from visit(called(line, "calls"), times)
+
+    yield from visit("ENTRY", 1)
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of each computation of a module by its name, "ENTRY" for the first one run."""
+    bodies: dict[str, list[Instruction]] = {}
+    name = ""
+    for line in text.splitlines():
+        if head := HEAD.match(line):
+            name = "ENTRY" if head[1] else head[2]
+            bodies[name] = []
+        elif name and (found := INSTRUCTION.match(line)):
+            is_root, own, shape, op, rest = found.groups()
+            operands = re.findall(r"%([\w.\-]+)", rest[: end_of_arguments(rest)])
+            bodies[name].append(Instruction(own, shape, op, tuple(operands), line, bool(is_root)))
+    return bodies
+
+
+def end_of_arguments(text: str) -> int:
+    """Where the parenthesis closes that was opened just before `text`."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return i
+    return len(text)
+
+
+def called(line: str, key: str) -> str:
+    """The computation that an instruction names, "" if it names none."""
+    found = re.search(rf"\b{key}=%([\w.\-]+)", line)
+    return found[1] if found else ""
+
+
+def branches(line: str) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", line)
+    if listed:
+        return re.findall(r"%([\w.\-]+)", listed[1])
+    return [called(line, "true_computation"), called(line, "false_computation")]
+
+
+def array_bytes(shape: str) -> list[int]:
+    """Bytes of every array of a shape."""
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * DTYPE_BYTES[dtype]
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        if dtype in DTYPE_BYTES
+    ]
+
+
+def dims_of(shape: str) -> list[int]:
+    """Dimensions of the first array of a shape."""
+    found = re.search(r"\w+\[([\d,]*)\]", shape)
+    return [int(n) for n in found[1].split(",") if n] if found else []

@@ -1,0 +1,130 @@
+"""The least time of a program compiled for a GPU, kernel by kernel: what it multiplies, what it reads and writes.
+
+A kernel takes at least its FLOPs at the device's peak, and at least its bytes at the rate of its memory; the larger of
+the two counts (the roofline model, doi 10.1145/1498765.1498785). What a kernel finds in the cache and how long it waits
+to start are left out; of Pallas kernels, whose FLOPs the text does not say, only the bytes count. So this is no
+prediction: it tells two programs apart, and says which kernels the time outside matrix products goes to.
+"""
+
+import math
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from oq2vl_jax.bench.program import (
+    Execution,
+    Instruction,
+    array_bytes,
+    called,
+    computations,
+    dims_of,
+    executions,
+)
+from oq2vl_jax.devices import Device
+
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "while", "conditional", "call",
+        "async-start", "async-done", "copy-start", "copy-done", "partition-id", "replica-id"}  # fmt: skip
+COLLECTIVE = re.compile(r"all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute")
+SLICES, UPDATES = {"dynamic-slice", "slice", "gather"}, {"dynamic-update-slice", "scatter"}
+
+
+class Kernel(NamedTuple):
+    """seconds: of all runs. kind: matmul, attention or memory. name: without XLA's number. shape: of the output."""
+
+    seconds: float
+    kind: str
+    times: float
+    flops: float
+    num_bytes: int
+    name: str
+    shape: str
+
+
+def roofline(text: str, device: Device, unknown_trips: float = 1, branch_share: float = 1) -> list[Kernel]:
+    """The kernels of one run, the longest first; those alike in name, shape and bytes are added up.
+
+    unknown_trips, branch_share: see program.executions.
+    """
+    bodies = computations(text)
+    alike: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for execution in executions(text, unknown_trips, branch_share):
+        instruction = execution.instruction
+        if instruction.op in FREE or COLLECTIVE.search(instruction.op):
+            continue
+        kind, flops = kind_and_flops(execution)
+        num_bytes = bytes_moved(execution, bodies)
+        seconds = max(flops / device.peak_flops, num_bytes / device.memory_rate)
+        name = re.sub(r"(\.\d+|\.clone)+$", "", instruction.name)
+        total = alike[kind, flops, num_bytes, name, instruction.shape]
+        total[0] += execution.times * seconds
+        total[1] += execution.times
+    kernels = [
+        Kernel(seconds, kind, times, flops, num_bytes, name, shape)
+        for (kind, flops, num_bytes, name, shape), (seconds, times) in alike.items()
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel.seconds)
+
+
+def kind_and_flops(execution: Execution) -> tuple[str, float]:
+    """What a kernel does, and the FLOPs of matrix products and of cuDNN's attention; 0 for what is not known."""
+    instruction, shapes = execution.instruction, operand_shapes(execution)
+    target = re.search(r'custom_call_target="([^"]+)"', instruction.line)
+    if target is None:
+        return "memory", 0.0
+    if "cublas" in target[1]:
+        axes = re.findall(r'lhs_contracting_dimensions":\["(\d+)"\]', instruction.line)
+        depth = math.prod(dims_of(shapes[0])[int(axis)] for axis in axes)
+        return "matmul", 2.0 * math.prod(dims_of(instruction.shape)) * depth
+    if "fmha" in target[1]:  # [B, T, N, H] queries, [B, S, K, H] keys
+        return "attention", 4.0 * math.prod(dims_of(shapes[0])) * dims_of(shapes[1])[1]
+    return ("attention" if "triton" in target[1] else "memory"), 0.0
+
+
+def bytes_moved(execution: Execution, bodies: dict[str, list[Instruction]]) -> int:
+    """Bytes that a kernel reads and writes: of what it slices or updates in place, the part alone."""
+    instruction, shapes = execution.instruction, operand_shapes(execution)
+    if instruction.op == "fusion":
+        return fusion_bytes(bodies[called(instruction.line, "calls")])
+    written = array_bytes(instruction.shape)
+    if "cublas" in instruction.line:
+        written = written[:1]  # the second one is scratch
+    return sum(written) + sum(sum(array_bytes(shape)) for shape in shapes)
+
+
+def fusion_bytes(body: list[Instruction]) -> int:
+    by_name = {instruction.name: instruction for instruction in body}
+    uses = defaultdict(list)
+    for instruction in body:
+        for position, operand in enumerate(instruction.operands):
+            uses[operand].append((instruction, position))
+
+    def final_uses(name: str):
+        for user, position in uses[name]:
+            if user.op in ("bitcast", "reshape"):
+                yield from final_uses(user.name)
+            else:
+                yield user, position
+
+    def read(parameter: Instruction) -> int:
+        users, whole = list(final_uses(parameter.name)), sum(array_bytes(parameter.shape))
+        if users and all(user.op in UPDATES and position == 0 for user, position in users):
+            return 0
+        if users and all(user.op in SLICES and position == 0 for user, position in users):
+            return min(whole, sum(sum(array_bytes(user.shape)) for user, _ in users))
+        return whole
+
+    def written(instruction: Instruction) -> int:
+        if instruction.op in ("bitcast", "reshape", "tuple"):
+            return sum(written(by_name[operand]) for operand in instruction.operands)
+        if instruction.op == "dynamic-update-slice":
+            return sum(array_bytes(by_name[instruction.operands[1]].shape))
+        if instruction.op == "scatter":  # reads what it adds to
+            return 2 * sum(array_bytes(by_name[instruction.operands[-1]].shape))
+        return sum(array_bytes(instruction.shape))
+
+    root = next(instruction for instruction in body if instruction.is_root)
+    return sum(read(instruction) for instruction in body if instruction.op == "parameter") + written(root)
+
+
+def operand_shapes(execution: Execution) -> list[str]:
+    return [execution.scope[name].shape for name in execution.instruction.operands if name in execution.scope]

@@ -1,0 +1,85 @@
+"""The least time of a compiled program: what runs how often, what it multiplies, what it reads and writes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from oq2vl_jax.bench.roofline import roofline
+from oq2vl_jax.devices import DEVICES
+
+PROGRAM = """
+%sliced (stack: f32[10,1000], i: s32[]) -> f32[1,1000] {
+  %stack = f32[10,1000]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[1,1000]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,1000}
+}
+
+%updated (stack: f32[10,1000], part: f32[1,1000], i: s32[]) -> f32[10,1000] {
+  %stack = f32[10,1000]{1,0} parameter(0)
+  %part = f32[1,1000]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %put = f32[10,1000]{1,0} dynamic-update-slice(%stack, %part, %i, %zero)
+}
+
+%body.1 (arg: (s32[])) -> (s32[]) {
+  %x = bf16[4096,8192]{1,0} parameter(0)
+  %y = bf16[8192,2048]{1,0} parameter(1)
+  %stack = f32[10,1000]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %product.1 = (f32[4096,2048]{1,0}, s8[4194304]{0}) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul", \
+backend_config={"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}
+  %row.1 = f32[1,1000]{1,0} fusion(%stack, %i), kind=kLoop, calls=%sliced
+  %kept.1 = f32[10,1000]{1,0} fusion(%stack, %row.1, %i), kind=kLoop, calls=%updated
+}
+
+%never.known (arg: (s32[])) -> (s32[]) {
+  %z = f32[500]{0} parameter(0)
+  %again = f32[500]{0} copy(%z)
+}
+
+%taken (arg: (s32[])) -> (s32[]) {
+  %z = f32[700]{0} parameter(0)
+  %other = f32[700]{0} negate(%z)
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %w.1 = (s32[]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"7"}}
+  %w.2 = (s32[]) while(%t), condition=%c, body=%never.known
+  %c.1 = (s32[]) conditional(%p, %t, %t), true_computation=%taken, false_computation=%nothing
+}
+"""
+A100 = DEVICES["a100-40g"]
+
+
+def test_kernels_take_their_flops_or_their_bytes():
+    kernels = {kernel.name: kernel for kernel in roofline(PROGRAM, A100, unknown_trips=5, branch_share=0.5)}
+    assert {name: kernel.times for name, kernel in kernels.items()} == {
+        "product": 7, "row": 7, "kept": 7, "again": 5, "other": 0.5
+    }  # fmt: skip
+    flops = 2 * 4096 * 8192 * 2048
+    assert kernels["product"].flops == flops
+    assert kernels["product"].num_bytes == 2 * (4096 * 8192 + 8192 * 2048) + 4 * 4096 * 2048, "scratch does not count"
+    assert kernels["product"].seconds == pytest.approx(7 * flops / A100.peak_flops)
+    assert kernels["row"].num_bytes == 2 * 4 * 1000 + 4, "of a stack the part that is cut out, and the index"
+    assert kernels["kept"].num_bytes == 2 * 4 * 1000 + 4, "updated in place"
+    assert kernels["again"].seconds == pytest.approx(5 * 2 * 4 * 500 / A100.memory_rate)
+
+
+@pytest.mark.plan
+def test_the_compiled_step_multiplies_what_the_formula_says():
+    """Two independent counts: the products of the program XLA made, and train/flops.py."""
+    command = ["-m", "oq2vl_jax.bench", "plan", "configs/pretrain.py", "--no-search", "--kernels", "1000", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    plan = json.loads(done.stdout)["plan"]
+    counted = sum(kernel["runs"] * kernel["gflop"] for kernel in plan["kernels"]) / 1e3
+    expected = 32 * plan["executed_tflop_per_row"]
+    print(f"counted {counted:.1f} TFLOP, by the formula {expected:.1f}: {counted / expected:.4f}")
+    # the formula pads the encoder's last chunk by half of it, 2 %; the typical row happens to fill it
+    assert counted == pytest.approx(expected, rel=0.03)
+    assert 1 < plan["roofline_ms_per_step"]["total"] / plan["floor_ms_per_step"] < 1.3  # measured 1.23
