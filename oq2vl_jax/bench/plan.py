@@ -159,7 +159,7 @@ def scaling_row(config: TrainConfig, device: Device | None, num_devices: int, pl
         "compute_ms_by_roofline": compute,
         "communication_ms": communication,
         "efficiency_nothing_hidden": round(compute / (compute + communication), 4),
-        "tokens_per_second_by_roofline": round(found["roofline_tokens_per_second_per_gpu"] * num_devices),
+        "tokens_per_second": round(found["roofline_tokens_per_second_per_gpu"] * num_devices),
     }
 
 

@@ -63,8 +63,38 @@ def attention(
             return kernel_attention(q, k, v, mask.starts, implementation == "kernel_interpreted")
         return blocked_attention(q, k, v, mask.starts)
     if mask is None and implementation == "kernel" and q.dtype == jnp.bfloat16:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return image_attention(q, k, v)
     return reference_attention(q, k, v, mask)
+
+
+@jax.custom_vjp
+def image_attention(
+    q: Float[Array, "I P N H"], k: Float[Array, "I P N H"], v: Float[Array, "I P N H"]
+) -> Float[Array, "I P N H"]:
+    """cuDNN's attention, every patch seen by all of its image.
+
+    jax refuses cuDNN's backward pass for odd numbers of patches, such as 729: there one more is masked away.
+    """
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _image_attention_forward(q, k, v):
+    num_images, num_patches = q.shape[:2]
+    lengths = jnp.full(num_images, num_patches)
+
+    def even(q, k, v):
+        if num_patches % 2 == 0:
+            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        attended = jax.nn.dot_product_attention(
+            q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+        return attended[:, :num_patches]
+
+    return jax.vjp(even, q, k, v)
+
+
+image_attention.defvjp(_image_attention_forward, lambda pull_back, gradient: pull_back(gradient))
 
 
 def reference_attention(

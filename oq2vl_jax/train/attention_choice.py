@@ -20,6 +20,7 @@ from oq2vl_jax.runtime import any_process, is_first_process
 
 SHORT_ROW_TOKENS = 512
 CHECK_LENGTHS = (163, 80, 72, 5)
+RESULTS = ("output", "output with gradients", "dq", "dk", "dv")
 CHECK_TOLERANCE = 0.02
 """Largest error over the largest value in bfloat16, whose rounding is 0.004; a wrong mask gives 0.1 and more."""
 
@@ -70,41 +71,43 @@ def kernel_problem(config: TrainConfig, implementation: str = "kernel") -> str |
     """What is wrong with an implementation on the default device, against the reference; None if nothing is.
 
     Outputs and gradients of a random row of three documents with the decoder's heads, and of two images with the
-    encoder's, in the type the model computes in.
+    encoder's heads and patches, in the type the model computes in.
     """
     decoder, vision = config.model.decoder, config.model.vision
     segments = jnp.repeat(jnp.arange(1, 5), jnp.asarray(CHECK_LENGTHS))[None] % 4  # the last ones are padding
     positions = jnp.concatenate([jnp.arange(length) for length in CHECK_LENGTHS])[None]
     cases = {
-        "packed rows": ((1, decoder.num_heads, decoder.num_kv_heads, decoder.head_dim), (segments, positions)),
-        "images": ((2, vision.num_heads, vision.num_heads, vision.head_dim), None),
-    }
-    for what, (shape, documents) in cases.items():
-        arrays = random_heads(shape, config.compute_dtype)
+        "packed rows": (
+            (1, sum(CHECK_LENGTHS)), (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim), (segments, positions),
+        ),
+        "images": ((2, vision.num_patches), (vision.num_heads, vision.num_heads, vision.head_dim), None),
+    }  # fmt: skip
+    for what, (shape, heads, documents) in cases.items():
+        arrays = random_heads(shape, heads, config.compute_dtype)
         try:
             found = values_and_gradients(implementation, documents, arrays)
         except Exception as error:  # a compiler's own, of any kind
             return f"{what}: it does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         expected = values_and_gradients("xla", documents, arrays)
-        for name, ours, theirs in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        for name, ours, theirs in zip(RESULTS, found, expected, strict=True):
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             if not error < CHECK_TOLERANCE:
                 return f"{what}: {name} differs from the reference by {error:.3g} of its largest value"
     return None
 
 
-def random_heads(shape: tuple[int, int, int, int], dtype: str) -> list[jax.Array]:
-    """q, k, v and the cotangent of the output. shape: rows, query heads, kv heads, width of a head."""
-    rows, num_heads, num_kv_heads, head_dim = shape
-    rng, length = np.random.default_rng(0), sum(CHECK_LENGTHS)
-    heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    return [jnp.asarray(rng.normal(size=(rows, length, n, head_dim)), dtype) for n in heads]
+def random_heads(shape: tuple[int, int], heads: tuple[int, int, int], dtype: str) -> list[jax.Array]:
+    """q, k, v and the cotangent of the output. shape: rows, tokens. heads: of queries, of keys, the width of one."""
+    num_heads, num_kv_heads, head_dim = heads
+    rng = np.random.default_rng(0)
+    numbers = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    return [jnp.asarray(rng.normal(size=(*shape, n, head_dim)), dtype) for n in numbers]
 
 
 def values_and_gradients(
     implementation: str, documents: tuple[jax.Array, jax.Array] | None, arrays: list[jax.Array]
 ) -> list[np.ndarray]:
-    """Output, dq, dk, dv; documents: (segment_ids, positions), or None for images. Padding is set to zero."""
+    """RESULTS; documents: (segment_ids, positions), or None for images. Padding is set to zero."""
     is_real = True if documents is None else (documents[0] > 0)[..., None, None]
 
     @jax.jit
@@ -114,6 +117,6 @@ def values_and_gradients(
             return jnp.where(is_real, attention(q, k, v, mask, implementation), 0)
 
         value, pull_back = jax.vjp(attended, q, k, v)
-        return value, *pull_back(jnp.where(is_real, cotangent, 0).astype(value.dtype))
+        return attended(q, k, v), value, *pull_back(jnp.where(is_real, cotangent, 0).astype(value.dtype))
 
     return [np.asarray(x, np.float32) for x in run(*arrays)]

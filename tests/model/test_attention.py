@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oq2vl_jax.model.attention import attention, packed_mask
+from oq2vl_jax.model.attention import attention, image_attention, packed_mask, reference_attention
 from oq2vl_jax.model.attention_blocked import blocked_attention
 
 IMPLEMENTATIONS = ("xla", "blocked", "kernel_interpreted")
@@ -131,3 +131,26 @@ def test_blocked_attention_looks_no_further_than_documents_reach():
     attended = blocked_attention(q, poisoned, v, starts, 64)
     assert jnp.isfinite(attended[:, 64:]).all()
     assert not jnp.isfinite(attended[:, :64]).any()
+
+
+@pytest.mark.parametrize("num_patches", [8, 9])
+def test_attention_of_images_with_and_without_gradient(num_patches, monkeypatch):
+    """cuDNN is not here: jax's own attention stands in, so this is about what is asked of it."""
+    asked, real = [], jax.nn.dot_product_attention
+
+    def stand_in(q, k, v, *, implementation, **lengths):
+        assert implementation == "cudnn"
+        asked.append(q.shape[1])
+        return real(q, k, v, implementation="xla", **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    q, k, v, cotangent = (
+        jnp.asarray(np.random.default_rng().normal(size=(2, num_patches, 3, 16)), jnp.float32) for _ in range(4)
+    )
+    value, pull_back = jax.vjp(image_attention, q, k, v)
+    expected, expected_pull_back = jax.vjp(reference_attention, q, k, v)
+    for found, right in zip((value, *pull_back(cotangent)), (expected, *expected_pull_back(cotangent)), strict=True):
+        assert np.abs(found - right).max() < 1e-5 * np.abs(right).max()  # measured 4e-7
+    assert asked == [8 if num_patches == 8 else 10], "an even number where a gradient is taken"
+    image_attention(q, k, v)
+    assert asked[-1] == num_patches, "nothing is padded without a gradient"
