@@ -78,13 +78,25 @@ def mesh_of(device: Device | None, num_devices: int, data: int, fsdp: int) -> Me
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
-    """Compiles the whole optimizer step of a configuration; nothing is allocated."""
+    """Compiles the whole optimizer step of a configuration; nothing is allocated.
+
+    Raises UserError where jax does not know an absent GPU well enough for its Pallas kernels (0.11: the L40S).
+    """
     shardings = state_shardings(config, mesh)
     state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
     batch = batch_shapes(config, mesh)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     start = time.perf_counter()
-    compiled = compile_train_step(config, mesh).lower(placed, batch).compile()
+    try:
+        compiled = compile_train_step(config, mesh).lower(placed, batch).compile()
+    except RuntimeError as error:
+        if "No supported GPU devices found" not in str(error):
+            raise
+        kind = next(iter(mesh.devices.flat)).device_kind
+        raise UserError(
+            f"jax {jax.__version__} cannot compile the attention kernel for {kind} unless one is there; jax 0.10.2 "
+            "can, or set attention = blocked in the configuration."
+        ) from error
     seconds = time.perf_counter() - start
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     assert analysis is not None

@@ -23,7 +23,8 @@ from oq2vl_jax.bench.program import (
 from oq2vl_jax.devices import Device
 
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "while", "conditional", "call",
-        "async-start", "async-done", "copy-start", "copy-done", "partition-id", "replica-id"}  # fmt: skip
+        "async-start", "copy-start", "partition-id", "replica-id"}  # fmt: skip
+"""What takes no time of its own; nor does the end of what was started (-done)."""
 COLLECTIVE = re.compile(r"all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute")
 SLICES, UPDATES = {"dynamic-slice", "slice", "gather"}, {"dynamic-update-slice", "scatter"}
 
@@ -49,7 +50,7 @@ def roofline(text: str, device: Device, unknown_trips: float = 1, branch_share: 
     alike: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for execution in executions(text, unknown_trips, branch_share):
         instruction = execution.instruction
-        if instruction.op in FREE or COLLECTIVE.search(instruction.op):
+        if instruction.op in FREE or instruction.op.endswith("-done") or COLLECTIVE.search(instruction.op):
             continue
         kind, flops = kind_and_flops(execution)
         num_bytes = bytes_moved(execution, bodies)
@@ -83,7 +84,7 @@ def kind_and_flops(execution: Execution) -> tuple[str, float]:
 def bytes_moved(execution: Execution, bodies: dict[str, list[Instruction]]) -> int:
     """Bytes that a kernel reads and writes: of what it slices or updates in place, the part alone."""
     instruction, shapes = execution.instruction, operand_shapes(execution)
-    if instruction.op == "fusion":
+    if instruction.op in ("fusion", "fusion-start"):
         return fusion_bytes(bodies[called(instruction.line, "calls")])
     written = array_bytes(instruction.shape)
     if "cublas" in instruction.line:

@@ -13,6 +13,7 @@ from oq2vl_jax.bench import plan
 from oq2vl_jax.bench.compiled import compile_step, count_collectives, mesh_of
 from oq2vl_jax.config_files import load_config, to_json
 from oq2vl_jax.devices import DEVICES
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.checkpoint import named_arrays
 from oq2vl_jax.train.step import init_train_state
 
@@ -160,8 +161,10 @@ def test_loss_temporaries_of_a_row_on_an_a100():
 @pytest.mark.plan
 @pytest.mark.parametrize("name", [name for name in DEVICES if name != "a100-40g"])
 def test_every_device_of_the_table_compiles(name):
-    config = load_config("configs/pretrain.py")
-    found = compile_step(
-        dataclasses.replace(config, global_batch_size=8, rows_per_device=1), mesh_of(DEVICES[name], 8, 1, 8)
-    )
-    assert found.memory.peak > 0
+    config = dataclasses.replace(load_config("configs/pretrain.py"), global_batch_size=8, rows_per_device=1)
+    mesh = mesh_of(DEVICES[name], 8, 1, 8)
+    if name == "l40s" and not jax.__version__.startswith("0.10"):  # not known to its Pallas kernels when absent
+        with pytest.raises(UserError, match="set attention = blocked"):
+            compile_step(config, mesh)
+        config = dataclasses.replace(config, attention="blocked")
+    assert compile_step(config, mesh).memory.peak > 0

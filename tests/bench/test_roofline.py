@@ -34,6 +34,8 @@ PROGRAM = """
   %product.1 = (f32[4096,2048]{1,0}, s8[4194304]{0}) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul", \
 backend_config={"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}
   %row.1 = f32[1,1000]{1,0} fusion(%stack, %i), kind=kLoop, calls=%sliced
+  %begun.1 = ((f32[10,1000]{1,0}, s32[]), f32[1,1000]{1,0}, u32[]) fusion-start(%stack, %i), kind=kLoop, calls=%sliced
+  %ended.1 = f32[1,1000]{1,0} fusion-done(%begun.1)
   %kept.1 = f32[10,1000]{1,0} fusion(%stack, %row.1, %i), kind=kLoop, calls=%updated
 }
 
@@ -59,13 +61,14 @@ A100 = DEVICES["a100-40g"]
 def test_kernels_take_their_flops_or_their_bytes():
     kernels = {kernel.name: kernel for kernel in roofline(PROGRAM, A100, unknown_trips=5, branch_share=0.5)}
     assert {name: kernel.times for name, kernel in kernels.items()} == {
-        "product": 7, "row": 7, "kept": 7, "again": 5, "other": 0.5
+        "product": 7, "row": 7, "begun": 7, "kept": 7, "again": 5, "other": 0.5
     }  # fmt: skip
     flops = 2 * 4096 * 8192 * 2048
     assert kernels["product"].flops == flops
     assert kernels["product"].num_bytes == 2 * (4096 * 8192 + 8192 * 2048) + 4 * 4096 * 2048, "scratch does not count"
     assert kernels["product"].seconds == pytest.approx(7 * flops / A100.peak_flops)
     assert kernels["row"].num_bytes == 2 * 4 * 1000 + 4, "of a stack the part that is cut out, and the index"
+    assert kernels["begun"].num_bytes == kernels["row"].num_bytes
     assert kernels["kept"].num_bytes == 2 * 4 * 1000 + 4, "updated in place"
     assert kernels["again"].seconds == pytest.approx(5 * 2 * 4 * 500 / A100.memory_rate)
 
