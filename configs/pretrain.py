@@ -22,7 +22,7 @@ config = TrainConfig(
     trainable=TrainableConfig(vision=False, projector=True, decoder=True),
     num_steps=4770,
     global_batch_size=256,
-    rows_per_device=2,  # with remat dots 27 of 36 usable GiB of an A100-40G by bench plan
+    rows_per_device=2,  # with remat dots 24 of 36 usable GiB of an A100-40G by bench plan
     run_dir="runs/pretrain",
     init_from="checkpoints/siglip_qwen",
     remat="dots",

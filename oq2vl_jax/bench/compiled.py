@@ -16,17 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from oq2vl_jax.bench.program import Instruction, array_bytes, executions
+from oq2vl_jax.bench.program import COLLECTIVES, Instruction, array_bytes, executions
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import Batch
-from oq2vl_jax.devices import Device
+from oq2vl_jax.devices import NODE_DEVICES, Device
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.gradients import compute_copy
 from oq2vl_jax.train.optimizer import split_trainable
 from oq2vl_jax.train.sharding import bytes_per_device, parameter_shardings, row_sharding
 from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
-
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
 class Memory(NamedTuple):
@@ -63,7 +61,7 @@ def mesh_of(device: Device | None, num_devices: int, data: int, fsdp: int) -> Me
     else:
         from jax.experimental import topologies
 
-        nodes = max(1, num_devices // 8)
+        nodes = max(1, num_devices // NODE_DEVICES)
         try:
             description = topologies.get_topology_desc(
                 platform="cuda", target_config=device.target_config(), topology=f"1x{nodes}x{num_devices // nodes}"
@@ -131,7 +129,8 @@ def batch_shapes(config: TrainConfig, mesh: Mesh) -> Batch:
 def named_temporaries(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
     """(bytes of the weights a device holds whole, bytes of its float32 gradients) during a step.
 
-    FSDP holds whole what is frozen and what lies outside the decoder's layers, and one layer at a time.
+    FSDP holds whole what is frozen and what lies outside the decoder's layers, and one layer at a time; so it does with
+    gradients, but that those of the layers are shares from the start.
     """
     model = jax.eval_shape(
         lambda: compute_copy(init_train_state(jax.random.key(0), config).model, config.compute_dtype)
@@ -142,7 +141,8 @@ def named_temporaries(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
     layers = total_bytes(trained.decoder.layers)
     held = total_bytes(model) - layers + layers // config.model.decoder.num_layers
     wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
-    return held, bytes_per_device(wide, parameter_shardings(trained, mesh))
+    shares = bytes_per_device(wide.decoder.layers, parameter_shardings(trained, mesh).decoder.layers)
+    return held, total_bytes(wide) - total_bytes(wide.decoder.layers) + shares
 
 
 def total_bytes(tree: Any) -> int:

@@ -1,7 +1,9 @@
-"""What a compiled step must take at least on a GPU: its FLOPs, its kernels by their roofline, its communication."""
+"""What a compiled step has to take on a GPU: its FLOPs, its kernels by their roofline, its communication."""
 
 import math
 from typing import Any
+
+from jax.sharding import Mesh
 
 from oq2vl_jax.bench.compiled import Compiled
 from oq2vl_jax.bench.roofline import Kernel, roofline
@@ -9,18 +11,17 @@ from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.devices import NODE_DEVICES, Device
 from oq2vl_jax.model.open_qwen2vl import IMAGES_PER_CHUNK
 from oq2vl_jax.train.flops import Work, executed_flops, model_flops
-from oq2vl_jax.train.gradients import chunk_size
+from oq2vl_jax.train.gradients import chunk_size, rows_per_device
 
 
 def floor(
-    config: TrainConfig, device: Device | None, num_devices: int, compiled: Compiled, row: Work, num_kernels: int = 0
+    config: TrainConfig, device: Device | None, mesh: Mesh, compiled: Compiled, row: Work, num_kernels: int = 0
 ) -> dict[str, Any]:
     """FLOPs of a row by the model's formula, and times at the rates of the device and its links.
 
     row: what a row holds. num_kernels: so many of the kernels are listed.
     """
-    rows_per_step = config.global_batch_size / num_devices
-    rows = config.rows_per_device or config.global_batch_size // num_devices
+    rows_per_step, rows = config.global_batch_size / mesh.size, rows_per_device(config, mesh)
     needed, executed = model_flops(config, row), executed_flops(config, row, rows, 1)
     found = {
         "images_per_row": round(row.images, 2),
@@ -31,7 +32,7 @@ def floor(
     if device is None:
         return found | {"roofline_ms_with_communication": None}
     compute = rows_per_step * executed.total / device.peak_flops
-    communication = communication_seconds(compiled.collectives, device, num_devices)
+    communication = communication_seconds(compiled.collectives, device, mesh.size)
     kernels = kernels_of(config, row, rows, compiled, device)
     least = sum(kernel.seconds for kernel in kernels)
     by_kind = {
@@ -63,10 +64,14 @@ def shown(kernel: Kernel) -> dict[str, Any]:
 
 
 def kernels_of(config: TrainConfig, row: Work, rows: int, compiled: Compiled, device: Device) -> list[Kernel]:
-    """The kernels of a step on rows like `row`: their labels fill chunks of the loss, their images of the encoder."""
+    """The kernels of a step on rows like `row`: their labels fill chunks of the loss, their images of the encoder.
+
+    Loops of blocked attention, whose length depends on the documents, count once: too little.
+    """
     loss_chunks = math.ceil(rows * row.labelled / chunk_size(rows * config.data.num_tokens))
-    chunks, slots = math.ceil(rows * row.images / IMAGES_PER_CHUNK), rows * max(config.data.max_images, 1)
-    return roofline(compiled.text, device, loss_chunks, min(1.0, chunks / math.ceil(slots / IMAGES_PER_CHUNK)))
+    slots = max(1, math.ceil(rows * config.data.max_images / IMAGES_PER_CHUNK))
+    filled = min(slots, math.ceil(rows * row.images / IMAGES_PER_CHUNK))
+    return roofline(compiled.text, device, {"loss": loss_chunks}, filled / slots)
 
 
 def communication_seconds(collectives: dict[str, tuple[int, int]], device: Device, num_devices: int) -> float:

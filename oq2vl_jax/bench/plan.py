@@ -3,9 +3,9 @@
     python -m oq2vl_jax.bench plan configs/pretrain.py --device a100-40g --num-devices 8
 
 compiles the real train step (bench/compiled.py), then tries which rows per microbatch, recomputation and sharding fit,
-and prints the command line of the best. Two floors that no run can pass: the FLOPs at the device's peak, and the
-compiled program by its roofline (bench/floor.py), with all communication hidden. A real run reaches neither. Nothing is
-timed here.
+and prints the command line of the best. Two times to measure a run against: its FLOPs at the device's peak
+("floor", by the formula of train/flops.py), and the compiled program by its roofline (bench/roofline.py), communication
+aside. Nothing is timed here.
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
             for kind, (count, size) in compiled.collectives.items()
         },
         "compile_seconds": round(compiled.compile_seconds, 1),
-        **floor(config, device, num_devices, compiled, typical_row(config, plan.text_tokens_per_image), plan.kernels),
+        **floor(config, device, mesh, compiled, typical_row(config, plan.text_tokens_per_image), plan.kernels),
     }
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
                "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 HEAD = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
@@ -30,12 +31,25 @@ class Execution(NamedTuple):
     scope: dict[str, Instruction]
 
 
-def executions(text: str, unknown_trips: float = 1, branch_share: float = 1) -> Iterator[Execution]:
+def executions(
+    text: str, unknown_trips: dict[str, float] | None = None, longest_branch: float | None = None
+) -> Iterator[Execution]:
     """Every instruction of one run of a program, loops unrolled; what a fusion is made of does not show.
 
-    unknown_trips: of a loop whose length is known only when it runs. branch_share: how often a branch is taken.
+    unknown_trips: of loops whose length is known only when they run, by the named scope they stand in; of others 1.
+    longest_branch: how often the longest branch of a choice is taken; None: all of them always.
     """
     bodies = computations(text)
+
+    def unknown(line: str) -> float:
+        scopes = re.search(r'op_name="([^"]*)"', line)
+        of_loop = scopes[1].split("/") if scopes else []
+        return next((trips for scope, trips in (unknown_trips or {}).items() if scope in of_loop), 1)
+
+    def share(is_longest: bool) -> float:
+        if longest_branch is None:
+            return 1
+        return longest_branch if is_longest else 1 - longest_branch
 
     def visit(name: str, times: float) -> Iterator[Execution]:
         scope = {instruction.name: instruction for instruction in bodies.get(name, ())}
@@ -44,10 +58,12 @@ def executions(text: str, unknown_trips: float = 1, branch_share: float = 1) -> 
             line, op = instruction.line, instruction.op
             if op == "while":
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                yield from visit(called(line, "body"), times * (int(trips[1]) if trips else unknown_trips))
+                yield from visit(called(line, "body"), times * (int(trips[1]) if trips else unknown(line)))
             elif op == "conditional":
-                for branch in branches(line):
-                    yield from visit(branch, times * branch_share)
+                names = branches(line)
+                longest = max(names, key=lambda name: len(bodies.get(name, ())))
+                for branch in names:
+                    yield from visit(branch, times * share(branch == longest))
             elif op == "call":
                 yield from visit(called(line, "to_apply"), times)
             elif op == "async-start":

@@ -1,4 +1,4 @@
-"""The least time of a program compiled for a GPU, kernel by kernel: what it multiplies, what it reads and writes.
+"""The time of a program compiled for a GPU by its roofline: what every kernel multiplies, reads and writes.
 
 A kernel takes at least its FLOPs at the device's peak, and at least its bytes at the rate of its memory; the larger of
 the two counts (the roofline model, doi 10.1145/1498765.1498785). What a kernel finds in the cache and how long it waits
@@ -12,6 +12,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from oq2vl_jax.bench.program import (
+    COLLECTIVES,
     Execution,
     Instruction,
     array_bytes,
@@ -25,7 +26,6 @@ from oq2vl_jax.devices import Device
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "while", "conditional", "call",
         "async-start", "copy-start", "partition-id", "replica-id"}  # fmt: skip
 """What takes no time of its own; nor does the end of what was started (-done)."""
-COLLECTIVE = re.compile(r"all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute")
 SLICES, UPDATES = {"dynamic-slice", "slice", "gather"}, {"dynamic-update-slice", "scatter"}
 
 
@@ -41,16 +41,18 @@ class Kernel(NamedTuple):
     shape: str
 
 
-def roofline(text: str, device: Device, unknown_trips: float = 1, branch_share: float = 1) -> list[Kernel]:
+def roofline(
+    text: str, device: Device, unknown_trips: dict[str, float] | None = None, longest_branch: float | None = None
+) -> list[Kernel]:
     """The kernels of one run, the longest first; those alike in name, shape and bytes are added up.
 
-    unknown_trips, branch_share: see program.executions.
+    unknown_trips, longest_branch: see program.executions.
     """
     bodies = computations(text)
     alike: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for execution in executions(text, unknown_trips, branch_share):
+    for execution in executions(text, unknown_trips, longest_branch):
         instruction = execution.instruction
-        if instruction.op in FREE or instruction.op.endswith("-done") or COLLECTIVE.search(instruction.op):
+        if instruction.op in FREE or instruction.op.endswith("-done") or instruction.op.startswith(COLLECTIVES):
             continue
         kind, flops = kind_and_flops(execution)
         num_bytes = bytes_moved(execution, bodies)
@@ -74,10 +76,11 @@ def kind_and_flops(execution: Execution) -> tuple[str, float]:
         return "memory", 0.0
     if "cublas" in target[1]:
         axes = re.findall(r'lhs_contracting_dimensions":\["(\d+)"\]', instruction.line)
-        depth = math.prod(dims_of(shapes[0])[int(axis)] for axis in axes)
-        return "matmul", 2.0 * math.prod(dims_of(instruction.shape)) * depth
-    if "fmha" in target[1]:  # [B, T, N, H] queries, [B, S, K, H] keys
-        return "attention", 4.0 * math.prod(dims_of(shapes[0])) * dims_of(shapes[1])[1]
+        assert len(axes) == 1, instruction.line
+        return "matmul", 2.0 * math.prod(dims_of(instruction.shape)) * dims_of(shapes[0])[int(axes[0])]
+    if "fmha" in target[1]:  # [B, T, N, H] queries, [B, S, K, H] keys; two products, five in the backward pass
+        products = 5 if "Backward" in target[1] else 2
+        return "attention", 2.0 * products * math.prod(dims_of(shapes[0])) * dims_of(shapes[1])[1]
     return ("attention" if "triton" in target[1] else "memory"), 0.0
 
 

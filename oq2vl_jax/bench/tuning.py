@@ -122,13 +122,13 @@ def step_seconds(config: Tuning, rows: int, num_tokens: int, slots: int) -> floa
     import jax
 
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-    from oq2vl_jax.train.gradients import compute_of, loss_sum
+    from oq2vl_jax.train.gradients import loss_and_gradients
     from oq2vl_jax.train.sharding import make_mesh
 
     train = train_config(config, rows, num_tokens, slots)
     model = OpenQwen2VL(jax.random.key(0), train.model)
-    compute = compute_of(train, make_mesh(train.mesh))
-    step = jax.jit(jax.value_and_grad(lambda model, batch: loss_sum(model, batch, compute)))
+    mesh = make_mesh(train.mesh)
+    step = jax.jit(lambda model, batch: loss_and_gradients(model, batch, train, mesh))
     batch = make_batch(config, rows, num_tokens, slots)
     jax.block_until_ready(step(model, batch))
     found = []

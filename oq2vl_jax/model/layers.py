@@ -85,12 +85,13 @@ def split_columns(linear: Linear, widths: tuple[int, ...]) -> list[Linear]:
     return [jax.tree.map(lambda x, part=part: x[..., part], linear) for part in columns]
 
 
-def gelu(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+def gelu(x: Float[Array, "*batch dim"], approximate: bool = False) -> Float[Array, "*batch dim"]:
     """x times the normal distribution's share below x; float32 inside and rounded once, as PyTorch does.
 
-    jax.nn.gelu rounds every step to the type of x, and a GPU then reads bfloat16 activations three times.
+    jax.nn.gelu rounds every step to the type of x, and a GPU then reads bfloat16 activations three times. approximate:
+    by tanh.
     """
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+    return jax.nn.gelu(x.astype(jnp.float32), approximate).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

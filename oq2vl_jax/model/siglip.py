@@ -19,7 +19,7 @@ from oq2vl_jax.model.layers import Compute, LayerNorm, Linear, gelu, normal, rem
 
 ACTIVATIONS = {
     "gelu": gelu,
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": partial(gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of OpenAI's CLIP
 }
 

@@ -53,9 +53,11 @@ class Flops(NamedTuple):
 
 def typical_row(config: TrainConfig, text_tokens_per_image: int | None = None) -> Work:
     """A full row of documents of one image and some text each, the text labelled; with attention_scope row they are
-    one document. None: the text of a typical one."""
+    one document, and without images the row is. None: the text of a typical one."""
     tokens, text_tokens_per_image = config.data.num_tokens, text_tokens_per_image or text_tokens(config)
-    images = min(max(config.data.max_images, 1), tokens / (config.model.num_visual_tokens + text_tokens_per_image))
+    images = min(config.data.max_images, tokens / (config.model.num_visual_tokens + text_tokens_per_image))
+    if images == 0:
+        return Work(tokens, 0, tokens * (tokens + 1) / 2, tokens)
     length = tokens if config.data.attention_scope == "row" else tokens / images
     return Work(tokens, images, tokens * (length + 1) / 2, images * text_tokens_per_image)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -146,16 +147,17 @@ def test_two_rows_of_the_published_run_fit_an_a100(sharding):
 
 @pytest.mark.plan
 def test_loss_temporaries_of_a_row_on_an_a100():
-    from oq2vl_jax.train.cross_entropy import cross_entropy_sum
+    from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients
     from oq2vl_jax.train.sharding import replicated
 
     here = replicated(mesh_of(DEVICES["a100-40g"], 1, 1, 1))
     hidden = jax.ShapeDtypeStruct((1, 4096, 1536), jnp.bfloat16, sharding=here)
     head = jax.ShapeDtypeStruct((151_936, 1536), jnp.float32, sharding=here)
     labels = jax.ShapeDtypeStruct((1, 4096), jnp.int32, sharding=here)
-    step = jax.jit(jax.value_and_grad(lambda x, head, y: cross_entropy_sum(x, head, y, 512), argnums=(0, 1)))
-    temporaries = step.lower(hidden, head, labels).compile().memory_analysis().temp_size_in_bytes
-    assert temporaries <= 1.2 * 2**30  # measured 0.89
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=here)
+    step = jax.jit(partial(cross_entropy_and_gradients, chunk_size=512), donate_argnums=4)
+    temporaries = step.lower(hidden, head, labels, scale, head).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries <= 1.2 * 2**30  # measured 0.89, beside the head's gradient that is added to
 
 
 @pytest.mark.plan

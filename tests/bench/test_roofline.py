@@ -49,19 +49,26 @@ backend_config={"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":
   %other = f32[700]{0} negate(%z)
 }
 
+%skipped (arg: (s32[])) -> (s32[]) {
+  %zeros = f32[700]{0} broadcast(%z)
+}
+
 ENTRY %main (p: f32[]) -> f32[] {
   %w.1 = (s32[]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"7"}}
-  %w.2 = (s32[]) while(%t), condition=%c, body=%never.known
-  %c.1 = (s32[]) conditional(%p, %t, %t), true_computation=%taken, false_computation=%nothing
+  %w.2 = (s32[]) while(%t), condition=%c, body=%never.known, metadata={op_name="jit(step)/loss/while"}
+  %w.3 = (s32[]) while(%t), condition=%c, body=%never.known, metadata={op_name="jit(step)/attention/while"}
+  %c.1 = (s32[]) conditional(%p, %t, %t), true_computation=%taken, false_computation=%skipped
 }
 """
 A100 = DEVICES["a100-40g"]
 
 
 def test_kernels_take_their_flops_or_their_bytes():
-    kernels = {kernel.name: kernel for kernel in roofline(PROGRAM, A100, unknown_trips=5, branch_share=0.5)}
+    kernels = {
+        kernel.name: kernel for kernel in roofline(PROGRAM, A100, unknown_trips={"loss": 5}, longest_branch=0.75)
+    }
     assert {name: kernel.times for name, kernel in kernels.items()} == {
-        "product": 7, "row": 7, "begun": 7, "kept": 7, "again": 5, "other": 0.5
+        "product": 7, "row": 7, "begun": 7, "kept": 7, "again": 5 + 1, "other": 0.75, "zeros": 0.25
     }  # fmt: skip
     flops = 2 * 4096 * 8192 * 2048
     assert kernels["product"].flops == flops
@@ -70,7 +77,7 @@ def test_kernels_take_their_flops_or_their_bytes():
     assert kernels["row"].num_bytes == 2 * 4 * 1000 + 4, "of a stack the part that is cut out, and the index"
     assert kernels["begun"].num_bytes == kernels["row"].num_bytes
     assert kernels["kept"].num_bytes == 2 * 4 * 1000 + 4, "updated in place"
-    assert kernels["again"].seconds == pytest.approx(5 * 2 * 4 * 500 / A100.memory_rate)
+    assert kernels["again"].seconds == pytest.approx(6 * 2 * 4 * 500 / A100.memory_rate)
 
 
 @pytest.mark.plan

@@ -19,11 +19,14 @@ BFLOAT16_ROUNDING = 2**-8  # relative; measured 2**-8.04, and 2**-7.3 when every
 POOL_TOLERANCE = 1e-6  # of the largest value; measured 1.2e-7
 
 
-def test_gelu_in_bfloat16_is_rounded_once():
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_in_bfloat16_is_rounded_once(approximate):
     x = jnp.asarray(3 * np.random.default_rng().normal(size=100_000), jnp.bfloat16)
-    exact = torch.nn.functional.gelu(torch.from_numpy(np.asarray(x, np.float64))).numpy()
+    exact = torch.nn.functional.gelu(torch.from_numpy(np.asarray(x, np.float64)), approximate=approximate).numpy()
     is_normal = np.abs(exact) > 1e-2
-    errors = np.abs(np.asarray(gelu(x), np.float64) - exact)[is_normal] / np.abs(exact)[is_normal]
+    errors = (
+        np.abs(np.asarray(gelu(x, approximate == "tanh"), np.float64) - exact)[is_normal] / np.abs(exact)[is_normal]
+    )
     assert errors.max() <= BFLOAT16_ROUNDING * 1.01
 
 
