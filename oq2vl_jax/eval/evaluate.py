@@ -14,9 +14,9 @@ from typing import Any
 
 from oq2vl_jax.data.images import ImageError, check_image
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.__main__ import EvalConfig
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt
 from oq2vl_jax.eval.benchmarks import BENCHMARKS
+from oq2vl_jax.eval.eval_config import EvalConfig
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.eval.report import task_results, write_mistakes, write_results

@@ -8,7 +8,7 @@ import pytest
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval import evaluate as evaluation
-from oq2vl_jax.eval.__main__ import EvalConfig, check
+from oq2vl_jax.eval.eval_config import EvalConfig, check
 from oq2vl_jax.eval.evaluate import evaluate
 from oq2vl_jax.eval.generator import Generator
 from oq2vl_jax.eval.report import bootstrap_interval
