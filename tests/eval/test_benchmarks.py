@@ -4,9 +4,9 @@ import polars as pl
 import pytest
 
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.__main__ import TASKS
 from oq2vl_jax.eval.benchmark import Item, Judgement
 from oq2vl_jax.eval.benchmarks import BENCHMARKS, mathvista, mmbench, mmmu
+from oq2vl_jax.eval.eval_config import TASKS
 from oq2vl_jax.eval.evaluate import read_items
 from oq2vl_jax.eval.tables import find_files, images_of
 from tests.eval import benchmark_files as files
