@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from oq2vl_jax.bench.program import COLLECTIVES, Instruction, array_bytes, executions
+from oq2vl_jax.bench.program import COLLECTIVES, Instruction, array_bytes, computations, executions
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import Batch
 from oq2vl_jax.devices import NODE_DEVICES, Device
@@ -155,7 +155,7 @@ def count_collectives(text: str) -> dict[str, tuple[int, int]]:
     A loop whose length is known only when it runs counts once, a branch as if it were taken.
     """
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for instruction, times, _ in executions(text):
+    for instruction, times, _ in executions(computations(text)):
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
             found[kind][0] += int(times)

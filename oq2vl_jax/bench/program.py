@@ -32,14 +32,16 @@ class Execution(NamedTuple):
 
 
 def executions(
-    text: str, unknown_trips: dict[str, float] | None = None, longest_branch: float | None = None
+    bodies: dict[str, list[Instruction]],
+    unknown_trips: dict[str, float] | None = None,
+    longest_branch: float | None = None,
 ) -> Iterator[Execution]:
     """Every instruction of one run of a program, loops unrolled; what a fusion is made of does not show.
 
-    unknown_trips: of loops whose length is known only when they run, by the named scope they stand in; of others 1.
+    bodies: its computations. unknown_trips: of loops whose length is known only when they run, by the named scope they
+    stand in; of others 1.
     longest_branch: how often the longest branch of a choice is taken; None: all of them always.
     """
-    bodies = computations(text)
 
     def unknown(line: str) -> float:
         scopes = re.search(r'op_name="([^"]*)"', line)

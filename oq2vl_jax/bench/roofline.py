@@ -50,7 +50,7 @@ def roofline(
     """
     bodies = computations(text)
     alike: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for execution in executions(text, unknown_trips, longest_branch):
+    for execution in executions(bodies, unknown_trips, longest_branch):
         instruction = execution.instruction
         if instruction.op in FREE or instruction.op.endswith("-done") or instruction.op.startswith(COLLECTIVES):
             continue

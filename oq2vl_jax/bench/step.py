@@ -69,12 +69,7 @@ def measure(options: Step) -> dict[str, Any]:
     start = time.perf_counter()
     step = compile_train_step(config, mesh).lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
-    seconds, losses = [], []
-    for _ in range(options.warmup_steps + options.num_steps):
-        start = time.perf_counter()
-        state, metrics = step(state, batch)
-        losses.append(float(metrics.loss))
-        seconds.append(time.perf_counter() - start)
+    state, losses, seconds = timed_steps(step, state, batch, options.warmup_steps + options.num_steps)
     median = statistics.median(seconds[options.warmup_steps :])
     needed = model_flops(config, work)
     executed = executed_flops(config, work, rows_per_device(config, mesh), config.global_batch_size)
@@ -103,6 +98,17 @@ def measure(options: Step) -> dict[str, Any]:
     if options.breakdown or options.profile:
         result["breakdown"] = profiled(step, state, batch, options.profile)
     return result
+
+
+def timed_steps(step: Any, state: Any, batch: Any, number: int) -> tuple[Any, list[float], list[float]]:
+    """(state after the last one, losses, seconds) of steps that each wait for their loss."""
+    seconds, losses = [], []
+    for _ in range(number):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+        seconds.append(time.perf_counter() - start)
+    return state, losses, seconds
 
 
 def configured(options: Step) -> TrainConfig:

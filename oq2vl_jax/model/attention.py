@@ -80,12 +80,12 @@ def image_attention(
 
 def _image_attention_forward(q, k, v):
     num_images, num_patches = q.shape[:2]
-    lengths = jnp.full(num_images, num_patches)
 
     def even(q, k, v):
         if num_patches % 2 == 0:
             return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        lengths = jnp.full(num_images, num_patches)
         attended = jax.nn.dot_product_attention(
             q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
         )
