@@ -220,6 +220,8 @@ def show(result: dict[str, Any]) -> None:
             f"attention {least['attention']:,}, memory {least['memory']:,}), "
             f"{plan['roofline_tokens_per_second_per_gpu']:,} tokens/s a GPU (MFU {plan['mfu_at_roofline']})"
         )
+        if plan["attention"] == "blocked":
+            console.print("(too little: loops of blocked attention, as long as documents reach, count once)")
         if plan["kernels"]:
             print_rows("\nlongest kernels by roofline", plan["kernels"])
     if "tried" in result and not result["tried"]:

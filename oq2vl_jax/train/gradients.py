@@ -57,7 +57,10 @@ def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, me
 
     def on_device(trained, frozen, batch, scale):
         dims_now, compute = gathered_at_once(dims, config, mesh)
-        trained, frozen = layers_apart(gather(trained, dims_now)), layers_apart(gather(frozen, frozen_dims))
+        trained, frozen = (
+            with_layers_unstacked(gather(trained, dims_now)),
+            with_layers_unstacked(gather(frozen, frozen_dims)),
+        )
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
         loss, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, compute)
         gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
@@ -166,7 +169,7 @@ def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
     return copy
 
 
-def layers_apart(model: OpenQwen2VL) -> OpenQwen2VL:
+def with_layers_unstacked(model: OpenQwen2VL) -> OpenQwen2VL:
     """The model, or a part of it, with the decoder's layers one by one (model.layers.run_layers says why)."""
     model = jax.tree.map(lambda x: x, model)
     model.decoder.layers = nnx.data(model.decoder.unstacked_layers())
