@@ -206,6 +206,19 @@ class EvaluationConfig:
     max_new_tokens: int = 64
 
 
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the decoder is laid out while it trains: same loss and gradients, but for rounding. Which is fastest is
+    measured by python -m oq2vl_jax.bench report."""
+
+    gate_up: Literal["fused", "apart"] = "fused"
+    """gate_proj and up_proj in one matrix product, or in two."""
+    layers: Literal["one_by_one", "scan"] = "one_by_one"
+    """One program part a layer, or a scan over the stack: half the time to compile, copies of weights and gradients."""
+    tiles: Literal["64x64", "128x64", "128x128"] = "64x64"
+    """Queries x keys of a tile of the attention kernel."""
+
+
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -236,6 +249,7 @@ class TrainConfig:
     block inputs only."""
     attention: Literal["auto", "xla", "blocked", "kernel"] = "auto"
     """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which."""
+    execution: ExecutionConfig = ExecutionConfig()
     seed: int = 7
     log_every: int = 10
 
@@ -252,9 +266,9 @@ class CheckpointDescription:
 
 OPERATIONAL_FIELDS = (
     "run_dir", "log_every", "checkpoint.every_num_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp", "mesh.sharding",
-    "rows_per_device", "remat", "attention", "data.num_threads", "data.num_workers", "evaluation.sources",
-    "evaluation.every_num_steps", "evaluation.num_batches", "evaluation.num_samples", "evaluation.max_new_tokens",
-    "trackers",
+    "rows_per_device", "remat", "attention", "execution.gate_up", "execution.layers", "execution.tiles",
+    "data.num_threads", "data.num_workers", "evaluation.sources", "evaluation.every_num_steps",
+    "evaluation.num_batches", "evaluation.num_samples", "evaluation.max_new_tokens", "trackers",
 )  # fmt: skip
 """May change between a run and its resumption: they decide how, not what, is computed."""
 

@@ -132,9 +132,7 @@ def named_temporaries(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
     FSDP holds whole what is frozen and what lies outside the decoder's layers, and one layer at a time; so it does with
     gradients, but that those of the layers are shares from the start.
     """
-    model = jax.eval_shape(
-        lambda: compute_copy(init_train_state(jax.random.key(0), config).model, config.compute_dtype)
-    )
+    model = jax.eval_shape(lambda: compute_copy(init_train_state(jax.random.key(0), config).model, config))
     trained, _ = split_trainable(model, config.trainable)
     if config.mesh.sharding == "zero1":
         return total_bytes(model), 4 * sum(x.size for x in jax.tree.leaves(trained))

@@ -32,15 +32,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from oq2vl_jax.model.attention_blocked import blocked_attention
-from oq2vl_jax.model.attention_kernel import kernel_attention
+from oq2vl_jax.model.attention_kernel import TILES, kernel_attention
 
 KERNELS = ("kernel", "kernel_interpreted")
 
 
 class Documents(NamedTuple):
-    """The mask of packed rows in short: token t sees tokens starts[b, t] .. t. A padding token sees itself."""
+    """The mask of packed rows in short: token t sees tokens starts[b, t] .. t. A padding token sees itself.
+
+    tiles: queries and keys of a tile of the kernel, which alone looks at it.
+    """
 
     starts: Int[Array, "B T"]
+    tiles: tuple[int, int] = TILES
 
 
 Mask = Bool[Array, "B T S"] | Documents | None
@@ -60,7 +64,7 @@ def attention(
     """
     if isinstance(mask, Documents):
         if implementation in KERNELS:
-            return kernel_attention(q, k, v, mask.starts, implementation == "kernel_interpreted")
+            return kernel_attention(q, k, v, mask.starts, implementation == "kernel_interpreted", mask.tiles)
         return blocked_attention(q, k, v, mask.starts)
     if mask is None and implementation == "kernel" and q.dtype == jnp.bfloat16:
         return image_attention(q, k, v)
@@ -134,9 +138,11 @@ def causal_segment_mask(
     return same_segment & not_later & (key_segments > 0)[:, None, :]
 
 
-def packed_mask(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], implementation: str) -> Mask:
+def packed_mask(
+    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], implementation: str, tiles: tuple[int, int] = TILES
+) -> Mask:
     """The mask of packed rows in the form that an implementation takes; made once for all layers."""
     if implementation == "xla":
         return causal_segment_mask(segment_ids, positions, segment_ids, positions)
     own = jnp.arange(positions.shape[1], dtype=positions.dtype)
-    return Documents(jnp.where(segment_ids > 0, own - positions, own))
+    return Documents(jnp.where(segment_ids > 0, own - positions, own), tiles)

@@ -24,12 +24,14 @@ class Compute(NamedTuple):
     """How a model is computed. None of it changes what is computed, but for rounding.
 
     dtype: of activations and matrix products. remat, attention: as in config.TrainConfig, "auto" already decided.
+    tiles: queries and keys of a tile of the attention kernel.
     gather: makes a decoder layer whole from this device's share of it (FSDP); None where weights are whole.
     """
 
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    tiles: tuple[int, int] = (64, 64)
     gather: Callable[[Any], Any] | None = None
 
 

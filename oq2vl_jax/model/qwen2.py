@@ -136,7 +136,7 @@ class Qwen2Decoder(nnx.Module):
         compute: Compute = Compute(),
     ) -> Float[Array, "B T D"]:
         """Embeddings, already of compute.dtype, to final hidden states."""
-        mask = packed_mask(segment_ids, positions, compute.attention)
+        mask = packed_mask(segment_ids, positions, compute.attention, compute.tiles)
         rope = rope_table(positions, self.config)
 
         def apply(x, layer):
@@ -177,19 +177,18 @@ class Qwen2Decoder(nnx.Module):
         return self.norm(x), KVCache(k, v)
 
 
-def fused(layers: Qwen2Layer) -> Qwen2Layer:
+def fused(layers: Qwen2Layer, with_gate_up: bool = True) -> Qwen2Layer:
     """The same layers, one or stacked, with q, k, v in one matrix and gate, up in another: fewer, larger products.
 
     Parameters are stored apart, under Hugging Face's names; training fuses its compute copy once a step.
     """
     layers = jax.tree.map(lambda x: x, layers)
     attn, mlp = layers.self_attn, layers.mlp
-    attn.qkv_proj, mlp.gate_up_proj = (
-        side_by_side(attn.q_proj, attn.k_proj, attn.v_proj), side_by_side(mlp.gate_proj, mlp.up_proj),
-    )  # fmt: skip
-    for part, names in ((attn, ("q_proj", "k_proj", "v_proj")), (mlp, ("gate_proj", "up_proj"))):
-        for name in names:
-            setattr(part, name, None)
+    attn.qkv_proj = side_by_side(attn.q_proj, attn.k_proj, attn.v_proj)
+    attn.q_proj = attn.k_proj = attn.v_proj = None  # pyright: ignore[reportAttributeAccessIssue]
+    if with_gate_up:
+        mlp.gate_up_proj = side_by_side(mlp.gate_proj, mlp.up_proj)
+        mlp.gate_proj = mlp.up_proj = None  # pyright: ignore[reportAttributeAccessIssue]
     return layers
 
 
@@ -198,10 +197,11 @@ def unfused(layers: Qwen2Layer) -> Qwen2Layer:
     layers = jax.tree.map(lambda x: x, layers)
     attn, mlp = layers.self_attn, layers.mlp
     assert attn.qkv_proj is not None
-    assert mlp.gate_up_proj is not None
     attn.q_proj, attn.k_proj, attn.v_proj = split_columns(attn.qkv_proj, attn.widths)
-    mlp.gate_proj, mlp.up_proj = split_columns(mlp.gate_up_proj, mlp.widths)
-    attn.qkv_proj = mlp.gate_up_proj = None
+    attn.qkv_proj = None
+    if mlp.gate_up_proj is not None:
+        mlp.gate_proj, mlp.up_proj = split_columns(mlp.gate_up_proj, mlp.widths)
+        mlp.gate_up_proj = None
     return layers
 
 

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
@@ -50,20 +49,20 @@ def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, me
 
     See train/sharding.py for what passes between the devices.
     """
-    trained, frozen = split_trainable(compute_copy(model, config.compute_dtype), config.trainable)
+    trained, frozen = split_trainable(compute_copy(model, config), config.trainable)
     dims, shardings = gathered_dims(trained, mesh), parameter_shardings(trained, mesh)
     frozen_dims, frozen_shardings = gathered_dims(frozen, mesh), parameter_shardings(frozen, mesh)
     scale = 1 / jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
 
     def on_device(trained, frozen, batch, scale):
         dims_now, compute = gathered_at_once(dims, config, mesh)
-        trained, frozen = (
-            with_layers_unstacked(gather(trained, dims_now)),
-            with_layers_unstacked(gather(frozen, frozen_dims)),
-        )
+        trained, frozen = gather(trained, dims_now), gather(frozen, frozen_dims)
+        if config.execution.layers == "one_by_one":
+            trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
         loss, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, compute)
-        gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
+        if config.execution.layers == "one_by_one":
+            gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
         return jax.lax.psum(loss, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
 
     whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
@@ -138,7 +137,7 @@ def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> 
 
 def total_loss(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> jax.Array:
     """Sum of cross entropies over the labelled tokens of a global batch, without gradients."""
-    copy = compute_copy(model, config.compute_dtype)
+    copy = compute_copy(model, config)
     dims, shardings = gathered_dims(copy, mesh), parameter_shardings(copy, mesh)
 
     def on_device(copy, batch):
@@ -153,8 +152,9 @@ def total_loss(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh
     return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)(copy, batch)
 
 
-def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
-    """The weights as a step reads them: matrices in `dtype`, the decoder's fused. Made once a step, share by share.
+def compute_copy(model: OpenQwen2VL, config: TrainConfig) -> OpenQwen2VL:
+    """The weights as a step reads them: matrices in config.compute_dtype, the decoder's fused. Made once a step, share
+    by share.
 
     Vectors stay float32, and the embedding: its gradient adds up over all positions of a token, which bfloat16 would
     round away.
@@ -162,10 +162,10 @@ def compute_copy(model: OpenQwen2VL, dtype: DTypeLike) -> OpenQwen2VL:
 
     def cast(node):
         is_wide = not isinstance(node, nnx.Param) or not is_matrix(node) or "vocab" in node.axes
-        return node if is_wide else node.replace(node.get_value().astype(dtype))
+        return node if is_wide else node.replace(node.get_value().astype(config.compute_dtype))
 
     copy = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, nnx.Param))
-    copy.decoder.layers = fused(copy.decoder.layers)
+    copy.decoder.layers = fused(copy.decoder.layers, config.execution.gate_up == "fused")
     return copy
 
 
@@ -191,7 +191,9 @@ def gathered_at_once(dims: Any, config: TrainConfig, mesh: Mesh) -> tuple[Any, C
 
 def compute_of(config: TrainConfig, mesh: Mesh) -> Compute:
     """How the devices of a mesh compute a configuration."""
-    return Compute(jnp.dtype(config.compute_dtype), config.remat, choose_attention(config, mesh).name)
+    query_tile, key_tile = map(int, config.execution.tiles.split("x"))
+    attention = choose_attention(config, mesh).name
+    return Compute(jnp.dtype(config.compute_dtype), config.remat, attention, (query_tile, key_tile))
 
 
 def rows_per_device(config: TrainConfig, mesh: Mesh) -> int:

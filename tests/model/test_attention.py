@@ -7,8 +7,10 @@ import pytest
 
 from oq2vl_jax.model.attention import attention, image_attention, packed_mask, reference_attention
 from oq2vl_jax.model.attention_blocked import blocked_attention
+from oq2vl_jax.model.attention_kernel import TILES
 
 IMPLEMENTATIONS = ("xla", "blocked", "kernel_interpreted")
+OTHER_TILES = ((32, 16), (128, 64), (64, 128), (128, 128), (16, 64))
 OUTPUT_TOLERANCE = 2e-6  # of the largest value; measured 4e-7
 GRADIENT_TOLERANCE = 1e-5  # of the largest gradient; measured 8e-7
 BFLOAT16_TOLERANCE = 2e-2  # of the largest value; measured 6e-3
@@ -56,7 +58,7 @@ def reference(q, k, v, cotangent, segments):
     return output, dq, dk, dv
 
 
-def run(name, q, k, v, cotangent, segments, positions):
+def run(name, q, k, v, cotangent, segments, positions, tiles=TILES):
     """(output, dq, dk, dv), padding set to zero."""
     segments, positions = jnp.asarray(segments), jnp.asarray(positions)
     is_real = (segments > 0)[..., None, None]
@@ -64,7 +66,7 @@ def run(name, q, k, v, cotangent, segments, positions):
     @jax.jit
     def compute(q, k, v, cotangent):
         def attended(q, k, v):
-            return jnp.where(is_real, attention(q, k, v, packed_mask(segments, positions, name), name), 0)
+            return jnp.where(is_real, attention(q, k, v, packed_mask(segments, positions, name, tiles), name), 0)
 
         value, pull_back = jax.vjp(attended, q, k, v)
         return value, *pull_back(jnp.where(is_real, cotangent, 0).astype(value.dtype))
@@ -82,6 +84,16 @@ def test_output_and_gradients_equal_the_reference(name):
         error = np.abs(ours - theirs).max() / np.abs(theirs).max()
         print(f"{name} {what}: {error:.1e}")
         assert error < tolerance
+
+
+@pytest.mark.parametrize("tiles", OTHER_TILES)
+def test_every_size_of_tiles_gives_the_same(tiles):
+    """Rows that no tile divides, documents across tiles, several tiles of the one size within one of the other."""
+    segments, positions = packed(((149,), (77, 70), (3, 130, 9)), 150)
+    arrays = [jnp.asarray(x) for x in inputs(3, 150, seed=5)]
+    found = run("kernel_interpreted", *arrays, segments, positions, tiles)
+    for ours, theirs in zip(found, run("xla", *arrays, segments, positions), strict=True):
+        assert np.abs(ours - theirs).max() < GRADIENT_TOLERANCE * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS[1:])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
-from oq2vl_jax.config import MeshConfig, TrainableConfig
+from oq2vl_jax.config import ExecutionConfig, MeshConfig, TrainableConfig
 from oq2vl_jax.data.batch import IGNORE
 from oq2vl_jax.model import open_qwen2vl
 from oq2vl_jax.model.layers import Compute
@@ -28,6 +28,9 @@ WAYS = {
     "attention kept, fsdp": {"attention": "blocked", "remat": "attention", "sharding": "fsdp", "rows_per_device": 1},
     "everything kept, fsdp": {"sharding": "fsdp"},
     "nothing kept, fsdp": {"remat": "full", "sharding": "fsdp"},
+    "gate and up apart, a scan over the layers": {"execution": ExecutionConfig("apart", "scan")},
+    "the same, fsdp, dots": {"execution": ExecutionConfig("apart", "scan"), "sharding": "fsdp", "remat": "dots"},
+    "kernel, wide tiles": {"attention": "kernel", "execution": ExecutionConfig(tiles="128x64")},
 }
 
 
@@ -147,7 +150,7 @@ def test_the_encoder_runs_fewer_than_eight_images_too_many(num_images, monkeypat
 
 
 def test_the_compute_copy_rounds_matrices_only():
-    copy = compute_copy(tiny_model(), "bfloat16")
+    copy = compute_copy(tiny_model(), dataclasses.replace(TINY, compute_dtype="bfloat16"))
     wide = {name for name, x in named_arrays(copy).items() if x.dtype == np.float32}
     assert "decoder.embed_tokens" in wide, "its gradient adds up over a token's positions"
     assert {name for name in wide if name.endswith("kernel")} == set()
