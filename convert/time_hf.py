@@ -1,11 +1,15 @@
-"""transformers' generate on an exported model, to measure oq2vl_jax.eval against (python -m oq2vl_jax.bench decode)."""
+"""transformers' generate on an exported model (bench decode) and on random weights (bench report): what ours is
+measured against."""
 
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
+
+from oq2vl_jax.config import DecoderConfig
 
 
 class TransformersPeer:
@@ -35,3 +39,33 @@ class TransformersPeer:
     def with_requests(self, prompt: list[int], images: Sequence[bytes]) -> Callable[[int], object]:
         """A function of the number of tokens to write."""
         return lambda num_tokens: self.generate([prompt] * len(images), images, num_tokens)
+
+
+class RandomDecoder:
+    """transformers' Qwen2 with random weights in bfloat16, on a GPU if torch finds one."""
+
+    def __init__(self, decoder: DecoderConfig):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = Qwen2Config(
+            vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size,
+            intermediate_size=decoder.intermediate_size, num_hidden_layers=decoder.num_layers,
+            num_attention_heads=decoder.num_heads, num_key_value_heads=decoder.num_kv_heads,
+            tie_word_embeddings=decoder.tie_word_embeddings,
+        )  # fmt: skip
+        with torch.device(self.device):
+            self._model: Any = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        self._model.eval()
+
+    def generate(self, batch: int, num_prompt: int, num_new: int) -> None:
+        """Writes num_new tokens to each of `batch` prompts of num_prompt tokens, greedily, and waits for them."""
+        tokens = torch.ones(batch, num_prompt, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            self._model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=num_new,
+                min_new_tokens=num_new,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            ).cpu()

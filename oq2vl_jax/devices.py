@@ -6,6 +6,7 @@ A100-40G and the H100 were read from machines, the others are of data sheets and
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from oq2vl_jax.errors import UserError, hint
 
@@ -43,6 +44,13 @@ class Device:
         return TARGET_CONFIG.format(
             device=self, memory_rate=int(self.memory_rate), major=self.capability[0], minor=self.capability[1]
         )
+
+
+class Rates(NamedTuple):
+    """FLOPs and bytes a second, measured where a device is not in the table."""
+
+    peak_flops: float
+    memory_rate: float
 
 
 USABLE_SHARE = 0.92

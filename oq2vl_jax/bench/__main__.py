@@ -9,6 +9,7 @@ rows      reading packed rows: random access and decoding
 filter    uid membership and a filter expression over metadata
 tuning    packed conversations against padded batches
 decode    generation, against transformers' generate on the exported model
+report    everything that a device can tell, in one command and one page
 """
 
 import importlib
@@ -18,11 +19,11 @@ import sys
 from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
-NAMES = ("step", "plan", "data", "packing", "pack", "rows", "filter", "tuning", "decode")
+NAMES = ("step", "plan", "data", "packing", "pack", "rows", "filter", "tuning", "decode", "report")
 """Module of oq2vl_jax.bench, whose class of the same name holds the options. Only the chosen one is imported."""
 
 
-def main() -> None:
+def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(f"usage: {__doc__}\n{PROG} NAME --help lists the options of one.")
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
@@ -41,6 +42,7 @@ def main() -> None:
         module.show(results)
     else:
         print_table(results)
+    return module.exit_code(results) if hasattr(module, "exit_code") else 0
 
 
 def print_table(results: list[dict]) -> None:

@@ -9,8 +9,10 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.profiler import ProfileData
 
 PARTS = ("vision", "attention", "loss", "optimizer")
 COLLECTIVE = re.compile(r"all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute")
@@ -19,19 +21,46 @@ PRODUCT = re.compile(r"dot_general|\bdot|gemm|cublas")
 
 def breakdown(run: Callable[[], None], text: str, folder: str | None = None) -> dict[str, float]:
     """Share of device time by part while run() runs. text: of the compiled program; folder: where the trace stays."""
+    scopes, seconds = scopes_of(text), defaultdict(float)
+    for operation, own in operation_seconds(traced(run, folder)).items():
+        if operation in scopes:
+            seconds[part_of(operation, scopes[operation])] += own
+    total = sum(seconds.values())
+    return {part: seconds[part] / total for part in sorted(seconds, key=seconds.__getitem__, reverse=True)}
+
+
+def traced(run: Callable[[], None], folder: str | None = None) -> Any:
+    """A profile of run(). folder: where the trace stays."""
     with tempfile.TemporaryDirectory() as temporary:
         with jax.profiler.trace(folder or temporary):
             run()
         traces = sorted(Path(folder or temporary).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        profile = jax.profiler.ProfileData.from_file(str(traces[-1]))
-    scopes, seconds = scopes_of(text), defaultdict(float)
-    for plane in profile.planes:
-        for line in plane.lines:
-            for operation, own in own_times(line):
-                if operation in scopes:
-                    seconds[part_of(operation, scopes[operation])] += own
-    total = sum(seconds.values())
-    return {part: seconds[part] / total for part in sorted(seconds, key=seconds.__getitem__, reverse=True)}
+        return ProfileData.from_file(str(traces[-1]))
+
+
+def operation_seconds(profile: Any) -> dict[str, float]:
+    """Seconds of each operation of the compiled program by its name, without operations that run inside it."""
+    seconds: dict[str, float] = defaultdict(float)
+    for line in operation_lines(profile):
+        for operation, own in own_times(line):
+            seconds[operation] += own
+    return dict(seconds)
+
+
+def idle_share(profile: Any) -> float:
+    """Share of the time from the first operation to the last in which none runs; 0 if there are none."""
+    spans = sorted(span for line in operation_lines(profile) for span in spans_of(line))
+    busy, end = 0.0, 0.0
+    for start, stop, _ in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return 1 - busy / (end - spans[0][0]) if spans else 0.0
+
+
+def operation_lines(profile: Any) -> list:
+    """Lines of a trace that hold operations; on a GPU its streams alone, as what is derived from them repeats them."""
+    lines = [line for plane in profile.planes for line in plane.lines if spans_of(line)]
+    return [line for line in lines if line.name.startswith("Stream")] or lines
 
 
 def scopes_of(text: str) -> dict[str, str]:
@@ -51,12 +80,7 @@ def part_of(operation: str, scope: str) -> str:
 
 def own_times(line) -> list[tuple[str, float]]:
     """(operation, seconds of its own, without operations that run inside it) of one line of a trace."""
-    events = []
-    for event in line.events:
-        operation = next((value for key, value in event.stats if key == "hlo_op"), None)
-        if operation is not None:
-            events.append((event.start_ns, event.start_ns + event.duration_ns, str(operation)))
-    events.sort(key=lambda event: (event[0], -event[1]))
+    events = sorted(spans_of(line), key=lambda event: (event[0], -event[1]))
     own, stack = [0.0] * len(events), []
     for number, (start, end, _) in enumerate(events):
         while stack and events[stack[-1]][1] <= start:
@@ -66,3 +90,13 @@ def own_times(line) -> list[tuple[str, float]]:
             own[stack[-1]] -= (end - start) / 1e9
         stack.append(number)
     return [(event[2], max(time, 0.0)) for event, time in zip(events, own, strict=True)]
+
+
+def spans_of(line) -> list[tuple[float, float, str]]:
+    """(start, end in nanoseconds, operation) of the operations of a line of a trace."""
+    spans = []
+    for event in line.events:
+        operation = next((value for key, value in event.stats if key == "hlo_op"), None)
+        if operation is not None:
+            spans.append((event.start_ns, event.start_ns + event.duration_ns, str(operation)))
+    return spans

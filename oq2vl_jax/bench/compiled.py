@@ -46,6 +46,8 @@ class Compiled(NamedTuple):
     collectives: dict[str, tuple[int, int]]
     compile_seconds: float
     text: str
+    executable: jax.stages.Compiled
+    """(TrainState, Batch) -> (TrainState, StepMetrics), where the devices are there."""
 
 
 def mesh_of(device: Device | None, num_devices: int, data: int, fsdp: int) -> Mesh:
@@ -115,7 +117,7 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
         "gradients": gradients,
     }
     memory = Memory(**named, activations=peak - sum(named.values()), peak=peak)
-    return Compiled(memory, count_collectives(text), seconds, text)
+    return Compiled(memory, count_collectives(text), seconds, text, compiled)
 
 
 def batch_shapes(config: TrainConfig, mesh: Mesh) -> Batch:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from oq2vl_jax.bench.compiled import Compiled
 from oq2vl_jax.bench.roofline import Kernel, roofline
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.devices import NODE_DEVICES, Device
+from oq2vl_jax.devices import NODE_DEVICES, Device, Rates
 from oq2vl_jax.model.open_qwen2vl import IMAGES_PER_CHUNK
 from oq2vl_jax.train.flops import Work, executed_flops, model_flops
 from oq2vl_jax.train.gradients import chunk_size, rows_per_device
@@ -63,7 +63,7 @@ def shown(kernel: Kernel) -> dict[str, Any]:
     }
 
 
-def kernels_of(config: TrainConfig, row: Work, rows: int, compiled: Compiled, device: Device) -> list[Kernel]:
+def kernels_of(config: TrainConfig, row: Work, rows: int, compiled: Compiled, device: Device | Rates) -> list[Kernel]:
     """The kernels of a step on rows like `row`: their labels fill chunks of the loss, their images of the encoder.
 
     Loops of blocked attention, whose length depends on the documents, count once: too little.

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -21,9 +21,6 @@ from oq2vl_jax.config_files import load_config
 from oq2vl_jax.devices import NODE_DEVICES, Device, find_device
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import COMPILE_ONLY_FLAGS, set_environment
-
-REMATS = ("none", "dots", "attention", "full")
-"""From most memory to most recomputation."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,8 @@ class Plan:
     num_devices: int = 8
     rows: tuple[int, ...] = (1, 2, 4)
     """Rows per microbatch to try."""
+    remats: tuple[Literal["none", "dots", "attention", "full"], ...] = ("none", "dots", "attention", "full")
+    """Recomputation to try, from most memory to most recomputation."""
     search: bool = True
     """Try which combinations fit; otherwise the configuration as it stands alone."""
     scaling: tuple[int, ...] = ()
@@ -83,15 +82,16 @@ def search(config: TrainConfig, device: Device | None, plan: Plan) -> list[dict]
     """Every combination, from few rows to many; where one does not fit, more rows do not either."""
     tried = []
     for sharding in ("zero1", "fsdp") if plan.num_devices > 1 else (config.mesh.sharding,):
-        for remat in REMATS:
+        for remat in plan.remats:
             for rows in plan.rows:
                 if config.global_batch_size % (rows * plan.num_devices):
                     continue
                 mesh = dataclasses.replace(config.mesh, sharding=sharding)
                 candidate = dataclasses.replace(config, mesh=mesh, remat=remat, rows_per_device=rows)
                 found = examine(candidate, device, plan.num_devices, plan)
-                keys = ("sharding", "rows_per_microbatch", "remat", "peak_gib", "fits", "executed_tflop_per_row")
-                tried.append({key: found[key] for key in (*keys, "roofline_ms_with_communication")})
+                keys = ("sharding", "rows_per_microbatch", "remat", "peak_gib", "fits", "executed_tflop_per_row",
+                        "roofline_ms_with_communication", "roofline_tokens_per_second_per_gpu")  # fmt: skip
+                tried.append({key: found.get(key) for key in keys})
                 if not plan.json:
                     print(f"  {sharding} {remat} {rows}: {found['peak_gib']:.1f} GiB", file=sys.stderr, flush=True)
                 if not found["fits"]:

@@ -21,7 +21,7 @@ from oq2vl_jax.bench.program import (
     dims_of,
     executions,
 )
-from oq2vl_jax.devices import Device
+from oq2vl_jax.devices import Device, Rates
 
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "while", "conditional", "call",
         "async-start", "copy-start", "partition-id", "replica-id"}  # fmt: skip
@@ -30,7 +30,8 @@ SLICES, UPDATES = {"dynamic-slice", "slice", "gather"}, {"dynamic-update-slice",
 
 
 class Kernel(NamedTuple):
-    """seconds: of all runs. kind: matmul, attention or memory. name: without XLA's number. shape: of the output."""
+    """seconds: of all runs. kind: matmul, attention or memory. name: without XLA's number. shape: of the output.
+    instructions: by their names in the program, which a profile names as well."""
 
     seconds: float
     kind: str
@@ -39,10 +40,14 @@ class Kernel(NamedTuple):
     num_bytes: int
     name: str
     shape: str
+    instructions: tuple[str, ...]
 
 
 def roofline(
-    text: str, device: Device, unknown_trips: dict[str, float] | None = None, longest_branch: float | None = None
+    text: str,
+    device: Device | Rates,
+    unknown_trips: dict[str, float] | None = None,
+    longest_branch: float | None = None,
 ) -> list[Kernel]:
     """The kernels of one run, the longest first; those alike in name, shape and bytes are added up.
 
@@ -50,27 +55,36 @@ def roofline(
     """
     bodies = computations(text)
     alike: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    instructions: dict[tuple, dict[str, None]] = defaultdict(dict)
     for execution in executions(bodies, unknown_trips, longest_branch):
         instruction = execution.instruction
         if instruction.op in FREE or instruction.op.endswith("-done") or instruction.op.startswith(COLLECTIVES):
             continue
-        kind, flops = kind_and_flops(execution)
+        kind, flops = kind_and_flops(execution, bodies)
         num_bytes = bytes_moved(execution, bodies)
         seconds = max(flops / device.peak_flops, num_bytes / device.memory_rate)
         name = re.sub(r"(\.\d+|\.clone)+$", "", instruction.name)
-        total = alike[kind, flops, num_bytes, name, instruction.shape]
-        total[0] += execution.times * seconds
-        total[1] += execution.times
+        key = (kind, flops, num_bytes, name, instruction.shape)
+        alike[key][0] += execution.times * seconds
+        alike[key][1] += execution.times
+        instructions[key][instruction.name] = None
     kernels = [
-        Kernel(seconds, kind, times, flops, num_bytes, name, shape)
-        for (kind, flops, num_bytes, name, shape), (seconds, times) in alike.items()
+        Kernel(seconds, kind, times, flops, num_bytes, name, shape, tuple(instructions[key]))
+        for key, (seconds, times) in alike.items()
+        for kind, flops, num_bytes, name, shape in [key]
     ]
     return sorted(kernels, key=lambda kernel: -kernel.seconds)
 
 
-def kind_and_flops(execution: Execution) -> tuple[str, float]:
-    """What a kernel does, and the FLOPs of matrix products and of cuDNN's attention; 0 for what is not known."""
+def kind_and_flops(execution: Execution, bodies: dict[str, list[Instruction]]) -> tuple[str, float]:
+    """What a kernel does, and the FLOPs of matrix products and of cuDNN's attention; 0 for what is not known.
+
+    A fusion that holds a product (Triton's on a GPU, any on a CPU) is one.
+    """
     instruction, shapes = execution.instruction, operand_shapes(execution)
+    products = product_flops(instruction, execution.scope, bodies)
+    if products:
+        return "matmul", products
     target = re.search(r'custom_call_target="([^"]+)"', instruction.line)
     if target is None:
         return "memory", 0.0
@@ -82,6 +96,19 @@ def kind_and_flops(execution: Execution) -> tuple[str, float]:
         products = 5 if "Backward" in target[1] else 2
         return "attention", 2.0 * products * math.prod(dims_of(shapes[0])) * dims_of(shapes[1])[1]
     return ("attention" if "triton" in target[1] else "memory"), 0.0
+
+
+def product_flops(instruction: Instruction, scope: dict[str, Instruction], bodies: dict) -> float:
+    """FLOPs of a dot, or of the dots within a fusion."""
+    if instruction.op == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.line)
+        left = dims_of(scope[instruction.operands[0]].shape)
+        contracted = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
+        return 2.0 * math.prod(dims_of(instruction.shape)) * contracted
+    if instruction.op not in ("fusion", "fusion-start"):
+        return 0.0
+    inner = {one.name: one for one in bodies.get(called(instruction.line, "calls"), ())}
+    return sum(product_flops(one, inner, bodies) for one in inner.values())
 
 
 def bytes_moved(execution: Execution, bodies: dict[str, list[Instruction]]) -> int:

@@ -48,34 +48,51 @@ def measure(options: Step) -> dict[str, Any]:
         raise UserError("--num-steps must be at least 1, --warmup-steps at least 0.")
     set_environment()
     config = configured(options)
-    import jax
-
-    from oq2vl_jax.bench.synthetic_rows import make_rows
-    from oq2vl_jax.devices import device_of_kind
+    from oq2vl_jax.bench.compiled import compile_step
     from oq2vl_jax.train.attention_choice import checked_attention
-    from oq2vl_jax.train.flops import executed_flops, model_flops
-    from oq2vl_jax.train.gradients import rows_per_device
-    from oq2vl_jax.train.metrics import work_of
-    from oq2vl_jax.train.sharding import make_mesh, to_global_batch
-    from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
+    from oq2vl_jax.train.sharding import make_mesh
 
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     config = checked_attention(config, mesh)
-    rows = make_rows(config, config.global_batch_size, options.seed)
-    work, batch = work_of(rows, config), to_global_batch(rows, mesh)
-    shardings = state_shardings(config, mesh)
-    state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(options.seed))
-    start = time.perf_counter()
-    step = compile_train_step(config, mesh).lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - start
-    state, losses, seconds = timed_steps(step, state, batch, options.warmup_steps + options.num_steps)
-    median = statistics.median(seconds[options.warmup_steps :])
+    compiled = compile_step(config, mesh)
+    rows, state, batch = start(config, mesh, options.seed)
+    state, losses, seconds = timed_steps(compiled.executable, state, batch, options.warmup_steps + options.num_steps)
+    result = figures(config, mesh, compiled, rows, losses, seconds[options.warmup_steps :])
+    if options.breakdown or options.profile:
+        result["breakdown"] = profiled(compiled.executable, state, batch, options.profile)
+    return result
+
+
+def start(config: TrainConfig, mesh: Any, seed: int) -> tuple[Any, Any, Any]:
+    """(rows on the host, a fresh train state, the rows on the devices)."""
+    import jax
+
+    from oq2vl_jax.bench.synthetic_rows import make_rows
+    from oq2vl_jax.train.sharding import to_global_batch
+    from oq2vl_jax.train.step import init_train_state, state_shardings
+
+    rows, shardings = make_rows(config, config.global_batch_size, seed), state_shardings(config, mesh)
+    state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(seed))
+    return rows, state, to_global_batch(rows, mesh)
+
+
+def figures(
+    config: TrainConfig, mesh: Any, compiled: Any, rows: Any, losses: list[float], seconds: list[float]
+) -> dict[str, Any]:
+    """What some timed steps on `rows` say. compiled: bench.compiled.Compiled; seconds: of each step."""
+    import jax
+
+    from oq2vl_jax.devices import device_of_kind
+    from oq2vl_jax.train.flops import executed_flops, model_flops
+    from oq2vl_jax.train.gradients import rows_per_device
+    from oq2vl_jax.train.metrics import work_of
+
+    work, median, kind = work_of(rows, config), statistics.median(seconds), jax.devices()[0].device_kind
     needed = model_flops(config, work)
     executed = executed_flops(config, work, rows_per_device(config, mesh), config.global_batch_size)
-    kind = jax.devices()[0].device_kind
     device, memory = device_of_kind(kind), jax.local_devices()[0].memory_stats() or {}
-    result = {
+    return {
         "device": f"{mesh.size} x {kind}",
         "jax": jax.__version__,
         "rows_per_step": config.global_batch_size,
@@ -83,9 +100,9 @@ def measure(options: Step) -> dict[str, Any]:
         "remat": config.remat,
         "attention": config.attention,
         "sharding": config.mesh.sharding,
-        "compile_seconds": round(compile_seconds, 1),
+        "compile_seconds": round(compiled.compile_seconds, 1),
         "step_seconds": median,
-        "step_seconds_all": [round(x, 4) for x in seconds[options.warmup_steps :]],
+        "step_seconds_all": [round(x, 4) for x in seconds],
         "first_loss": losses[0],
         "fill": work.tokens / rows.tokens.size,
         "tokens_per_second": work.tokens / median,
@@ -93,11 +110,9 @@ def measure(options: Step) -> dict[str, Any]:
         "model_tflops": needed.total / median / 1e12,
         "executed_tflops": executed.total / median / 1e12,
         "mfu": needed.total / median / mesh.size / device.peak_flops if device else None,
+        "planned_memory_gib": compiled.memory.peak / 2**30,
         "peak_memory_gib": memory["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in memory else None,
     }
-    if options.breakdown or options.profile:
-        result["breakdown"] = profiled(step, state, batch, options.profile)
-    return result
 
 
 def timed_steps(step: Any, state: Any, batch: Any, number: int) -> tuple[Any, list[float], list[float]]:

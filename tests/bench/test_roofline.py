@@ -39,6 +39,12 @@ backend_config={"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":
   %kept.1 = f32[10,1000]{1,0} fusion(%stack, %row.1, %i), kind=kLoop, calls=%updated
 }
 
+%gemm_fusion (a: bf16[300,100], b: bf16[100,200]) -> bf16[300,200] {
+  %a = bf16[300,100]{1,0} parameter(0)
+  %b = bf16[100,200]{1,0} parameter(1)
+  ROOT %dot.9 = bf16[300,200]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
 %never.known (arg: (s32[])) -> (s32[]) {
   %z = f32[500]{0} parameter(0)
   %again = f32[500]{0} copy(%z)
@@ -57,6 +63,10 @@ ENTRY %main (p: f32[]) -> f32[] {
   %w.1 = (s32[]) while(%t), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"7"}}
   %w.2 = (s32[]) while(%t), condition=%c, body=%never.known, metadata={op_name="jit(step)/loss/while"}
   %w.3 = (s32[]) while(%t), condition=%c, body=%never.known, metadata={op_name="jit(step)/attention/while"}
+  %a.1 = bf16[300,100]{1,0} parameter(1)
+  %b.1 = bf16[100,200]{1,0} parameter(2)
+  %triton.1 = bf16[300,200]{1,0} fusion(%a.1, %b.1), kind=kCustom, calls=%gemm_fusion
+  %plain.1 = bf16[300,200]{1,0} dot(%a.1, %b.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
   %c.1 = (s32[]) conditional(%p, %t, %t), true_computation=%taken, false_computation=%skipped
 }
 """
@@ -68,8 +78,14 @@ def test_kernels_take_their_flops_or_their_bytes():
         kernel.name: kernel for kernel in roofline(PROGRAM, A100, unknown_trips={"loss": 5}, longest_branch=0.75)
     }
     assert {name: kernel.times for name, kernel in kernels.items()} == {
-        "product": 7, "row": 7, "begun": 7, "kept": 7, "again": 5 + 1, "other": 0.75, "zeros": 0.25
+        "product": 7, "row": 7, "begun": 7, "kept": 7, "again": 5 + 1, "other": 0.75, "zeros": 0.25,
+        "triton": 1, "plain": 1,
     }  # fmt: skip
+    for name in ("triton", "plain"):
+        assert kernels[name].kind == "matmul"
+        assert kernels[name].flops == 2 * 300 * 100 * 200
+        assert kernels[name].num_bytes == 2 * (300 * 100 + 100 * 200 + 300 * 200)
+        assert kernels[name].instructions == (f"{name}.1",)
     flops = 2 * 4096 * 8192 * 2048
     assert kernels["product"].flops == flops
     assert kernels["product"].num_bytes == 2 * (4096 * 8192 + 8192 * 2048) + 4 * 4096 * 2048, "scratch does not count"

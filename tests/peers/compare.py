@@ -1,5 +1,7 @@
 """Our train step against PyTorch's, on the same weights and the same rows, in turns: `make bench-peers`.
 
+A side that ends early, for want of memory say, is named and the others are compared.
+
 Each side has the machine to itself when it is its turn: a process that is started, warmed up, timed for some steps and
 ended, in two rounds or more. (Side by side, waiting processes held so much memory that ours lost a third of its speed.)
 Prints the median seconds of a step, how many times as fast ours is, and the first losses beside what our model says.
@@ -22,7 +24,8 @@ SIDES = ("ours", "published", "best")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default="configs/bench_mid.py")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side, three timed steps each")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn")
     parser.add_argument("--global-rows", type=int)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -30,18 +33,16 @@ def main() -> None:
     if options.side:
         serve_steps(options.side, options.config, options.global_rows)
         return
-    result = compare(options.config, options.rounds, options.global_rows)
+    result = compare(options.config, options.rounds, options.global_rows, options.steps)
     print(json.dumps(result) if options.json else table(result))
 
 
-def compare(
-    config: str, rounds: int, global_rows: int | None = None, sides: tuple[str, ...] = SIDES, steps: int = 3
-) -> dict:
+def compare(config: str, rounds: int, global_rows: int | None = None, steps: int = 3) -> dict:
     """Median seconds and first losses of each side, and how many times as fast ours is."""
     more = ["--global-rows", str(global_rows)] if global_rows else []
-    about, first, seconds = {}, {}, {side: [] for side in sides}
+    about, first, failed, seconds = {}, {}, {}, {side: [] for side in SIDES}
     for _ in range(rounds):
-        for side in sides:
+        for side in (side for side in SIDES if side not in failed):
             worker = subprocess.Popen(
                 [sys.executable, "-m", "tests.peers.compare", config, "--side", side, *more],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -50,17 +51,23 @@ def compare(
                 about[side], first[side] = ask(worker), ask(worker, "step")  # compiles
                 ask(worker, "step")
                 seconds[side] += [ask(worker, "step")["seconds"] for _ in range(steps)]
+            except (EOFError, BrokenPipeError):
+                failed[side] = f"ended before its turn was over, exit code {worker.wait()}"
+                print(f"{side} {failed[side]}; its error stands above", file=sys.stderr)
             finally:
                 worker.kill()
                 worker.wait()
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    if "ours" in failed:
+        raise SystemExit(f"our own side {failed['ours']}; its error stands above")
+    medians = {side: statistics.median(values) for side, values in seconds.items() if side not in failed}
     return {
         "about": about,
-        "first_loss": {side: found["loss"] for side, found in first.items()},
-        "expected_loss": {side: about["ours"][f"{side}_loss"] for side in sides if side != "ours"},
-        "seconds": seconds,
+        "first_loss": {side: found["loss"] for side, found in first.items() if side not in failed},
+        "expected_loss": {side: about["ours"][f"{side}_loss"] for side in medians if side != "ours"},
+        "seconds": {side: values for side, values in seconds.items() if side not in failed},
         "median_seconds": medians,
-        "times_as_fast": {side: medians[side] / medians["ours"] for side in sides if side != "ours"},
+        "times_as_fast": {side: medians[side] / medians["ours"] for side in medians if side != "ours"},
+        "failed": failed,
     }
 
 
@@ -73,7 +80,7 @@ def ask(worker: subprocess.Popen, word: str | None = None) -> dict:
     for line in worker.stdout:
         if line.startswith("{"):
             return json.loads(line)
-    raise SystemExit("a side ended before its turn; its error stands above")
+    raise EOFError
 
 
 def serve_steps(side: str, path: str, global_rows: int | None) -> None:
@@ -173,7 +180,7 @@ def table(result: dict) -> str:
         loss = result["first_loss"][side]
         expected = f" (by our model {result['expected_loss'][side]:.6f})" if side != "ours" else ""
         lines.append(f"{side:10s} {seconds:8.3f} s a step{ratio}; loss {loss:.6f}{expected}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{side} {why}" for side, why in result["failed"].items())])
 
 
 if __name__ == "__main__":

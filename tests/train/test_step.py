@@ -11,10 +11,10 @@ from oq2vl_jax.bench.synthetic_rows import make_rows
 from oq2vl_jax.config import ExecutionConfig, MeshConfig, TrainableConfig
 from oq2vl_jax.data.batch import IGNORE
 from oq2vl_jax.model import open_qwen2vl
-from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.checkpoint import named_arrays
 from oq2vl_jax.train.gradients import compute_copy, loss_and_gradients, total_loss
+from oq2vl_jax.train.loss import loss
 from oq2vl_jax.train.sharding import make_mesh, to_global_batch
 from tests.train.conftest import TINY, tiny_model
 
@@ -41,11 +41,8 @@ def rows():
 
 def whole_logits_loss(model, rows):
     """The reference: every logit at once, reference attention, no sharding."""
-    hidden = model(*(jnp.asarray(x) for x in (rows.tokens, rows.images, rows.segment_ids, rows.positions)), Compute())
-    log_probabilities = jax.nn.log_softmax(model.logits(hidden))
-    counts = rows.labels != IGNORE
-    picked = jnp.take_along_axis(log_probabilities, jnp.where(counts, rows.labels, 0)[..., None], -1)[..., 0]
-    return -(picked * counts).sum() / jnp.maximum(counts.sum(), 1)
+    total, num_labelled = loss(model, jax.tree.map(jnp.asarray, rows))
+    return total / jnp.maximum(num_labelled, 1)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +58,8 @@ def test_every_way_gives_the_loss_and_gradients_of_whole_logits(way, rows, expec
     config = dataclasses.replace(TINY, mesh=mesh_config, global_batch_size=16, **changes)
     mesh = make_mesh(mesh_config)
     run = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config, mesh))
-    loss, gradients = run(tiny_model(), to_global_batch(rows, mesh))
-    assert float(loss) == pytest.approx(expected[0], rel=LOSS_TOLERANCE)
+    found_loss, gradients = run(tiny_model(), to_global_batch(rows, mesh))
+    assert float(found_loss) == pytest.approx(expected[0], rel=LOSS_TOLERANCE)
     assert_same_gradients(named_arrays(gradients), expected[1], way)
 
 
@@ -91,9 +88,11 @@ def test_gradients_of_the_trained_parts_alone(case, rows):
         rows_per_device=rows_per_device,
     )  # fmt: skip
     model, mesh = OpenQwen2VL(jax.random.key(0), model_config), make_mesh(config.mesh)
-    loss, gradients = jax.jit(lambda m, b: loss_and_gradients(m, b, config, mesh))(model, to_global_batch(rows, mesh))
+    found_loss, gradients = jax.jit(lambda m, b: loss_and_gradients(m, b, config, mesh))(
+        model, to_global_batch(rows, mesh)
+    )
     expected_loss, expected = jax.jit(jax.value_and_grad(whole_logits_loss))(model, rows)
-    assert float(loss) == pytest.approx(float(expected_loss), rel=LOSS_TOLERANCE)
+    assert float(found_loss) == pytest.approx(float(expected_loss), rel=LOSS_TOLERANCE)
     wanted = {k: np.asarray(v) for k, v in named_arrays(expected).items() if k.split(".")[0] in trainable.parts}
     assert_same_gradients(named_arrays(gradients), wanted, case)
 
@@ -107,15 +106,15 @@ def test_rows_without_labels_or_images(change, rows):
         is_text = rows.tokens != TINY.model.image_token_id
         rows = rows._replace(tokens=np.where(is_text, rows.tokens, 1), images=rows.images[:, :0])
     mesh = make_mesh(config.mesh)
-    loss, gradients = jax.jit(lambda m, b: loss_and_gradients(m, b, config, mesh))(
+    found_loss, gradients = jax.jit(lambda m, b: loss_and_gradients(m, b, config, mesh))(
         tiny_model(), to_global_batch(rows, mesh)
     )
     norms = {k: float(np.abs(np.asarray(v)).max()) for k, v in named_arrays(gradients).items()}
     assert all(np.isfinite(list(norms.values())))
     if change == "nothing labelled":
-        assert float(loss) == max(norms.values()) == 0
+        assert float(found_loss) == max(norms.values()) == 0
     else:
-        assert float(loss) == pytest.approx(float(whole_logits_loss(tiny_model(), rows)), rel=LOSS_TOLERANCE)
+        assert float(found_loss) == pytest.approx(float(whole_logits_loss(tiny_model(), rows)), rel=LOSS_TOLERANCE)
         assert norms["projector.fc1.kernel"] == 0 < norms["decoder.embed_tokens"]
 
 

@@ -1,0 +1,67 @@
+"""python -m oq2vl_jax.bench.parts NAME SETTING OUT: one part of a report, in this process; figures to the file OUT.
+
+`bench report` starts it, and holds the other end of its standard input: when that closes, because the report was
+killed, this process and what it has started end as well.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from oq2vl_jax.bench.parts import decoding, device, exactness, learning, peers, plans, steps
+from oq2vl_jax.bench.parts.setting import Setting, Skipped
+from oq2vl_jax.data.paths import write_text
+from oq2vl_jax.runtime import set_environment
+
+PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "probe": lambda _: device.probe(),
+    "device": device.measure,
+    "exactness": exactness.measure,
+    "step": steps.measure,
+    **{f"step_{name}": partial(steps.variant, name=name) for name in steps.VARIANTS},
+    "peers": peers.measure,
+    "sft": steps.sft,
+    "full_pretrain": steps.full_pretrain,
+    "decoding": decoding.measure,
+    "decoding_transformers": decoding.measure_transformers,
+    "profile": steps.profile,
+    "learning": learning.measure,
+    **{f"plan_{name}": partial(plans.measure, device=name) for name in plans.DEVICES},
+}
+
+
+WITHOUT_GRAPHS = {"--xla_gpu_enable_command_buffer": ""}
+"""Kernels that CUDA graphs start carry no names in a profile."""
+
+
+def main() -> None:
+    name, setting, out = sys.argv[1:]
+    threading.Thread(target=end_with_the_report, daemon=True).start()
+    set_environment(WITHOUT_GRAPHS if name == "profile" else None)
+    try:
+        found = PARTS[name](Setting(**json.loads(setting)))
+    except Skipped as reason:
+        found = {"skipped": str(reason)}
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("oq2vl_jax"):
+            raise
+        found = {"skipped": f"it needs the package {error.name}"}
+    write_text(out, json.dumps(found, indent=1))
+    sys.stdout.flush()
+    os._exit(0)  # a device that does not let go must not hold up the next part
+
+
+def end_with_the_report() -> None:
+    sys.stdin.read()
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    assert Path(sys.argv[-1]).suffix == ".json"
+    main()

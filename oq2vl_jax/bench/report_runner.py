@@ -1,0 +1,122 @@
+"""Runs the parts of a report one after the other, each in a process of its own, within some minutes.
+
+    DIR/report.json        every part with its status, rewritten whole after each
+    DIR/parts/NAME.json    what a part has found; DIR/parts/NAME.log: what it said
+
+A part that crashes, hangs or runs out of memory is ended and named, and the next one runs. Every group of parts has a
+share of the minutes: past it no further item of the group is started before the other groups have had their turn.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENDED = ("done", "skipped", "failed")
+"""A later call tries what failed once more; report.begun sees to it."""
+WORTH_STARTING_SECONDS = 10.0
+
+
+class Item(NamedTuple):
+    """group: the letter of its part. limit_seconds: past which it counts as hanging. share: of the minutes for its
+    whole group, named by the first item of one. needs: an item that must be done before."""
+
+    name: str
+    group: str
+    command: tuple[str, ...]
+    limit_seconds: float
+    share: float = 0.0
+    needs: str | None = None
+
+
+class Runner:
+    """Runs items into a folder; `record` is the report so far."""
+
+    def __init__(self, folder: Path, record: dict[str, Any], written: Callable[[dict[str, Any]], None]):
+        """written: told of the record after every change."""
+        self._folder, self._record, self._written = folder, record, written
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+
+    def run(self, items: Iterable[Item], seconds: float, environment: dict[str, str]) -> None:
+        """Every item in turn, then those that their group's share did not reach, until `seconds` are over."""
+        items = list(items)
+        start, share = time.monotonic(), 0.0
+        total = sum(item.share for item in items) or 1.0
+        for item in items:
+            share += item.share
+            is_due = item.share > 0 or time.monotonic() < start + seconds * share / total
+            self._turn(item, start + seconds if is_due else 0.0, environment)
+        for item in items:
+            self._turn(item, start + seconds, environment)
+
+    def _turn(self, item: Item, end: float, environment: dict[str, str]) -> None:
+        if self._record["items"].get(item.name, {}).get("status") in ENDED:
+            return
+        if item.needs and self._record["items"].get(item.needs, {}).get("status") != "done":
+            self._note(item, "not reached", f"{item.needs} has not run", 0.0)
+            return
+        remaining = end - time.monotonic()
+        if remaining < min(WORTH_STARTING_SECONDS, item.limit_seconds):
+            self._note(item, "not reached", "the minutes were over", 0.0)
+            return
+        print(f"{item.group}  {item.name} ..", end=" ", file=sys.stderr, flush=True)
+        begun = time.monotonic()
+        status, why = run_item(item, self._folder, min(remaining, item.limit_seconds), environment)
+        self._note(item, status, why, time.monotonic() - begun)
+        print(f"{status}, {time.monotonic() - begun:.0f} s{f' ({why})' if why else ''}", file=sys.stderr, flush=True)
+
+    def _note(self, item: Item, status: str, why: str | None, seconds: float) -> None:
+        file = self._folder / "parts" / f"{item.name}.json"
+        figures = json.loads(file.read_text()) if status == "done" else None
+        self._record["items"][item.name] = {
+            "group": item.group, "status": status, "why": why, "seconds": round(seconds, 1), "figures": figures,
+        }  # fmt: skip
+        self._written(self._record)
+
+
+def run_item(item: Item, folder: Path, seconds: float, environment: dict[str, str]) -> tuple[str, str | None]:
+    """(status, why) of an item, its process and what that started ended after `seconds`."""
+    out, log = folder / "parts" / f"{item.name}.json", folder / "parts" / f"{item.name}.log"
+    out.unlink(missing_ok=True)
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            [*item.command, str(out)], stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True,
+            env=environment,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            if seconds < item.limit_seconds:
+                return "not reached", f"the minutes were over while it ran, after {seconds:.0f} s"
+            return "failed", f"it hung: ended after {seconds:.0f} s"
+        finally:
+            end_group(process)
+    if code == -signal.SIGKILL:
+        return "failed", "it was killed by the system, most likely for want of memory"
+    if code < 0:
+        return "failed", f"it was ended by {signal.Signals(-code).name}"
+    if code or not out.exists():
+        return "failed", f"exit code {code}: {last_line(log)}"
+    found = json.loads(out.read_text())
+    return ("skipped", found["skipped"]) if "skipped" in found else ("done", None)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Ends a process and everything it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+
+
+def last_line(log: Path) -> str:
+    """What a process said last, shortened."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "it said nothing"
