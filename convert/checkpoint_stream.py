@@ -22,6 +22,7 @@ from oq2vl_jax.config import CheckpointDescription
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.train.checkpoint import FilesHandler, SaveFiles, step_folder
+from oq2vl_jax.train.digests import DigestsHandler, SaveDigests
 
 
 class LazyArray:
@@ -67,6 +68,7 @@ def save_checkpoint(
         model=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         description=ocp.JsonCheckpointHandler(),
         tokenizer=FilesHandler(),
+        digests=DigestsHandler(),
     )
     with new_folder(out) as partial, ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
@@ -75,6 +77,7 @@ def save_checkpoint(
                 model=ocp.args.PyTreeSave(parameters),
                 description=ocp.args.JsonSave(dataclasses.asdict(description)),
                 tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
+                digests=SaveDigests(),
             ),
         )
 

@@ -38,10 +38,10 @@ def export(config: ToHFConfig) -> str:
     """Writes the folder and returns a line about it."""
     from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
     from convert.hf_config import why_not_native
-    from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
+    from oq2vl_jax.train.checkpoint import load_description, open_checkpoint
 
     check_is_free(Path(config.out))
-    checkpoint = find_checkpoint(config.checkpoint)
+    checkpoint = open_checkpoint(config.checkpoint)
     description = load_description(checkpoint)
     reason = why_not_native(description.model)
     if config.native and reason:

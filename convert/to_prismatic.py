@@ -36,10 +36,10 @@ def export(config: ToPrismaticConfig) -> str:
     from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
     from convert.export_weights import exported_tensors, vision_filler
     from convert.prismatic import LATEST, differences_from_published, run_config
-    from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
+    from oq2vl_jax.train.checkpoint import load_description, open_checkpoint
 
     check_is_free(Path(config.out))
-    checkpoint = find_checkpoint(config.checkpoint)
+    checkpoint = open_checkpoint(config.checkpoint)
     description = load_description(checkpoint)
     for difference in differences_from_published(description.model):
         print(f"note: the published code will differ from this model: {difference}", file=sys.stderr)

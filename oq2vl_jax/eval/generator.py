@@ -29,7 +29,7 @@ from oq2vl_jax.eval.decoding import (
 )
 from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.train.checkpoint import find_checkpoint, load_description, load_weights
+from oq2vl_jax.train.checkpoint import load_description, load_weights, open_checkpoint
 from oq2vl_jax.train.sharding import make_mesh, parameter_shardings, replicated, row_sharding
 
 SMALLEST_BUCKET = 32
@@ -63,7 +63,7 @@ class Generator:
 
     def __init__(self, checkpoint: str, template: str | None = None, dtype: str | None = None):
         """dtype: of weights and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
-        folder = find_checkpoint(checkpoint)
+        folder = open_checkpoint(checkpoint)
         description = load_description(folder)
         codec, mesh = TextCodec(str(folder / "tokenizer")), make_mesh(MeshConfig())
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

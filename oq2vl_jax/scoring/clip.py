@@ -12,7 +12,7 @@ from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip import Clip
 from oq2vl_jax.model.clip_config import ClipDescription
-from oq2vl_jax.train.checkpoint import find_checkpoint, load_weights
+from oq2vl_jax.train.checkpoint import load_weights, open_checkpoint
 from oq2vl_jax.train.sharding import make_mesh, replicated, row_sharding
 
 COLUMN = "clip_score"
@@ -30,7 +30,7 @@ class ClipScorer:
         """Raises UserError for a folder that convert.from_clip did not write."""
         import transformers
 
-        folder = find_checkpoint(checkpoint)
+        folder = open_checkpoint(checkpoint)
         file = folder / "description" / "metadata"
         if not file.exists() or "image_tower" not in paths.read_json(str(file)).get("model", {}):
             raise UserError(f"{checkpoint}: no CLIP; python -m convert.from_clip makes one from Hugging Face weights.")

@@ -6,8 +6,9 @@
         loader/      state of the data loader (rows consumed)
         config/      the resolved configuration
         tokenizer/   tokenizer.json and its companions, ready for transformers
+        digests/     of every file above (train/digests.py), compared when it is read
 
-A converted checkpoint (convert/) has model/ and tokenizer/ as well, and description/ in place of the rest.
+A converted checkpoint (convert/) has model/, tokenizer/ and digests/ as well, and description/ in place of the rest.
 Orbax writes beside and renames, so a step folder is whole or it is not there. Config and tokenizer are plain files.
 """
 
@@ -25,9 +26,14 @@ from etils import epath
 from oq2vl_jax.config import CheckpointDescription, TrainConfig
 from oq2vl_jax.config_files import from_dict, to_json
 from oq2vl_jax.errors import UserError, hint
+from oq2vl_jax.train.digests import ITEM as DIGESTS
+from oq2vl_jax.train.digests import DigestsHandler, SaveDigests, check_digests
 from oq2vl_jax.train.step import TrainState
 
 STEP_DIGITS = 6
+ITEMS = ("model", "optimizer", "loader", "config", "tokenizer")
+READ_ITEMS = ("model", "config", "description", "tokenizer")
+"""Of a checkpoint, what is read by whoever takes its weights."""
 
 
 class FilesHandler(ocp.CheckpointHandler):
@@ -51,14 +57,22 @@ class Checkpointer:
     """Saves and restores the checkpoints of one run directory."""
 
     def __init__(self, run_dir: Path, keep: int):
+        self._run_dir = run_dir
         self._manager = ocp.CheckpointManager(
             (run_dir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=STEP_DIGITS),
             ),
-            item_names=("model", "optimizer", "loader", "config", "tokenizer"),
-            item_handlers={"tokenizer": FilesHandler()},
+            item_names=(*ITEMS, DIGESTS),
+            item_handlers={  # finalized in this order: the digests, of the others, come last
+                "model": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "loader": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+                "tokenizer": FilesHandler(),
+                DIGESTS: DigestsHandler(),
+            },
         )
 
     def latest_step(self) -> int | None:
@@ -74,11 +88,16 @@ class Checkpointer:
                 loader=ocp.args.JsonSave(loader_state),
                 config=ocp.args.JsonSave(json.loads(to_json(config))),
                 tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
+                **{DIGESTS: SaveDigests()},
             ),
         )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
-        """The state of `step`, placed as `like` (shapes with shardings), and the loader's state."""
+        """The state of `step`, placed as `like` (shapes with shardings), and the loader's state.
+
+        Raises UserError if a file of the checkpoint is not as it was written.
+        """
+        check_digests(step_folder(self._run_dir, step).absolute(), ITEMS)
         saved = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -109,6 +128,13 @@ def find_checkpoint(path: str) -> Path:
     if not steps:
         raise UserError(f"{path}: no whole checkpoint here; expected a run directory or one of its checkpoints/NNNNNN.")
     return max(steps, key=lambda p: int(p.name)).absolute()
+
+
+def open_checkpoint(path: str) -> Path:
+    """find_checkpoint(path), its files compared with their digests. Raises UserError if one is damaged."""
+    folder = find_checkpoint(path)
+    check_digests(folder, READ_ITEMS)
+    return folder
 
 
 def load_train_config(checkpoint: Path) -> TrainConfig | None:

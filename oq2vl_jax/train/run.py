@@ -21,7 +21,7 @@ from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
 from oq2vl_jax.train.attention_choice import checked_attention
-from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays
+from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays, open_checkpoint
 from oq2vl_jax.train.checks import check_config, check_run_dir, check_same_model
 from oq2vl_jax.train.evaluation import Evaluator, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
@@ -190,7 +190,7 @@ def start_state(
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
     if config.init_from is None:
         return state
-    source = find_checkpoint(config.init_from)
+    source = open_checkpoint(config.init_from)
     if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(tokenizer):
         raise UserError(f"init_from {source}: its tokenizer is not the one the data was packed with ({tokenizer}).")
     model = load_weights(source, shapes_with(config, shardings).model)

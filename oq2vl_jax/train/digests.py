@@ -1,0 +1,130 @@
+"""Digests of a checkpoint's files: written with it and compared when it is read. No flipped bit passes for a weight.
+
+    checkpoints/000500/digests/digests.json      {"algorithm": "xxh3_128", "files": {"model/d/0cf1..": [bytes, digest]}}
+
+Orbax keeps arrays as compressed chunks without checksums of their own: of 60 flipped bits 41 gave other weights in
+silence. The digests cover what an item of the checkpoint holds (model, optimizer, ...) and are part of the checkpoint
+from the moment that it is whole. XXH3 runs at the speed of memory; reading the files costs the rest.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from oq2vl_jax.errors import UserError
+
+ITEM, FILE, ALGORITHM = "digests", "digests.json", "xxh3_128"
+READ_BYTES = 2**22
+MARKER = "commit_success.txt"
+"""Orbax's own; it says nothing about what stands beside it."""
+UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class DigestsHandler(ocp.CheckpointHandler):
+    """An item that digests the other items; the last one to be finalized, when these are whole."""
+
+    def save(self, directory: Any, args: "SaveDigests") -> None:
+        del directory, args
+
+    def restore(self, directory: Any, args: Any = None) -> Path:
+        del args
+        return Path(directory)
+
+    def finalize(self, directory: Any) -> None:
+        step = Path(directory).parent
+        items = [path for path in step.iterdir() if path.is_dir() and path.name.split(".")[0] != ITEM]
+        unfinished = [path.name for path in items if UNFINISHED in path.name]
+        assert not unfinished, f"Orbax finalized the digests before {unfinished}"
+        write_digests(step, [path.name for path in items], Path(directory) / FILE)
+
+
+@ocp.args.register_with_handler(DigestsHandler, for_save=True, for_restore=True)
+@dataclass
+class SaveDigests(ocp.args.CheckpointArgs):
+    pass
+
+
+def write_digests(step: Path, items: Iterable[str], target: Path) -> None:
+    """Digests of every file of some items of a checkpoint."""
+    files = sorted(str(path.relative_to(step)) for item in items for path in files_of(step / item))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = list(pool.map(lambda name: digest_of(step / name), files))
+    content = {"algorithm": ALGORITHM, "files": dict(zip(files, digests, strict=True))}
+    target.write_text(json.dumps(content | {"of_this_file": digest_of_list(content["files"])}, indent=1) + "\n")
+
+
+def check_digests(step: Path, items: Iterable[str]) -> None:
+    """Raises UserError unless every file of these items that the checkpoint was written with is there, unchanged.
+
+    A checkpoint without digests, from before they were written, passes with a line on standard error.
+    """
+    listed = read_digests(step)
+    if listed is None:
+        print(f"{step}: no digests; written before there were any, its files are read unchecked.", file=sys.stderr)
+        return
+    chosen = set(items)
+    wanted = {name: tuple(entry) for name, entry in listed.items() if name.split("/")[0] in chosen}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda name: digest_of(step / name) if (step / name).is_file() else None, wanted)
+        changed = [name for name, digest in zip(wanted, found, strict=True) if digest != wanted[name]]
+    if changed:
+        is_there = (step / changed[0]).is_file()
+        raise damaged(step, changed[0], "is not as it was written" if is_there else "is missing")
+
+
+def read_digests(step: Path) -> dict[str, list] | None:
+    """{file: [bytes, digest]}; None for a checkpoint without. Raises UserError if the list itself is damaged."""
+    file = step / ITEM / FILE
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+        files = content["files"]
+        if content["of_this_file"] != digest_of_list(files) or content["algorithm"] != ALGORITHM:
+            raise ValueError("its own digest differs")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(step, f"{ITEM}/{FILE}", "is not as it was written") from error
+    return files
+
+
+def damaged(step: Path, name: str, what: str) -> UserError:
+    """The error of a checkpoint that cannot be used: which file, and how to go on."""
+    others = [path for path in step.parent.glob("*") if path.name.isdigit() and path.name != step.name]
+    before = max((path for path in others if int(path.name) < int(step.name)), key=lambda p: int(p.name), default=None)
+    way_out = (
+        f"copy it again, or remove the folder {step} to go on from {before.name}, the newest one before it"
+        if before
+        else "copy it again; there is no other checkpoint beside it"
+    )
+    return UserError(f"{step}: the checkpoint is damaged: {name} {what}; {way_out}.")
+
+
+def digest_of(file: Path) -> tuple[int, str]:
+    """(bytes, digest) of a file, read in pieces."""
+    import xxhash
+
+    digest, size = xxhash.xxh3_128(), 0
+    with file.open("rb") as stream:
+        while piece := stream.read(READ_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return size, digest.hexdigest()
+
+
+def digest_of_list(files: dict[str, Any]) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128(
+        json.dumps({name: list(entry) for name, entry in sorted(files.items())}).encode()
+    ).hexdigest()
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
