@@ -87,7 +87,7 @@ def apply_rules(selection: Selection, pool: Pool) -> Result:
         keeps[rule.leaf] = keep & pool.is_valid
     if any(leaf.name == "basic" for leaf in leaves(selection.expression)):
         keeps[Leaf("basic")] = np.logical_and.reduce([keeps[leaf] for leaf in selection.config.basic.leaves])
-    kept = evaluate(selection.expression, keeps.__getitem__)
+    kept = evaluate(selection.expression, over_uids(keeps, pool).__getitem__)
     return Result(kept, UidSet(pool.high[kept], pool.low[kept]).unique(), keeps, thresholds)
 
 
@@ -97,14 +97,41 @@ def keep_top(rule: Rule, pool: Pool, seed: int) -> tuple[np.ndarray, float]:
     assert rule.top is not None
     values = pool.values[rule.column]
     is_scored = ~np.isnan(values) & pool.is_valid
-    count = int(rule.top * int(is_scored.sum()) + 1e-9)  # 0.29 of 100 is 29
-    if count == 0:
+    count, num_scored = number_on_top(rule, len(pool), int(is_scored.sum())), int(is_scored.sum())
+    last = min(count, num_scored)
+    if not rule.has_exact_top and num_scored:  # DataComp's threshold is the score behind the n highest
+        last = min(count + 1, num_scored)
+    if last == 0:
         return np.zeros(len(pool), bool), float("inf")
-    threshold = float(-np.partition(-values[is_scored], count - 1)[count - 1])
+    threshold = -np.partition(-values[is_scored], last - 1)[last - 1]  # in the type of the scores
     keep = is_scored & (values >= threshold)
     if rule.has_exact_top:
         ties = np.flatnonzero(keep & (values == threshold))
-        num_too_many = int(keep.sum()) - count
+        num_too_many = int(keep.sum()) - last
         order = np.argsort(mixed(pool.high[ties] ^ mixed(pool.low[ties] + np.uint64(seed % 2**64))), kind="stable")
         keep[ties[order[len(ties) - num_too_many :]]] = False
-    return keep, threshold
+    return keep, float(threshold)
+
+
+def number_on_top(rule: Rule, num_samples: int, num_scored: int) -> int:
+    """n of a top fraction. DataComp's is rounded down as a float is; ours of 0.29 and 100 is 29."""
+    assert rule.top is not None
+    if rule.is_of_all and not rule.has_exact_top:
+        return int(num_samples * rule.top)
+    return int(rule.top * (num_samples if rule.is_of_all else num_scored) + 1e-9)
+
+
+def over_uids(keeps: dict[Leaf, np.ndarray], pool: Pool) -> dict[Leaf, np.ndarray]:
+    """Rules about samples as rules about ids: DataComp intersects and unites sets of ids, so an id that several rows
+    share is kept by a rule if one of its rows is. Unchanged where every id stands once."""
+    ids = UidSet(pool.high[pool.is_valid], pool.low[pool.is_valid])
+    different = ids.unique()
+    if len(different) == len(ids):
+        return keeps
+    index = different.find(pool.high, pool.low)
+    shared = {}
+    for leaf, keep in keeps.items():
+        has_one = np.zeros(len(different), bool)
+        has_one[index[keep]] = True
+        shared[leaf] = has_one[index] & pool.is_valid
+    return shared

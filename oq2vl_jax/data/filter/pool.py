@@ -1,6 +1,6 @@
 """Metadata and scores of all samples, read once into columns: ids, what each text or size rule says, score values.
 
-About 17 bytes a sample, 8 for each score column, 1 for each rule: 128M samples fit a machine of 32 GB.
+About 17 bytes a sample, 4 or 8 for each score column, 1 for each rule: 128M samples fit a machine of 32 GB.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,8 @@ COLUMN_NAMES = {
 
 class Pool(NamedTuple):
     """high, low: uint64 ids, 0 where is_valid is False. keeps: per text, size and uid rule, bool. values: per score
-    column, float64, NaN where a sample has none. All of length n, in the order of the metadata files."""
+    column, float32 as in DataComp's files, else float64, NaN where a sample has none. All of length n, in the order of
+    the metadata files."""
 
     high: np.ndarray
     low: np.ndarray
@@ -49,7 +50,8 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     needed = sorted({column for rule in rules if not rule.column for column in rule.columns})
     present = {column: present_name(column, names, metadata[0]) for column in needed}
     selected = id_columns(names, metadata[0])
-    selected += [pl.col(column).cast(pl.Float64, strict=False) for column in score_columns if column in names]
+    kinds = score_kinds(metadata[0], score_columns)
+    selected += [pl.col(column).cast(kind, strict=False) for column, kind in kinds.items()]
     tests = [rule for rule in rules if not rule.column and not rule.uids]
     languages = [(i, rule) for i, rule in enumerate(tests) if rule.test is None]
     for i, rule in enumerate(tests):
@@ -128,6 +130,16 @@ def schema_of(file: str) -> list[str]:
         raise UserError(f"{file}: not a parquet file ({(str(error).splitlines() or [''])[0]}).") from error
 
 
+def score_kinds(file: str, columns: list[str]) -> dict[str, Any]:
+    """The type in which the score columns that a file has are read and compared: their own float, else float64."""
+    import polars as pl
+
+    schema = pl.scan_parquet(file).collect_schema()
+    return {
+        column: pl.Float32 if schema[column] == pl.Float32 else pl.Float64 for column in columns if column in schema
+    }
+
+
 def present_name(column: str, names: list[str], file: str) -> str:
     for name in COLUMN_NAMES.get(column, (column,)):
         if name in names:
@@ -148,7 +160,11 @@ def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.
         raise UserError(
             f"expression: the metadata has no column {', '.join(columns)}; pass --scores with parquet files of it."
         )
-    found: dict[str, np.ndarray] = {column: np.full(len(high), np.nan) for column in columns}
+    kinds = {column: kind for file in reversed(files) for column, kind in score_kinds(file, columns).items()}
+    found: dict[str, np.ndarray] = {
+        column: np.full(len(high), np.nan, np.float32 if kinds.get(column) == pl.Float32 else np.float64)
+        for column in columns
+    }
     missing = set(columns)
     for batch in batches(files):
         names = schema_of(batch[0])
@@ -157,7 +173,7 @@ def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.
         if not there:
             continue
         selected = id_columns(names, batch[0])[:2]
-        selected += [pl.col(column).cast(pl.Float64, strict=False) for column in there]
+        selected += [pl.col(column).cast(kinds[column], strict=False) for column in there]
         lazy = pl.scan_parquet(batch, missing_columns="insert", extra_columns="ignore").select(selected)
         frame = collect(lazy.drop_nulls(["high", "low"]), batch).sort("high", "low", maintain_order=True)
         position = UidSet(frame["high"].to_numpy(), frame["low"].to_numpy()).find(high, low)
@@ -174,7 +190,8 @@ def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.
 def is_language(texts: Any, arguments: str) -> Any:
     """Which texts (a Polars series) are most likely of a language, "en", with at least a probability: "en, 0.5".
 
-    fastText takes one line at a time, 140,000 a second; every different text is asked once.
+    fastText takes one line at a time, 140,000 a second; every different text is asked once, as DataComp asks it;
+    one of blanks alone, which fastText takes for English, is of no language.
     """
     import polars as pl
 
@@ -182,7 +199,7 @@ def is_language(texts: Any, arguments: str) -> Any:
     model, wanted = language_model(), f"__label__{language.strip()}"
 
     def is_wanted(text: str) -> bool:
-        labels, probabilities = model.predict(" ".join(text.split()))
+        labels, probabilities = model.predict(text.replace("\n", " "))
         return bool(text.strip() and labels) and labels[0] == wanted and probabilities[0] >= float(probability or 0)
 
     different = texts.drop_nulls().unique()

@@ -4,14 +4,16 @@
     language(en)  language(en, 0.5)   fastText's most likely language of the text, and at least how likely
     words(>= 3)  characters(>= 6)  of the text
     short_side(>= 200)  aspect(<= 3)
-    clip_l14(>= 0.243)  clip_l14_top(0.3)      also clip_b32, clip: a threshold, or the top fraction of scored samples
+    clip_l14(>= 0.243)  clip_l14_top(0.3)  clip_l14_top(0.3, exact)  a threshold, a top fraction; also clip_b32, clip
     mlm(semantic_understanding >= 85)  mlm_top(semantic_understanding, 0.2)
     score(COLUMN >= X)  top(COLUMN, FRACTION)  any column of the score files
     uids(FILE.npy)                 membership
 
-A top fraction of a CLIP score keeps everything from the n-th score on (DataComp). Integer MLM-Filter scores have many
-ties there: `mlm_top` and `top` keep n exactly, ties chosen by a hash of uid and seed, whatever the order of the files.
-A sample without the score is never kept by a rule about it.
+A top fraction of a CLIP score is DataComp's, uid for uid: n is the fraction of all samples, rounded down, and the score
+at index n of the sorted ones, counted from 0, is the lowest that is kept, so n + 1 samples are, and all ties with the
+last. `exact` keeps n. `mlm_top` and `top` always keep n, as integer scores have many ties, of the samples that have a
+score. Ties are chosen by a hash of uid and seed, whatever the order of the files. A sample without the score is never
+kept by a rule about it. Scores are compared in the type of their column, float32 in DataComp's files.
 """
 
 import re
@@ -32,7 +34,9 @@ TEXT_AND_SIZE = ("language", "words", "characters", "short_side", "aspect")
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*" + NUMBER)
 SCORE_COMPARISON = re.compile(r"(\w+)\s*(>=|<=|>|<)\s*" + NUMBER)
-TOP = re.compile(r"(?:(\w+)\s*,\s*)?(\d*\.?\d+)")
+TOP = re.compile(r"(?:(\w+)\s*,\s*)?(\d*\.?\d+)(\s*,\s*exact)?")
+NOT_BLANK, BLANK = r"[^\s\x1c-\x1f]", r"[\s\x1c-\x1f]"
+"""As str.split parts words: Unicode's white space and the four separators of ASCII."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Rule:
     column: str | None = None
     top: float | None = None
     has_exact_top: bool = False
+    is_of_all: bool = False
+    """The fraction is of all samples, not of those that have the score."""
     threshold: float | None = None
     uids: str | None = None
 
@@ -116,7 +122,7 @@ def text_or_size_rule(leaf: Leaf) -> Rule:
         import polars as pl
 
         if leaf.name == "words":
-            return column("text").str.count_matches(r"\S+")
+            return column("text").str.count_matches(f"{NOT_BLANK}+")
         if leaf.name == "characters":
             return column("text").str.len_chars()
         sides = [column(name).cast(pl.Float64, strict=False) for name in columns]
@@ -125,7 +131,7 @@ def text_or_size_rule(leaf: Leaf) -> Rule:
         return pl.when(is_known).then(shorter if leaf.name == "short_side" else longer / shorter)
 
     if leaf.name == "words" and operator == ">=" and re.fullmatch(r"[1-9]\d?", number):
-        enough = r"\S" + r"\s+\S+" * (int(number) - 2) + r"\s+\S" * (int(number) > 1)
+        enough = NOT_BLANK + f"{BLANK}+{NOT_BLANK}+" * (int(number) - 2) + f"{BLANK}+{NOT_BLANK}" * (int(number) > 1)
         return Rule(
             leaf, columns, lambda column: column("text").str.contains(enough)
         )  # a third of the time of counting
@@ -144,7 +150,7 @@ def threshold_rule(leaf: Leaf, column: str, operator: str, number: str) -> Rule:
 
 
 def top_rule(leaf: Leaf, column: str, has_exact_top: bool) -> Rule:
-    named, number = matched(TOP, leaf, "(0.3)")
+    named, number, exact = matched(TOP, leaf, "(0.3)")
     if named and not has_exact_top:
         raise UserError(
             f"expression: {leaf}: {leaf.name} takes the fraction alone; top({named}, {number}) names a column."
@@ -152,7 +158,16 @@ def top_rule(leaf: Leaf, column: str, has_exact_top: bool) -> Rule:
     fraction = float(number)
     if not 0 < fraction <= 1:
         raise UserError(f"expression: {leaf}: the fraction must be above 0 and at most 1.")
-    return Rule(leaf, (column,), column=column, top=fraction, has_exact_top=has_exact_top)
+    if exact and has_exact_top:
+        raise UserError(f"expression: {leaf}: {leaf.name} is exact always; leave the word out.")
+    return Rule(
+        leaf,
+        (column,),
+        column=column,
+        top=fraction,
+        has_exact_top=has_exact_top or bool(exact),
+        is_of_all=not has_exact_top,
+    )
 
 
 def compare(value: Any, operator: str, number: float) -> Any:

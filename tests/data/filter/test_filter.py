@@ -104,11 +104,11 @@ def test_rules_and_their_combinations_keep_what_row_by_row_python_keeps(pool, tm
         assert report["invalid_uids"] == 2
 
 
-def test_a_top_fraction_keeps_everything_from_the_nth_score_on(pool, tmp_path):
+def test_a_top_fraction_keeps_everything_from_the_score_behind_the_nth_on(pool, tmp_path):
     folder, rows = pool
     valid = [row["clip_l14_similarity_score"] for row in rows if len(row["uid"] or "") == 32]
     scored = sorted((score for score in valid if score is not None), reverse=True)
-    threshold = scored[int(0.3 * len(scored)) - 1]
+    threshold = scored[int(len(rows) * 0.3)]
     report, kept = run(folder, tmp_path, "clip_l14_top(0.3)")
     assert kept == uids_of(rows, lambda row: at_least(row, "clip_l14_similarity_score", threshold))
     assert report["thresholds"]["clip_l14_similarity_score"]["clip_l14_top(0.3)"] == pytest.approx(threshold)
@@ -219,7 +219,7 @@ def test_img2dataset_shards_without_uids_go_by_their_keys(tmp_path, write_shard)
 
 
 def test_a_top_fraction_of_nothing_keeps_nothing_and_the_report_is_json(pool, tmp_path):
-    report, kept = run(pool[0], tmp_path, "clip_l14_top(0.001)")
+    report, kept = run(pool[0], tmp_path, "clip_l14_top(0.001, exact)")
     assert not kept
     json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert report["thresholds"] == {}
