@@ -139,6 +139,8 @@ class DataConfig:
     """online: folder of the pictures that instruction files name."""
     tokenizer: str | None = None
     """online: Hugging Face tokenizer folder."""
+    verify: Literal["sample", "full"] = "sample"
+    """What is compared of packed files when a run starts: size and both ends, or every byte."""
     window: int = 512
     """online: documents packed together; more fill better and are read again on a restart."""
     synthetic_documents: int = 0
@@ -267,10 +269,12 @@ class CheckpointDescription:
 OPERATIONAL_FIELDS = (
     "run_dir", "log_every", "checkpoint.every_num_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp", "mesh.sharding",
     "rows_per_device", "remat", "attention", "execution.gate_up", "execution.layers", "execution.tiles",
-    "data.num_threads", "data.num_workers", "evaluation.sources", "evaluation.every_num_steps",
-    "evaluation.num_batches", "evaluation.num_samples", "evaluation.max_new_tokens", "trackers",
+    "data.sources", "data.verify", "data.num_threads", "data.num_workers", "evaluation.sources",
+    "evaluation.every_num_steps", "evaluation.num_batches", "evaluation.num_samples", "evaluation.max_new_tokens",
+    "trackers",
 )  # fmt: skip
-"""May change between a run and its resumption: they decide how, not what, is computed."""
+"""May change between a run and its resumption: they decide how, not what, is computed. Of data.sources the rows must
+stay the same, which the checkpoint's loader state says (data/packed.py)."""
 
 
 def check_square(name: str, number: int) -> None:

@@ -5,8 +5,6 @@ of rows consumed over all processes, so it can be restored on any number of work
 """
 
 import functools
-import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import Any
 
 import grain
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
 from oq2vl_jax.data.images import ImageError, decode_image
+from oq2vl_jax.data.packed import PackedRows, read_manifest
 from oq2vl_jax.data.rows import PackedRow, decode_row
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
@@ -43,8 +41,7 @@ def make_loader(
     check_sources(data, model, manifests)
     sources = []
     for i, path in enumerate(data.sources):
-        files = [str(Path(path) / entry["file"]) for entry in manifests[path]["files"] if entry["rows"]]
-        rows: Any = ArrayRecordDataSource(files)
+        rows: Any = PackedRows(path)
         sources.append(grain.MapDataset.source(rows).seed(seed + i).shuffle().repeat())
     mixed = grain.MapDataset.mix(sources, weights=list(data.weights) or None) if len(sources) > 1 else sources[0]
     pad_id = manifests[data.sources[0]]["pad_id"]
@@ -61,26 +58,6 @@ def make_loader(
         read_options=grain.ReadOptions(num_threads=NUM_PREFETCHED_BATCHES, prefetch_buffer_size=NUM_PREFETCHED_BATCHES),
         multiprocessing_options=workers,
     )
-
-
-def read_manifest(path: str) -> dict[str, Any]:
-    file = Path(path) / "manifest.json"
-    if not file.is_file():
-        raise UserError(f"data.sources: {path} has no manifest.json; pack it with python -m oq2vl_jax.data.pack.")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); pack the shards again.") from error
-
-
-def data_fingerprint(data: DataConfig) -> str:
-    """Identity of the packed rows behind the loader's state: a row number means nothing on other rows."""
-    digest = hashlib.sha256()
-    for path in data.sources:
-        files = [(entry["file"], entry["rows"]) for entry in read_manifest(path)["files"]]
-        settings = json.loads((Path(path) / "settings.json").read_text())
-        digest.update(json.dumps([files, settings], sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def check_sources(data: DataConfig, model: ModelConfig, manifests: dict[str, dict]) -> None:

@@ -19,6 +19,7 @@ from oq2vl_jax.errors import UserError, run_command
 LENGTH_BIN = 64
 """Tokens; width of the bins of the length histogram."""
 TOTALS = ("rows", "documents", "images", "tokens", "samples")
+FILE_FIELDS = ("file", "rows", "inputs", "bytes", "sample_xxh3", "xxh3")
 COUNTERS = ("skipped", "notes", "images_per_row", "documents_per_row", "document_tokens")
 
 
@@ -151,6 +152,7 @@ def load_codec(folder: str, tokenizer_sha256: str):
 def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...], target: Path) -> dict:
     """Packs the documents of some files into the rows of `target`; returns the report."""
     from oq2vl_jax.data import paths
+    from oq2vl_jax.data.digests import digest_of, sample_of_file
     from oq2vl_jax.data.documents import Limits, read_documents
     from oq2vl_jax.data.packing import pack_rows
     from oq2vl_jax.data.rows import pack_documents, write_rows
@@ -162,7 +164,11 @@ def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...]
     images = [len(document.images) for document in documents]
     rows = pack_rows(tokens, images, config.num_tokens, config.max_images)
     write_rows(target, (pack_documents([documents[i] for i in row]) for row in rows))
+    (num_bytes, digest), (_, sample) = digest_of(target), sample_of_file(target)
     return {
+        "bytes": num_bytes,
+        "sample_xxh3": sample,
+        "xxh3": digest,
         "rows": len(rows),
         "documents": len(documents),
         "images": sum(images),
@@ -190,7 +196,7 @@ def make_manifest(settings: dict, reports: list[dict]) -> dict:
         "image_fill": totals["images"] / (totals["rows"] * settings["max_images"]),
         **{name: dict(sorted(counter.items(), key=by_number)) for name, counter in counters.items()},
         **settings,
-        "files": [{"file": r["file"], "rows": r["rows"], "inputs": r["inputs"]} for r in reports],
+        "files": [{name: report[name] for name in FILE_FIELDS if name in report} for report in reports],
     }
 
 

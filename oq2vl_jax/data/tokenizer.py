@@ -35,9 +35,17 @@ def tokenizer_sha256(folder: Path) -> str:
     Over what decides the ids (vocabulary, merges, added tokens), not over the bytes of the file: transformers writes
     the same tokenizer in more than one way, for example when a model's config.json stands beside it.
     """
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    if saved["model"].get("type") != "BPE":
-        raise UserError(f"{folder}: a tokenizer of type {saved['model'].get('type')}, expected BPE as Qwen2.5's.")
-    added = [(token["id"], token["content"]) for token in saved["added_tokens"]]
-    identity = [saved["model"]["vocab"], saved["model"]["merges"], added, saved["normalizer"], saved["pre_tokenizer"]]
+    file = folder / "tokenizer.json"
+    try:
+        saved = json.loads(file.read_bytes())
+        model, added = saved["model"], [(token["id"], token["content"]) for token in saved["added_tokens"]]
+        if model.get("type") != "BPE":
+            raise UserError(f"{folder}: a tokenizer of type {model.get('type')}, expected BPE as Qwen2.5's.")
+        identity = [model["vocab"], model["merges"], added, saved["normalizer"], saved["pre_tokenizer"]]
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; a packed folder or a checkpoint holds its tokenizer.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); copy it again.") from error
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

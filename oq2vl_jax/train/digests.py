@@ -18,10 +18,11 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from oq2vl_jax.data.digests import digest_of, digest_of_text
 from oq2vl_jax.errors import UserError
 
 ITEM, FILE, ALGORITHM = "digests", "digests.json", "xxh3_128"
-READ_BYTES = 2**22
+METADATA = "_CHECKPOINT_METADATA"
 MARKER = "commit_success.txt"
 """Orbax's own; it says nothing about what stands beside it."""
 UNFINISHED = ".orbax-checkpoint-tmp"
@@ -65,6 +66,7 @@ def check_digests(step: Path, items: Iterable[str]) -> None:
 
     A checkpoint without digests, from before they were written, passes with a line on standard error.
     """
+    check_metadata(step)
     listed = read_digests(step)
     if listed is None:
         print(f"{step}: no digests; written before there were any, its files are read unchecked.", file=sys.stderr)
@@ -77,6 +79,17 @@ def check_digests(step: Path, items: Iterable[str]) -> None:
     if changed:
         is_there = (step / changed[0]).is_file()
         raise damaged(step, changed[0], "is not as it was written" if is_there else "is missing")
+
+
+def check_metadata(step: Path) -> None:
+    """Orbax's own file beside the items, which it changes itself: nothing, or a JSON object."""
+    content = (step / METADATA).read_bytes() if (step / METADATA).exists() else b""
+    try:
+        is_right = not content or isinstance(json.loads(content), dict)
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise damaged(step, METADATA, "is not as it was written")
 
 
 def read_digests(step: Path) -> dict[str, list] | None:
@@ -106,24 +119,8 @@ def damaged(step: Path, name: str, what: str) -> UserError:
     return UserError(f"{step}: the checkpoint is damaged: {name} {what}; {way_out}.")
 
 
-def digest_of(file: Path) -> tuple[int, str]:
-    """(bytes, digest) of a file, read in pieces."""
-    import xxhash
-
-    digest, size = xxhash.xxh3_128(), 0
-    with file.open("rb") as stream:
-        while piece := stream.read(READ_BYTES):
-            digest.update(piece)
-            size += len(piece)
-    return size, digest.hexdigest()
-
-
 def digest_of_list(files: dict[str, Any]) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128(
-        json.dumps({name: list(entry) for name, entry in sorted(files.items())}).encode()
-    ).hexdigest()
+    return digest_of_text(json.dumps({name: list(entry) for name, entry in sorted(files.items())}))
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jax.sharding import Mesh
 
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.data.batch import IGNORE
-from oq2vl_jax.data.loader import make_loader, read_manifest
+from oq2vl_jax.data.loader import make_loader
+from oq2vl_jax.data.packed import PackedRows, check_files
 from oq2vl_jax.data.page import page, picture
 from oq2vl_jax.data.rows import PackedRow, decode_row
 from oq2vl_jax.data.text import TextCodec
@@ -41,6 +41,8 @@ class Evaluator:
         self._data: DataConfig = dataclasses.replace(
             config.data, sources=config.evaluation.sources, weights=(), packing="offline", synthetic_documents=0
         )
+        for path in self._data.sources:
+            check_files(path, is_whole=self._data.verify == "full")
         make_loader(self._data, config.model, config.global_batch_size, SAMPLE_SEED).close()
         self._codec = TextCodec.load(str(Path(self._data.sources[0]) / "tokenizer"))
 
@@ -89,8 +91,7 @@ class Evaluator:
     def _rows(self):
         """Packed rows in a fixed random order."""
         for path in self._data.sources:
-            files = [str(Path(path) / entry["file"]) for entry in read_manifest(path)["files"] if entry["rows"]]
-            source = ArrayRecordDataSource(files)
+            source = PackedRows(path)
             for i in np.random.default_rng(SAMPLE_SEED).permutation(len(source)).tolist():
                 yield decode_row(source[i])
 

@@ -16,7 +16,8 @@ from jax.experimental import multihost_utils
 
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.config_files import to_json
-from oq2vl_jax.data.loader import data_fingerprint, make_loader
+from oq2vl_jax.data.loader import make_loader
+from oq2vl_jax.data.packed import check_files, fingerprint
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
@@ -46,11 +47,11 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     computed = checked_attention(config, mesh)  # what is compiled; the configuration as it was given is what is saved
     run_dir = Path(config.run_dir)
     use_compilation_cache(run_dir.absolute().parent)
-    loader, tokenizer, fingerprint = open_data(config, run_dir)
+    loader, tokenizer, data_identity = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
     evaluator = Evaluator(computed, mesh) if config.evaluation.sources else None
-    state = start_state(config, mesh, checkpointer, loader, fingerprint, tokenizer)
+    state = start_state(config, mesh, checkpointer, loader, data_identity, tokenizer)
     write_config(config, run_dir)
     train_step = compile_train_step(computed, mesh)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
@@ -79,7 +80,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
             if is_evaluated and evaluator is not None:
                 evaluate(evaluator, state, reporter, run_dir)
             if is_saved:
-                loader_state = {"position": loader.get_state(), "data": fingerprint}
+                loader_state = {"position": loader.get_state(), "data": data_identity}
                 checkpointer.save(state, loader_state, config, tokenizer)
                 saved_step = step
             if is_last:
@@ -121,10 +122,12 @@ def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
         tokenizer = prepare_tokenizer(data, run_dir / "tokenizer")
         loader = OnlineLoader(data, config.model, config.global_batch_size, config.seed, tokenizer)
         return loader, tokenizer, online_fingerprint(data)
+    for path in data.sources:
+        check_files(path, is_whole=data.verify == "full")
     loader = make_loader(
         data, config.model, config.global_batch_size, config.seed, jax.process_index(), jax.process_count()
     )
-    return loader, Path(data.sources[0]) / "tokenizer", data_fingerprint(data)
+    return loader, Path(data.sources[0]) / "tokenizer", fingerprint(data.sources)
 
 
 def evaluate(evaluator: Evaluator, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
@@ -171,14 +174,14 @@ def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
 
 
 def start_state(
-    config: TrainConfig, mesh, checkpointer: Checkpointer, loader, fingerprint: str, tokenizer: Path
+    config: TrainConfig, mesh, checkpointer: Checkpointer, loader, data_identity: str, tokenizer: Path
 ) -> TrainState:
     """The newest checkpoint of the run if there is one (the loader is set to it as well), else a fresh state."""
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
     if step is not None:
         state, loader_state = checkpointer.restore(step, shapes_with(config, shardings))
-        if loader_state["data"] != fingerprint:
+        if loader_state["data"] != data_identity:
             raise UserError(
                 f"the packed data is not what checkpoint {step} of {config.run_dir} was trained on; put the old rows "
                 "back, or start another run with --init-from."

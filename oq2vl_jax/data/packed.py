@@ -1,0 +1,130 @@
+"""A packed folder as it is read: its manifest, its files compared with what the packer wrote, its rows by number.
+
+The manifest names each file of rows with its size and two digests, one of both ends and one of the whole. A run
+compares sizes and ends when it starts, which tells swapped, copied and cut off files; --data.verify full compares every
+byte. A flipped bit inside is found by ArrayRecord's own checks when its row is read.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from oq2vl_jax.data.digests import digest_of, sample_of_file
+from oq2vl_jax.errors import UserError
+
+KEYS = {"files": list, "num_tokens": int, "max_images": int, "visual_tokens": int, "image_id": int, "pad_id": int,
+        "vocab_size": int, "template": str, "tokenizer_sha256": str}  # fmt: skip
+"""What the manifest of packed rows has to hold."""
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """The manifest of a packed folder. Raises UserError if it is missing, damaged, or of something else."""
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"data.sources: {path} has no manifest.json; pack it with python -m oq2vl_jax.data.pack.")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); pack the shards again.") from error
+    is_object = isinstance(manifest, dict)
+    wrong = [key for key, kind in KEYS.items() if not is_object or not isinstance(manifest.get(key), kind)]
+    if wrong:
+        raise UserError(f"{file}: not the manifest of packed rows, {wrong[0]} is missing; pack the shards again.")
+    problem = problem_of_files(manifest["files"])
+    if problem:
+        raise UserError(f"{file}: {problem}; pack the shards again.")
+    return manifest
+
+
+def problem_of_files(files: list[Any]) -> str | None:
+    """What is wrong with the list of files of a manifest."""
+    for entry in files:
+        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+            return "a file of rows has no name"
+        if not isinstance(entry.get("rows"), int) or entry["rows"] < 0 or "/" in entry["file"]:
+            return f"the entry of {entry['file']} is damaged"
+    names = [entry["file"] for entry in files]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice:
+        return f"{twice} is named twice"
+    return None if any(entry["rows"] for entry in files) else "it names no rows"
+
+
+def row_files(path: str, manifest: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, its entry) of the files that hold rows."""
+    return [(Path(path) / entry["file"], entry) for entry in manifest["files"] if entry["rows"]]
+
+
+def check_files(path: str, is_whole: bool = False) -> None:
+    """Raises UserError unless every file of rows is the one that was packed; is_whole: to the last byte."""
+    for file, entry in row_files(path, read_manifest(path)):
+        if not file.is_file():
+            raise UserError(f"{file} is missing, which {path}/manifest.json names; pack the shards again.")
+        if "sample_xxh3" not in entry:  # packed before there were digests
+            continue
+        size, sample = sample_of_file(file)
+        if size != entry["bytes"]:
+            raise UserError(f"{file} has {size} bytes, {entry['bytes']} were packed; copy it or pack the shards again.")
+        if sample != entry["sample_xxh3"] or (is_whole and digest_of(file)[1] != entry["xxh3"]):
+            raise UserError(
+                f"{file} is not what was packed: another file, or damaged; copy it or pack the shards again."
+            )
+
+
+def fingerprint(sources: tuple[str, ...]) -> str:
+    """Identity of the packed rows behind a loader's state: a row number means nothing on other rows.
+
+    By content where the manifest has digests, wherever the folder lies; by names and numbers of rows where it has none.
+    """
+    digest = hashlib.sha256()
+    for path in sources:
+        manifest = read_manifest(path)
+        if all("xxh3" in entry for entry in manifest["files"]):
+            content: Any = [[entry["rows"], entry["xxh3"]] for entry in manifest["files"]]
+            content += [manifest[key] for key in KEYS if key != "files"]
+        else:
+            from oq2vl_jax.data.tasks import read_settings
+
+            content = [[(entry["file"], entry["rows"]) for entry in manifest["files"]], read_settings(path)]
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class PackedRows:
+    """The rows of a packed folder by number, as bytes; what Grain calls a random access source."""
+
+    def __init__(self, path: str):
+        """Raises UserError for files that are no ArrayRecord."""
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        files = row_files(path, read_manifest(path))
+        self._files = [str(file) for file, _ in files]
+        self._ends = list(accumulate(entry["rows"] for _, entry in files))
+        try:
+            self._source = ArrayRecordDataSource(self._files)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{path}: its rows cannot be read ({str(error).splitlines()[0]}); pack again.") from error
+        if len(self._source) != self._ends[-1]:
+            raise UserError(
+                f"{path}: its files hold {len(self._source)} rows, manifest.json says {self._ends[-1]}; pack again."
+            )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> bytes:
+        try:
+            return self._source[i]
+        except (RuntimeError, ValueError) as error:
+            file = bisect_right(self._ends, i)
+            row = i - (self._ends[file - 1] if file else 0)
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{self._files[file]}: row {row} is damaged ({reason}); copy the file again, or pack the shards again."
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"PackedRows({len(self)} rows)"
