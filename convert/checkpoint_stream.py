@@ -19,6 +19,7 @@ from etils import epath
 from orbax.checkpoint import type_handlers
 
 from oq2vl_jax.config import CheckpointDescription
+from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.train.checkpoint import FilesHandler, SaveFiles, step_folder
@@ -124,5 +125,6 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_is_free(out: Path) -> None:
+    check_local("--out", str(out).replace(":/", "://"))  # pathlib makes one slash of two
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} exists and is not empty; choose another folder.")

@@ -60,7 +60,7 @@ class Import:
         self.left_out += sorted(unused)
         for name, shape in expected.items():
             if name not in source.shapes:
-                self._problems.append(f"{source.where}: {name} is missing.{hint(name, unexpected)}")
+                self._problems.append(f"{source.where}: {name} is missing{way_out(name, unexpected)}")
             elif source.shapes[name] != shape:
                 self._problems.append(f"{source.where}: {name} has shape {source.shapes[name]}, expected {shape}")
         self._problems += [f"{source.where}: {name} has no place in this model" for name in unexpected]
@@ -125,6 +125,14 @@ def _maker(source: TensorSource, pieces: list[tuple[Weight, int]], shape: tuple[
         return array
 
     return make
+
+
+def way_out(name: str, unexpected: list[str]) -> str:
+    """What may be meant by a name that is missing."""
+    if "lm_head" in name:
+        return "; if the head is the embedding, set tie_word_embeddings to true in the configuration"
+    nearest = hint(name, unexpected).removeprefix(" Did you mean ").removesuffix("?")
+    return f" (there is {nearest})" if nearest else ""
 
 
 def check_tied(source: TensorSource, head: str, embedding: str) -> None:

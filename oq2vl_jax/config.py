@@ -132,6 +132,9 @@ class DataConfig:
     exact_decoding: bool = False
     """Decode large JPEGs at full size before resizing, as the published code does. By default they are halved while
     they are decoded (JPEG's own scaling) as long as both sides stay at least the model's."""
+    as_seen: bool = False
+    """Turn pictures by their EXIF orientation and put transparent ones on white, as viewers show them and as questions
+    are asked. The published code does neither; the packer's notes count such pictures."""
     packing: Literal["offline", "online"] = "offline"
     """offline: sources are folders of oq2vl_jax.data.pack. online: sources are tars or instruction files, packed while
     training (data/online.py); one process only."""

@@ -3,12 +3,19 @@
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
-    """A problem the user can mend. The message says file or key, expected, got, and what to do."""
+    """A problem the user can mend. The message says file or key, expected, got, and what to do.
+
+    Messages quote other software's, which end in a full stop or do not: two at the end become one.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"(?<!\.)\.\.$|(?<=\?)\.$", lambda found: "." if found[0] == ".." else "", message))
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oq2vl_jax.config import Template
+from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def check(config: GenerateConfig) -> None:
         raise UserError("--image goes with --prompt; the images of --requests stand in the file.")
     if config.prompt is not None and config.out is not None:
         raise UserError("--out goes with --requests; a single reply is printed.")
+    check_local("--out", config.out)
     if config.out is not None and not Path(config.out).absolute().parent.is_dir():
         raise UserError(f"--out {config.out}: its folder does not exist.")
     if config.out is not None and Path(config.out).is_dir():

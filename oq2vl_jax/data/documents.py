@@ -15,6 +15,11 @@ MAX_INTERLEAVED_IMAGES = 9
 """Interleaved documents with no or more images are left out, as in the published code."""
 
 
+MAX_CHARACTERS_PER_TOKEN = 64
+"""A text longer than so many characters for each token of a row is left out before it is tokenised: one word of 10 MB
+takes a tokenizer 2 GB and a minute."""
+
+
 class Limits(NamedTuple):
     template: str
     num_tokens: int
@@ -56,6 +61,8 @@ def read_documents(
 
 def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Document, list[str]]:
     """The document of a sample and what is particular about it. Raises SampleError or ImageError with the reason."""
+    if num_characters(sample) > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens:
+        raise SampleError("text_too_long")
     document = codec.document(sample, limits.template, limits.visual_tokens)
     if sample.elements is not None and not 1 <= len(document.images) <= MAX_INTERLEAVED_IMAGES:
         raise SampleError("too_many_images" if document.images else "image_missing")
@@ -69,3 +76,10 @@ def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Doc
     for image in document.images:
         notes += check_image(image)
     return document, notes
+
+
+def num_characters(sample: Sample) -> int:
+    """Of all texts of a sample."""
+    turns = sample.conversations if isinstance(sample.conversations, list) else ()
+    texts = [sample.text, *(sample.elements or ()), *(turn.get("value") for turn in turns if isinstance(turn, dict))]
+    return sum(len(text) for text in texts if isinstance(text, str))

@@ -6,6 +6,7 @@
 (MAmmoTH-VL) is never loaded whole: one pass finds where each entry begins and ends, and a task reads its own range.
 """
 
+import codecs
 import errno
 import io
 import json
@@ -22,6 +23,7 @@ from oq2vl_jax.errors import UserError
 
 READ_BYTES = 2**20
 MAX_ENTRY_BYTES = 64 * 2**20
+MARK = codecs.BOM_UTF8.decode("latin-1")
 SPACE, BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
 
 
@@ -33,7 +35,7 @@ def is_instructions(path: str) -> bool:
     if not path.endswith(".json"):
         return False
     with paths.open_input(path) as file:
-        return file.read(READ_BYTES).lstrip()[:1] == b"["
+        return file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def entry_offsets(path: str) -> np.ndarray:
@@ -50,7 +52,8 @@ def find_entries(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
     """
     decoder, number = json.JSONDecoder(), 0
     text, base, position = file.read(READ_BYTES).decode("latin-1"), 0, 0
-    position = SPACE.match(text).end()  # type: ignore[union-attr]
+    position = len(MARK) if text.startswith(MARK) else 0
+    position = SPACE.match(text, position).end()  # type: ignore[union-attr]
     is_list = text[position : position + 1] == "["
     position += is_list
     while True:

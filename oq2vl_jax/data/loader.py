@@ -109,7 +109,7 @@ class RowDecoder(grain.transforms.Map):
 
         def decode(slot: int) -> None:
             try:
-                images[slot] = decode_image(row.images[slot], size, is_exact=self.data.exact_decoding)
+                images[slot] = decode_image(row.images[slot], size, self.data.exact_decoding, self.data.as_seen)
             except ImageError as problem:
                 raise UserError(
                     f"image {slot} of the row of {row.keys[0]}: {problem}; pack the shards again."

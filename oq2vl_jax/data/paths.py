@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,8 @@ def filesystem(path: str):
 
 def open_input(path: str) -> BinaryIO:
     if not is_remote(path):
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # would wait for ever for somebody to write
+            raise UserError(f"{path} is a pipe, expected a file.")
         return open(path, "rb")
     fs, name = filesystem(path)
     return fs.open(name, "rb")
@@ -60,7 +63,7 @@ def open_input(path: str) -> BinaryIO:
 
 def read_text(path: str) -> str:
     with open_input(path) as file:
-        return file.read().decode()
+        return file.read().decode("utf-8-sig")
 
 
 def read_json(path: str) -> Any:
@@ -97,6 +100,14 @@ def list_names(folder: str) -> set[str]:
     fs, name = filesystem(folder)
     fs.invalidate_cache()
     return {path.rsplit("/", 1)[-1] for path in fs.ls(name, detail=False)} if fs.exists(name) else set()
+
+
+def check_local(option: str, path: str | None) -> None:
+    """Raises UserError for a path in a bucket, where an option takes local ones only."""
+    if path and is_remote(path):
+        raise UserError(
+            f"{option} {path}: a local path is expected; only the data commands read and write buckets yet."
+        )
 
 
 def check_out(out: str) -> None:

@@ -22,7 +22,7 @@ from oq2vl_jax.data.tars import Members, read_members
 from oq2vl_jax.data.uids import uid_of_key
 from oq2vl_jax.errors import UserError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TIFF_SUFFIXES = ("tiff", "tif")
 
 
@@ -88,7 +88,7 @@ def parse_sample(members: Members) -> Sample:
     if len(images) != 1:
         return Sample(key, images, problem="image_missing" if not images else "several_images")
     try:
-        return Sample(key, images, text=files["txt"].decode("utf-8"))
+        return Sample(key, images, text=files["txt"].decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Sample(key, images, problem="text_not_utf8")
 

@@ -6,6 +6,7 @@ the first duplicate. Headers of ordinary files are read here, at a third of tarf
 anything else hands the rest of the tar to tarfile.
 """
 
+import errno
 import gzip
 import io
 import lzma
@@ -19,12 +20,20 @@ from typing import BinaryIO, NamedTuple
 from oq2vl_jax.data import paths
 from oq2vl_jax.errors import UserError
 
-MAX_MEMBER_BYTES = 256 * 2**20
-"""A larger member is refused from its header, before it is read."""
+MAX_MEMBER_BYTES, MAX_SAMPLE_BYTES = 256 * 2**20, 512 * 2**20
+"""A larger member is refused from its header, before it is read; of a larger sample nothing is kept."""
+MAX_HEADER_BYTES = 2**20
+"""Of an extended header or a long name; a larger one is a lie."""
+EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+                    tarfile.GNUTYPE_LONGLINK)  # fmt: skip
 BLOCK = 512
-KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]*)", re.DOTALL)
+KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 PAX_NAMES_OF_NO_EFFECT = re.compile(rb"\d+ (mtime|atime|ctime|uid|gid|uname|gname)=")
 """webdataset writes an extended header before each member, for its time alone."""
+
+BROKEN = (tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError,
+          LookupError, OverflowError, MemoryError)  # fmt: skip
+"""What tarfile and the decompressors raise on headers that lie."""
 
 ReadData = Callable[[], tuple[bytes, str | None]]
 """(content of a file, why it cannot be used)."""
@@ -50,7 +59,11 @@ def read_members(path: str) -> Iterator[Members]:
             for group in group_by_key(stream):
                 yield group
                 num_keys += 1
-    except (tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except UserError:
+        raise
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # of the disk, not of the tar; a seek to where no file can be is EINVAL
         reason = str(error).partition("\n")[0].rstrip(":")
         raise CutOffError(
             f"{path}: the tar is broken or cut off after {num_keys} whole samples ({reason}); "
@@ -59,42 +72,65 @@ def read_members(path: str) -> Iterator[Members]:
 
 
 def group_by_key(stream: BinaryIO) -> Iterator[Members]:
+    """Samples, each followed by the members between its own that belong to none (README, ._0001.txt): these part no
+    sample, and are Members of their own with a problem."""
     seen = set()
     group: Members | None = None
+    strays: list[Members] = []
     for name, read in read_files(stream):
         key, suffix = split_name(name)
+        if not suffix:
+            strays.append(Members(key, {}, name_problem(name)))
+            continue
         if group is None or key != group.key:
-            if group is not None:
-                yield group
+            yield from [*([group] if group else []), *strays]
+            strays.clear()
             group = Members(key, {}, "duplicate_key" if key in seen else None)
             seen.add(key)
-        data, problem = read()
-        if suffix in group.files:
-            problem = problem or "duplicate_member"
-        group.files[suffix] = data
-        if problem and not group.problem:
-            group = group._replace(problem=problem)
-    if group is not None:
-        yield group
+        group = with_member(group, suffix, read, name_problem(name))
+    yield from [*([group] if group else []), *strays]
+
+
+def with_member(group: Members, suffix: str, read: ReadData, problem: str | None) -> Members:
+    """The sample with one more file, which is not read if its name has a problem; of a sample that grows too large
+    nothing is kept or read."""
+    if group.problem == "sample_too_large":
+        return group
+    data, problem = (b"", problem) if problem else read()
+    if suffix in group.files:
+        problem = problem or "duplicate_member"
+    group.files[suffix] = data
+    if sum(map(len, group.files.values())) > MAX_SAMPLE_BYTES:
+        group.files.clear()
+        return group._replace(problem="sample_too_large")
+    return group._replace(problem=group.problem or problem)
 
 
 def key_offsets(path: str) -> list[tuple[int, int]]:
     """Where the members of each key begin and end in a tar that is not compressed. Raises UserError."""
     spans: list[tuple[int, int]] = []
-    last_key = None
+    last_key, last_span = None, -1
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=CheckedHeader) as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                key = split_name(member.name)[0]
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                spans.append((member.offset, end))
+                if not split_name(member.name)[1]:  # a span of its own, unless its sample goes on behind it
+                    spans.append((member.offset, end))
+                    continue
+                key = split_name(member.name)[0]
                 if key == last_key:
-                    spans[-2:] = [(spans[-2][0], end)]
-                last_key = key
+                    spans[last_span:] = [(spans[last_span][0], end)]
+                else:
+                    spans.append((member.offset, end))
+                    last_key, last_span = key, len(spans) - 1
             check_end_of_archive(tar)
-    except (tarfile.TarError, EOFError) as error:
+    except UserError:
+        raise
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise CutOffError(f"{path}: the tar is compressed, broken or cut off ({error}).") from error
     return spans
 
@@ -119,8 +155,9 @@ def read_files(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
         header = stream.read(BLOCK)
         if header[156:157] == b"x":
             size = parse_octal(header[124:136])
-            records = stream.read(-(-(size or 0) // BLOCK) * BLOCK)[:size]
-            if is_ordinary(header) and all(map(PAX_NAMES_OF_NO_EFFECT.match, records.splitlines())):
+            is_small = (size or 0) <= MAX_HEADER_BYTES
+            records = stream.read(-(-(size or 0) // BLOCK) * BLOCK)[:size] if is_small else b""
+            if is_small and is_ordinary(header) and all(map(PAX_NAMES_OF_NO_EFFECT.match, records.splitlines())):
                 position += BLOCK + len(records) + -len(records) % BLOCK
                 header = stream.read(BLOCK)
         name, size = ordinary_file(header)
@@ -133,9 +170,8 @@ def read_files(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
 
 
 def read_file(stream: BinaryIO, name: str, size: int) -> tuple[bytes, str | None]:
-    problem = name_problem(name) or ("member_too_large" if size > MAX_MEMBER_BYTES else None)
-    if problem:
-        return b"", problem
+    if size > MAX_MEMBER_BYTES:
+        return b"", "member_too_large"
     data = stream.read(size)
     if len(data) != size:
         raise tarfile.ReadError("unexpected end of data")
@@ -172,9 +208,18 @@ def parse_octal(field: bytes) -> int | None:
     return int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else None
 
 
+class CheckedHeader(tarfile.TarInfo):
+    """Refuses an extended header that claims to be large before tarfile takes memory for it."""
+
+    def _proc_member(self, tar: tarfile.TarFile):  # what tarfile's own comments name as to be overridden
+        if self.type in EXTENDED_HEADERS and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header claims {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
 def read_files_with_tarfile(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
     """The rest of a tar from the position of the stream: compressed, or with headers that are not ordinary."""
-    with tarfile.open(fileobj=stream, mode="r:*") as tar:
+    with tarfile.open(fileobj=stream, mode="r:*", tarinfo=CheckedHeader) as tar:
         for member in tar:
             if not member.isdir():
                 yield member.name, partial(read_with_tarfile, tar, member)
@@ -182,9 +227,7 @@ def read_files_with_tarfile(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
 
 
 def read_with_tarfile(tar: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[bytes, str | None]:
-    problem = name_problem(member.name)
-    if not problem and (not member.isreg() or member.issparse()):
-        problem = "not_a_plain_file"
+    problem = None if member.isreg() and not member.issparse() else "not_a_plain_file"
     if not problem and member.size > MAX_MEMBER_BYTES:
         problem = "member_too_large"
     if problem:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from oq2vl_jax.errors import UserError
 
@@ -22,11 +23,22 @@ def load_tokenizer(folder: str):
         raise UserError(f"{folder}: no such folder; a Hugging Face tokenizer folder is expected.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not parts_text_as_saved(tokenizer, Path(folder) / "tokenizer.json"):
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what the Rust library raises for a broken file is a plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: no tokenizer could be loaded: {reason}") from error
     tokenizer.add_tokens([END_OF_CHUNK, BOS, IMAGE_PAD], special_tokens=True)
     return tokenizer
+
+
+def parts_text_as_saved(tokenizer: Any, file: Path) -> bool:
+    """Whether a tokenizer parts text as its tokenizer.json says: transformers 5 takes vocabulary and merges from there,
+    the rest from the class that tokenizer_config.json names."""
+    if not file.is_file():
+        return True
+    saved, built = json.loads(file.read_bytes()), json.loads(tokenizer.backend_tokenizer.to_str())
+    return all(saved.get(part) == built.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
 def tokenizer_sha256(folder: Path) -> str:

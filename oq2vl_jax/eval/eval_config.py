@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oq2vl_jax.config import Template
+from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
 
 TASKS = ("mmbench", "seedbench", "mmstar", "mathvista", "ai2d", "textvqa", "pope", "mmmu", "easy_vqa")
@@ -51,3 +52,4 @@ def check(config: EvalConfig) -> None:
         raise UserError("--batch-size and --limit must be at least 1.")
     if not config.out.strip():
         raise UserError("--out is empty; give a folder.")
+    check_local("--out", config.out)

@@ -216,7 +216,7 @@ class Generator:
             some = new[first : first + MAX_IMAGES_AT_ONCE]
             pixels = np.zeros((power_of_two(len(some)), size, size, 3), np.uint8)
             for i, data in enumerate(some):
-                pixels[i] = decode_image(data, size)
+                pixels[i] = decode_image(data, size, as_seen=True)
             encoded = encode_images(self.weights.model, self._rows(pixels), self.dtype)
             for data, tokens in zip(some, encoded, strict=False):
                 self._visual_tokens[name_of[data]] = tokens

@@ -25,6 +25,7 @@ from etils import epath
 
 from oq2vl_jax.config import CheckpointDescription, TrainConfig
 from oq2vl_jax.config_files import from_dict, to_json
+from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.train.digests import ITEM as DIGESTS
 from oq2vl_jax.train.digests import DigestsHandler, SaveDigests, check_digests
@@ -122,6 +123,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def find_checkpoint(path: str) -> Path:
     """A step folder: `path` itself, or the newest one of a run directory. Raises UserError if there is none."""
+    check_local("checkpoint", path)
     root = Path(path)
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     steps = [p for p in (root, *folder.glob("*")) if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()]

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig
 from oq2vl_jax.config_files import flatten, load_config
+from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
     """What can be wrong with a configuration on these devices; every problem is reported."""
+    check_local_paths(config)
     problems = []
     rows = config.global_batch_size
     if rows < 1 or rows % num_devices:
@@ -57,6 +59,14 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         problems.append("evaluation.every_num_steps, num_batches and max_new_tokens must be at least 1")
     if problems:
         raise UserError("; ".join(problems) + ".")
+
+
+def check_local_paths(config: TrainConfig) -> None:
+    """A run is written and its packed rows are read here; samples that are packed while training may be elsewhere."""
+    check_local("run_dir", config.run_dir)
+    check_local("init_from", config.init_from)
+    for source in (*(config.data.sources if config.data.packing == "offline" else ()), *config.evaluation.sources):
+        check_local("data.sources", source)
 
 
 def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:

@@ -126,7 +126,8 @@ def text_or_size_rule(leaf: Leaf) -> Rule:
         if leaf.name == "characters":
             return column("text").str.len_chars()
         sides = [column(name).cast(pl.Float64, strict=False) for name in columns]
-        is_known = sides[0].is_not_null() & sides[1].is_not_null() & (pl.min_horizontal(sides) > 0)
+        is_number = [side.is_not_null() & side.is_not_nan() for side in sides]
+        is_known = is_number[0] & is_number[1] & (pl.min_horizontal(sides) > 0)
         shorter, longer = pl.min_horizontal(sides), pl.max_horizontal(sides)
         return pl.when(is_known).then(shorter if leaf.name == "short_side" else longer / shorter)
 

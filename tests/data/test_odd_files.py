@@ -1,0 +1,265 @@
+"""Tars that lie, strays, byte order marks, pictures that are something else: read, or counted by a true reason."""
+
+import dataclasses
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image, ImageDraw
+
+from oq2vl_jax.data import images, instructions, paths, tars
+from oq2vl_jax.data.documents import read_documents
+from oq2vl_jax.data.images import ImageError, check_image, decode_image
+from oq2vl_jax.data.online import SampleSource
+from oq2vl_jax.data.reshard import ReshardConfig, reshard
+from oq2vl_jax.data.tars import CutOffError, read_members
+from oq2vl_jax.data.uids import UidSet, parse_uid, uid_of_key
+from oq2vl_jax.errors import UserError
+from tests.data.conftest import LIMITS, caption_members, encoded, tar_of
+
+STRAYS = ("README", "._000001.txt", ".DS_Store", "folder/._x.png")
+
+
+def with_strays():
+    """Three captions, each with a stray between its files, some before and behind."""
+    members = [(STRAYS[0], b"x")]
+    for i in range(3):
+        picture, text = caption_members(i)
+        members += [picture, (STRAYS[i + 1], b"x"), (STRAYS[0], b"y"), text]
+    return [*members, (STRAYS[2], b"z")]
+
+
+def test_members_of_no_sample_part_no_sample_and_are_counted(tmp_path, codec):
+    shard = tar_of(tmp_path / "0.tar", with_strays())
+    documents, counts = read_documents([shard], codec, LIMITS, "stop")
+    assert [document.key for document in documents] == ["000000", "000001", "000002"]
+    assert counts["skipped"] == {"name_without_suffix": 8}
+    assert counts["samples"] == len(documents) + 8
+
+
+def test_resharding_reads_the_same_samples(tmp_path):
+    shard = tar_of(tmp_path / "0.tar", with_strays())
+    ids = [parse_uid(uid_of_key(f"{i:06d}")) for i in range(3)]
+    UidSet(*zip(*ids, strict=True)).save(str(tmp_path / "uids.npy"))
+    manifest = reshard(ReshardConfig(shard, str(tmp_path / "uids.npy"), str(tmp_path / "out")))
+    assert manifest["written"] == 3
+    with tarfile.open(tmp_path / "out" / "00000000.tar") as tar:
+        names = tar.getnames()
+    assert names == [f"{i:06d}.{suffix}" for i in range(3) for suffix in ("png", "txt")]
+
+
+def test_packing_while_training_reads_the_same_samples(tmp_path):
+    source = SampleSource((tar_of(tmp_path / "0.tar", with_strays()),), None)
+    samples = [source[i] for i in range(len(source))]
+    assert [sample.key for sample in samples if not sample.problem] == ["000000", "000001", "000002"]
+    assert {sample.problem for sample in samples} == {None, "name_without_suffix"}
+
+
+def lying_tar(path, headers, lied_about=1):
+    """A tar of three captions whose second picture has extended headers."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(3):
+            for name, data in caption_members(i):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                if i == lied_about and name.endswith("png"):
+                    info.pax_headers = headers
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+LIES = {
+    "a size beyond every file": {"size": str(2**62)},
+    "a size beyond every number": {"size": "9" * 60},
+    "a size that is none": {"size": "many"},
+    "a sparse map that is none": {"GNU.sparse.map": "0,x", "GNU.sparse.size": "10"},
+    "a sparse version that is none": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "x"},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie_are_a_damaged_tar(lie, tmp_path, codec):
+    shard = lying_tar(tmp_path / "0.tar", LIES[lie])
+    try:
+        documents, counts = read_documents([shard], codec, LIMITS, "keep")
+    except CutOffError:
+        pytest.fail("--broken-shards keep keeps what is whole")
+    assert counts["samples"] + counts["skipped"].get("shard_cut_off", 0) == len(documents) + sum(
+        counts["skipped"].values()
+    )
+    assert {document.key for document in documents} <= {"000000", "000001", "000002"}
+    assert counts["samples"] + counts["skipped"].get("shard_cut_off", 0) >= 1
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_an_extended_header_of_8_gigabytes_takes_no_memory(kind, tmp_path):
+    header = tarfile.TarInfo("lie")
+    header.type, header.size = kind, 8 * 2**30 - 1
+    content = header.tobuf(tarfile.USTAR_FORMAT) + Path(tar_of(tmp_path / "whole.tar", caption_members(0))).read_bytes()
+    (tmp_path / "0.tar").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CutOffError, match="the tar is broken or cut off after 0 whole"):
+        list(read_members(str(tmp_path / "0.tar")))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_a_sample_too_large_to_hold_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "MAX_SAMPLE_BYTES", 1000)
+    members = [(f"000000.{i}.png", bytes(400)) for i in range(5)] + [("000001.txt", b"small")]
+    first, second = read_members(tar_of(tmp_path / "0.tar", members))
+    assert (first.problem, first.files) == ("sample_too_large", {})
+    assert second.files == {"txt": b"small"}
+
+
+def test_random_damage_and_lies_are_counted_or_one_sentence(tmp_path, codec):
+    """A thousand tars with flipped, cut, doubled or zeroed bytes: samples = documents + counted, or a sentence."""
+    whole = Path(tar_of(tmp_path / "whole.tar", [m for i in range(4) for m in caption_members(i)])).read_bytes()
+    rng, outcomes = np.random.default_rng(0), {"counted": 0, "sentence": 0}
+    for _ in range(1000):
+        content = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(len(content)))
+            length = int(rng.choice((1, 8, 512)))
+            kind = rng.integers(5)
+            if kind == 0:
+                content[at] ^= 1 << int(rng.integers(8))
+            elif kind == 1:
+                content[at : at + length] = rng.bytes(length)
+            elif kind == 2:
+                del content[at : at + length]
+            elif kind == 3:
+                content[at : at + length] = bytes(length)
+            else:
+                content[at:at] = content[at : at + length]
+        (tmp_path / "0.tar").write_bytes(content)
+        try:
+            documents, counts = read_documents([str(tmp_path / "0.tar")], codec, LIMITS, "stop")
+            assert counts["samples"] == len(documents) + sum(counts["skipped"].values())
+            outcomes["counted"] += 1
+        except CutOffError as error:
+            assert "0.tar: the tar is broken or cut off after" in str(error)  # noqa: PT017
+            outcomes["sentence"] += 1
+    print(outcomes)
+    assert min(outcomes.values()) > 100
+
+
+def test_byte_order_marks_are_no_part_of_the_data(tmp_path, codec):
+    shard = tar_of(tmp_path / "0.tar", caption_members(0, txt="\ufeffa red square".encode()))
+    ((document,), _) = read_documents([shard], codec, LIMITS, "stop")
+    assert "\ufeff" not in codec.decode(document.tokens.tolist())
+    entry = {"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    for name, text in (("list.jsonl", json.dumps(entry)), ("list.json", json.dumps([entry]))):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert instructions.is_instructions(str(tmp_path / name))
+        (sample,) = instructions.read_instructions(str(tmp_path / name), None)
+        assert sample.conversations == entry["conversations"]
+    (tmp_path / "rules.toml").write_bytes(b'\xef\xbb\xbfexpression = "basic"')
+    assert paths.read_text(str(tmp_path / "rules.toml")).startswith("expression")
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "BMP", "TIFF", "WEBP", "PNG", "JPEG"])
+def test_a_picture_is_what_it_holds_not_what_it_is_called(image_format, tmp_path, codec):
+    data = encoded(Image.new("RGB", (20, 20), "red"), image_format)
+    ((document,), _) = read_documents([tar_of(tmp_path / "0.tar", caption_members(0, png=data))], codec, LIMITS, "stop")
+    assert document.images == [data]
+    assert decode_image(data, 8)[4, 4].tolist()[0] > 240
+
+
+def test_pictures_are_turned_and_put_on_white_as_they_are_seen():
+    for orientation in range(1, 9):
+        image, exif = Image.new("RGB", (60, 40), "white"), Image.Exif()
+        ImageDraw.Draw(image).rectangle((0, 0, 60, 9), fill="red")  # the upper edge
+        exif[0x0112] = orientation
+        data = encoded(image, "JPEG", exif=exif, quality=95)
+        assert ("image_to_be_turned" in check_image(data)) == (orientation != 1)
+        edges = {"top": (1, 16), "bottom": (30, 16), "left": (16, 1), "right": (16, 30)}
+        seen, stored = decode_image(data, 32, as_seen=True), decode_image(data, 32)
+        red = {name for name, place in edges.items() if seen[place][1] < 100}
+        expected = {1: "top", 2: "top", 3: "bottom", 4: "bottom", 5: "left", 6: "right", 7: "right", 8: "left"}
+        assert red == {expected[orientation]}
+        assert stored[edges["top"]][1] < 100, "as the published code reads it"
+    letters = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    assert check_image(encoded(letters, "PNG")) == ["image_transparent"]
+    assert decode_image(encoded(letters, "PNG"), 8, as_seen=True).min() == 255
+    assert decode_image(encoded(letters, "PNG"), 8).max() == 0
+    damaged = encoded(Image.new("RGB", (20, 20)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert check_image(damaged) == []
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded():
+    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG",
+                   progressive=True)  # fmt: skip
+    assert check_image(data) == []
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match="image_of_too_many_scans"):
+        check_image(data[:-2] + images.MAX_SCANS * data[last:-2] + data[-2:])
+
+
+def test_an_endless_word_is_left_out_before_it_is_tokenised(tmp_path, codec):
+    shard = tar_of(tmp_path / "0.tar", [*caption_members(0, txt=b"x" * 10_000_000), *caption_members(1)])
+    documents, counts = read_documents([shard], codec, LIMITS, "stop")
+    assert [document.key for document in documents] == ["000001"]
+    assert counts["skipped"] == {"text_too_long": 1}
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(UserError, match=r"0\.tar is a pipe, expected a file"):
+        list(read_members(str(tmp_path / "0.tar")))
+
+
+def test_sizes_that_are_no_numbers_pass_no_rule(tmp_path):
+    from tests.data.filter.test_datacomp import run
+
+    sizes = [float("nan"), 300.0, float("nan")]
+    pl.DataFrame({"uid": [f"{i:032x}" for i in range(3)], "original_width": sizes, "original_height": sizes[::-1]}
+                 ).write_parquet(tmp_path / "m.parquet")  # fmt: skip
+    assert run(tmp_path, tmp_path, "short_side(>= 200) | aspect(<= 3)")[1] == {f"{1:032x}"}
+
+
+def test_paths_in_a_bucket_are_refused_where_local_ones_are_expected(tmp_path):
+    from oq2vl_jax.train.checkpoint import find_checkpoint
+    from oq2vl_jax.train.checks import check_config
+    from tests.train.conftest import TINY
+
+    for changes in ({"run_dir": "s3://bucket/a"}, {"init_from": "gs://bucket/a"}):
+        with pytest.raises(UserError, match="a local path is expected"):
+            check_config(dataclasses.replace(TINY, **changes), 8)
+    with pytest.raises(UserError, match="a local path is expected"):
+        find_checkpoint("s3://bucket/a")
+    command = [sys.executable, "-m", "convert.to_hf", "s3://bucket/a", "--out", str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "a local path is expected" in done.stderr
+
+
+def test_messages_end_in_one_full_stop():
+    assert str(UserError("it ends. .".replace(" .", "."))) == "it ends."
+    assert str(UserError("did you mean it?.")) == "did you mean it?"
+    assert str(UserError("and so on...")) == "and so on..."
+
+
+def test_a_tokenizer_is_what_its_tokenizer_json_says(tmp_path):
+    import tokenizers
+
+    from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
+    from oq2vl_jax.data.text import TextCodec
+
+    save_bpe_tokenizer({**BYTE_RANKS, b"20": 256, b"23": 257, b"2023": 258}, str(tmp_path))
+    file, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    file.write_text(file.read_text().replace("|\\\\p{N}|", "|\\\\p{N}{1,4}|"))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    expected = tokenizers.Tokenizer.from_file(str(file)).encode("2023", add_special_tokens=False).ids
+    codec = TextCodec(str(tmp_path))
+    assert codec.encode("2023") == expected == [258]
+    (tmp_path / "saved").mkdir()
+    codec.save(tmp_path / "saved")
+    assert TextCodec.load(str(tmp_path / "saved")).encode("2023") == [258]
