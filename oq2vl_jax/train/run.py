@@ -26,6 +26,7 @@ from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weigh
 from oq2vl_jax.train.checks import check_config, check_run_dir, check_same_model
 from oq2vl_jax.train.evaluation import Evaluator, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
+from oq2vl_jax.train.run_lock import run_lock
 from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.step import StepMetrics, TrainState, compile_train_step, init_train_state, state_shardings
 from oq2vl_jax.train.trackers import open_trackers
@@ -36,14 +37,15 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
 
     Raises UserError for what the user caused, a NaN loss included.
     """
-    with terminate_flag() as is_terminated:
+    check_config(config, len(jax.devices()))
+    lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()
+    with lock, terminate_flag() as is_terminated:
         return train(config, stop_at_step, is_terminated)
 
 
 def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool]) -> str | None:
     """See run; leaves after a checkpoint when is_terminated(step) says so."""
     mesh = make_mesh(config.mesh)
-    check_config(config, mesh.size)
     computed = checked_attention(config, mesh)  # what is compiled; the configuration as it was given is what is saved
     run_dir = Path(config.run_dir)
     use_compilation_cache(run_dir.absolute().parent)

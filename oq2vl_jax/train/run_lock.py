@@ -1,0 +1,116 @@
+"""One training per run directory: RUN_DIR/lock.json names its owner for as long as it runs.
+
+    {"host": "node7", "pid": 4711, "token": "9f0c.."}     its modification time is the owner's heartbeat
+
+A second training is refused by a sentence. A dead owner's lock is taken over: on the same host when its process is
+gone, on another, where that cannot be seen, when HEARTBEATS_MISSED heartbeats have failed to come.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from oq2vl_jax.errors import UserError
+
+FILE = "lock.json"
+HEARTBEAT_SECONDS = 10.0
+HEARTBEATS_MISSED = 12
+"""A network file system may show a heartbeat late."""
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory. Raises UserError if another training does."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file, token = run_dir / FILE, uuid.uuid4().hex
+    take(file, token)
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            if (read(file) or {}).get("token") == token:
+                os.utime(file)
+
+    thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if (read(file) or {}).get("token") == token:
+            file.unlink(missing_ok=True)
+
+
+def take(file: Path, token: str) -> None:
+    """Makes the lock; removes a dead owner's first. Of two at once, one finds the other's."""
+    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token})
+    prepared = file.with_name(f"{FILE}.{token}")
+    prepared.write_text(content)
+    try:
+        while True:
+            try:
+                os.link(prepared, file)  # fails where there is one, and shows it whole
+                return
+            except FileExistsError:
+                owner = read(file)
+                age = age_of(file)
+                if owner is not None and age is not None and is_alive(owner, age):
+                    raise UserError(
+                        f"run_dir {file.parent} is trained by process {owner['pid']} on {owner['host']}, whose last "
+                        f"sign of life is {age:.0f} s old; wait for it, end it, or choose another --run-dir."
+                    ) from None
+                remove(file, owner, prepared.with_suffix(".dead"))
+    finally:
+        prepared.unlink(missing_ok=True)
+
+
+def remove(file: Path, owner: dict[str, Any] | None, aside: Path) -> None:
+    """Removes a dead owner's lock, and not that of whoever has taken it over in the meantime."""
+    try:
+        file.rename(aside)
+    except FileNotFoundError:
+        return
+    if read(aside) != owner:
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, file)
+    aside.unlink(missing_ok=True)
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """The owner; None if there is no lock, or one that cannot be read and so is nobody's."""
+    try:
+        owner = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    is_right = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
+    return owner if is_right else None
+
+
+def age_of(file: Path) -> float | None:
+    """Seconds since the heartbeat; None if the lock has gone."""
+    try:
+        return max(0.0, time.time() - file.stat().st_mtime)
+    except FileNotFoundError:
+        return None
+
+
+def is_alive(owner: dict[str, Any], age: float) -> bool:
+    if owner["host"] != socket.gethostname():
+        return age < HEARTBEATS_MISSED * HEARTBEAT_SECONDS
+    if owner["pid"] == os.getpid():  # of a container that was started anew, or of a run in this process that has ended
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return age < HEARTBEATS_MISSED * HEARTBEAT_SECONDS  # else the number has gone to another process
