@@ -117,10 +117,11 @@ def test_a_killed_report_goes_on_where_it_was(tmp_path):
     assert record["items"]["device"] == before
     assert (folder / "parts" / "device.json").stat().st_mtime_ns == written
     assert {found["status"] for found in record["items"].values()} <= {"done", "skipped", "not reached"}
-    assert record["items"]["exactness"]["status"] == record["items"]["step"]["status"] == "done"
-    page = (folder / "report.md").read_text()
-    assert all(f"## {title}" in page for title in ("a. The device", "b. Exactness", "c. The step", "Every part"))
-    assert "largest gaps" not in page or "ratio" in page
+    page = (folder / "report.md").read_text()  # of how many parts a minute has room for depends on the machine
+    titles = {"device": "a. The device", "exactness": "b. Exactness", "step": "c. The step"}
+    done_titles = [title for name, title in titles.items() if record["items"][name]["status"] == "done"]
+    assert all(f"## {title}" in page for title in (*done_titles, "Predicted and measured", "Every part"))
+    assert all(name in page for name in record["items"])
 
 
 def done_items(folder):
@@ -142,7 +143,7 @@ sys.modules.update(dict.fromkeys({blocked!r}))
 from oq2vl_jax.bench.parts.__main__ import PARTS
 from oq2vl_jax.bench.parts.setting import Setting
 setting = Setting({folder!r}, "configs/tiny.py", False, False)
-for name in ("probe", "device", "exactness", "step", "step_layers"):
+for name in ("probe", "device", "exactness", "step"):
     json.dump(PARTS[name](setting), open({folder!r} + "/parts/" + name + ".json", "w"))
 """
 
@@ -159,10 +160,6 @@ def test_parts_a_to_c_need_nothing_that_reads_data(tmp_path):
     assert of_float32["largest error of a gradient"] < 1e-4  # measured 5e-6
     errors = [row for row in found["exactness"]["attention"] if row["attention"] == "blocked"]
     assert all(row["times the reference's rounding"] < 4 for row in errors if row["type"] == "bfloat16")  # measured 1.4
-    assert found["step_layers"]["layers"] == "scan"
-    assert found["step_layers"]["times_as_fast"] == pytest.approx(
-        found["step_layers"]["tokens_per_second"] / found["step"]["tokens_per_second"]
-    )
     assert found["step"]["num_layers"] == 1
     assert found["step"]["scaled_tokens_per_second"] < found["step"]["tokens_per_second"]
 
