@@ -164,10 +164,15 @@ def count_collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def group_size(line: str) -> int:
-    """Devices that take part in a collective: {{0,1,2,3}} or, in short, [groups,devices]<=[...]."""
+    """Devices that take part in a collective: {{0,1,2,3}}; in short [groups,devices]<=[...]; from jax 0.11 on by the axes
+    of the mesh that it runs over, mesh['data'=1,'fsdp'=8] {'fsdp'}."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return len(listed[1].split(","))
+    by_axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    if by_axes:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axes[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", by_axes[2]))
     short = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     return int(short[1]) if short else 1
 

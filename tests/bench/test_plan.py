@@ -47,6 +47,22 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
     assert found["reduce-scatter"] == (1, (48 + 8) * 4)
 
 
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,4]<=[8]", 4),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp'}", 4),
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8),
+    ],
+)
+def test_what_a_reduce_scatter_brings_together_is_its_output_for_every_device(groups, size):
+    """However jax 0.10, 0.11 and 0.12 write the devices down."""
+    line = f"  %rs = f32[4,64]{{1,0}} reduce-scatter(%x), replica_groups={groups}, dimensions={{0}}, to_apply=%add"
+    found = count_collectives(f"ENTRY %main (p: f32[]) -> f32[] {{\n{line}\n}}")
+    assert found["reduce-scatter"] == (1, 4 * 4 * 64 * size)
+
+
 def small(sharding):
     config = load_config("configs/tiny.py")
     mesh = dataclasses.replace(config.mesh, sharding=sharding)
