@@ -164,8 +164,8 @@ def count_collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def group_size(line: str) -> int:
-    """Devices that take part in a collective: {{0,1,2,3}}; in short [groups,devices]<=[...]; from jax 0.11 on by the axes
-    of the mesh that it runs over, mesh['data'=1,'fsdp'=8] {'fsdp'}."""
+    """Devices that take part in a collective: {{0,1,2,3}}; in short [groups,devices]<=[...]; from jax 0.11 on by the
+    axes of the mesh that it runs over, mesh['data'=1,'fsdp'=8] {'fsdp'}."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return len(listed[1].split(","))
