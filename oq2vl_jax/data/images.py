@@ -164,11 +164,12 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)  # which the image on white no longer carries
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
     turned = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-              7: "TRANSVERSE", 8: "ROTATE_90"}.get(_orientation(image) or 1)  # fmt: skip
+              7: "TRANSVERSE", 8: "ROTATE_90"}.get(orientation or 1)  # fmt: skip
     return image.transpose(Image.Transpose[turned]) if turned else image
 
 

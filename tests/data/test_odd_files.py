@@ -190,6 +190,11 @@ def test_pictures_are_turned_and_put_on_white_as_they_are_seen():
     assert check_image(encoded(letters, "PNG")) == ["image_transparent"]
     assert decode_image(encoded(letters, "PNG"), 8, as_seen=True).min() == 255
     assert decode_image(encoded(letters, "PNG"), 8).max() == 0
+    exif[0x0112] = 6
+    upper_edge = ImageDraw.Draw(letters := Image.new("RGBA", (60, 40), (0, 0, 0, 0)))
+    upper_edge.rectangle((0, 0, 60, 9), fill="red")
+    both = decode_image(encoded(letters, "PNG", exif=exif), 32, as_seen=True)
+    assert both[16, 30].tolist()[1] < 100 < both[1, 8].tolist()[1], "turned, although it was put on white"
     damaged = encoded(Image.new("RGB", (20, 20)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert check_image(damaged) == []
 

@@ -31,8 +31,8 @@ VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
         config, attention="xla" if config.attention == "blocked" else "blocked"
     ),
 }
-"""What is changed, one at a time, what promises most by the roofline of the published step first (docs/experiments.md);
-whatever loses is measured as well, so that the roofline can be judged."""
+"""What is changed, one at a time: first what bench plan has a gain for (docs/experiments.md: remat none 2.8 %, gate and
+up apart 1.3 %), then what only a GPU can tell. What loses is measured as well, so that the roofline can be judged."""
 
 
 def measure(setting: Setting) -> dict[str, Any]:
