@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from oq2vl_jax.bounds import Length, parse
 from oq2vl_jax.errors import UserError, run_command
 
 
@@ -27,7 +28,7 @@ class AskHFConfig:
     """A checkpoint of this project: ask it as well, and fail if its reply is another one."""
     trust_remote_code: bool = False
     """Needed for models with modeling_open_qwen2vl.py; it runs the code in the folder."""
-    max_new_tokens: int = 64
+    max_new_tokens: Length = 64
 
 
 def ask(config: AskHFConfig) -> str:
@@ -77,7 +78,7 @@ def check_images(paths: tuple[str, ...]) -> None:
 
 
 def main() -> int:
-    config = tyro.cli(AskHFConfig, prog="python -m convert.ask_hf")
+    config = parse(AskHFConfig, prog="python -m convert.ask_hf")
     check_images(config.image)
     reply = ask(config)
     print(f"transformers: {reply}")

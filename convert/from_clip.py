@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.model.clip_config import ClipConfig, ClipTowerConfig
 
@@ -112,7 +113,7 @@ def load_tokenizer(folder: Path):
 
 
 def main() -> None:
-    config = tyro.cli(FromClipConfig, prog="python -m convert.from_clip")
+    config = parse(FromClipConfig, prog="python -m convert.from_clip")
     print(convert(config))
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from oq2vl_jax.bounds import Length, Seed, parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
 
@@ -31,7 +32,7 @@ class FromHFConfig:
     """Qwen2.5, with its tokenizer."""
     model: str | None = None
     """Instead of the two: a Llava-style model."""
-    visual_tokens: int = 144
+    visual_tokens: Length = 144
     """Visual tokens an image; with --model it comes from there."""
     template: Template | None = None
     """How prompts are written to this model. Default: what an export says, else plain with --vision and --decoder and
@@ -39,7 +40,7 @@ class FromHFConfig:
     activation: Literal["gelu", "gelu_tanh"] | None = None
     """Of the encoder. Default: as its config.json says (the hub's SigLIP: gelu_tanh); the published model was trained
     with the exact gelu on the same weights."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the fresh projector."""
 
 
@@ -173,9 +174,8 @@ def local_folder(path_or_id: str, patterns: tuple[str, ...] = (*CONFIG_FILES, "*
 
 
 def main() -> None:
-    import tyro
 
-    config = tyro.cli(FromHFConfig, prog="python -m convert.from_hf")
+    config = parse(FromHFConfig, prog="python -m convert.from_hf")
     parts = [config.vision, config.decoder]
     if not ((config.model is None and None not in parts) or (config.model is not None and parts == [None, None])):
         raise UserError("give either --vision and --decoder, or --model.")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from oq2vl_jax.bounds import parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
 
@@ -102,7 +103,7 @@ def local_vision(path_or_id: str | None) -> Path | None:
 
 
 def main() -> None:
-    print(convert(tyro.cli(FromPrismaticConfig, prog="python -m convert.from_prismatic")))
+    print(convert(parse(FromPrismaticConfig, prog="python -m convert.from_prismatic")))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Literal
 
 import tyro
 
+from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, run_command
 
 MAX_SHARD_BYTES = 5 * 10**8
@@ -117,7 +118,7 @@ def write_preprocessor_config(folder: Path, image_processor) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(ToHFConfig, prog="python -m convert.to_hf")
+    config = parse(ToHFConfig, prog="python -m convert.to_hf")
     print(export(config))
 
 

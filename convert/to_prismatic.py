@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, run_command
 
 
@@ -66,7 +67,7 @@ def export(config: ToPrismaticConfig) -> str:
 
 
 def main() -> None:
-    print(export(tyro.cli(ToPrismaticConfig, prog="python -m convert.to_prismatic")))
+    print(export(parse(ToPrismaticConfig, prog="python -m convert.to_prismatic")))
 
 
 if __name__ == "__main__":

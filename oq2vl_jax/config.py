@@ -9,6 +9,25 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from oq2vl_jax.bounds import (
+    Count,
+    CountOrZero,
+    Depth,
+    Length,
+    NotNegative,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Side,
+    SmallCount,
+    SmallCountOrZero,
+    Vocabulary,
+    Width,
+    Workers,
+    WorkersOrZero,
+    check_bounds,
+)
 from oq2vl_jax.errors import UserError
 
 Template = Literal["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"]
@@ -19,15 +38,15 @@ Template = Literal["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"]
 class VisionConfig:
     """SigLIP encoder. Features leave the second-to-last block; the last of `num_layers` is never held."""
 
-    image_size: int
-    patch_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
+    image_size: Side
+    patch_size: Side
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: Depth
+    num_heads: Depth
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """gelu = exact, as timm trained the published checkpoint; gelu_tanh = what the hub's SigLIP config says."""
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: Share = 1e-6
 
     @property
     def patches_per_side(self) -> int:
@@ -46,17 +65,17 @@ class VisionConfig:
 class DecoderConfig:
     """Qwen2 decoder."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 1e6
+    vocab_size: Vocabulary
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: Depth
+    num_heads: Depth
+    num_kv_heads: Depth
+    head_dim: Width
+    rope_theta: Positive = 1e6
     rope_inv_freq: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 rounds the rotary inverse frequencies as the published code does."""
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Share = 1e-6
     tie_word_embeddings: bool = True
 
 
@@ -66,12 +85,13 @@ class ModelConfig:
 
     vision: VisionConfig
     decoder: DecoderConfig
-    num_visual_tokens: int
+    num_visual_tokens: Length
     """Visual tokens per image; a square number. 144 in pre-training, 729 in tuning: the weights are the same."""
-    image_token_id: int
+    image_token_id: CountOrZero
     """Id that stands where a visual token goes. Qwen2.5: <|image_pad|> = 151655."""
 
     def __post_init__(self):
+        check_bounds(self, prefix="model.")
         check_square("model.num_visual_tokens", self.num_visual_tokens)
         if self.vision.hidden_size % self.vision.num_heads:
             raise UserError(
@@ -83,7 +103,16 @@ class ModelConfig:
                 f"model.decoder.num_kv_heads = {self.decoder.num_kv_heads} does not divide "
                 f"num_heads = {self.decoder.num_heads}."
             )
-        if not 0 <= self.image_token_id < self.decoder.vocab_size:
+        if self.decoder.head_dim % 2:
+            raise UserError(f"model.decoder.head_dim = {self.decoder.head_dim} is odd; rotary positions turn pairs.")
+        if self.vision.num_layers < 2:
+            raise UserError("model.vision.num_layers = 1; features leave the second-to-last layer, so 2 is the least.")
+        if self.num_visual_tokens > self.vision.num_patches:
+            raise UserError(
+                f"model.num_visual_tokens = {self.num_visual_tokens} is more than the {self.vision.num_patches} patches "
+                f"of a picture (image_size {self.vision.image_size}, patch_size {self.vision.patch_size})."
+            )
+        if self.image_token_id >= self.decoder.vocab_size:
             raise UserError(
                 f"model.image_token_id = {self.image_token_id} is outside the vocabulary of {self.decoder.vocab_size}."
             )
@@ -115,19 +144,19 @@ class DataConfig:
 
     sources: tuple[str, ...]
     """Packed directories."""
-    num_tokens: int
+    num_tokens: Length
     """Tokens in a packed row."""
-    max_images: int
+    max_images: SmallCount
     """Image slots in a packed row."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[Positive, ...] = ()
     """Share of each source in the mixture; empty: equal shares."""
     template: Template = "open_qwen2vl"
     """How conversations were written out by the packer; generation asks in the same form."""
     attention_scope: Literal["document", "row"] = "document"
     """document: packed documents do not see each other, positions restart. row: the published behaviour."""
-    num_threads: int | None = None
+    num_threads: Workers | None = None
     """Threads that decode images, per worker; None: one per core that this process may use."""
-    num_workers: int = 0
+    num_workers: WorkersOrZero = 0
     """Worker processes; 0 = threads only. Batches do not depend on either number."""
     exact_decoding: bool = False
     """Decode large JPEGs at full size before resizing, as the published code does. By default they are halved while
@@ -144,9 +173,9 @@ class DataConfig:
     """online: Hugging Face tokenizer folder."""
     verify: Literal["sample", "full"] = "sample"
     """What is compared of packed files when a run starts: size and both ends, or every byte."""
-    window: int = 512
+    window: SmallCount = 512
     """online: documents packed together; more fill better and are read again on a restart."""
-    synthetic_documents: int = 0
+    synthetic_documents: SmallCountOrZero = 0
     """> 0: make this many captioned shapes under run_dir/data, pack them, and train on them as the only source."""
 
 
@@ -154,18 +183,18 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to zero."""
 
-    learning_rate: float
-    weight_decay: float
+    learning_rate: Rate
+    weight_decay: NotNegative
     """On matrices only. The published run's effective decay was 0 (its groups were built from flattened shards)."""
-    warmup_fraction: float = 0.03
-    max_grad_norm: float = 1.0
-    vision_learning_rate: float | None = None
+    warmup_fraction: Share = 0.03
+    max_grad_norm: Positive = 1.0
+    vision_learning_rate: Rate | None = None
     """Peak for the encoder, where it is to differ from learning_rate; the schedule's shape is the same."""
-    projector_learning_rate: float | None = None
-    decoder_learning_rate: float | None = None
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    projector_learning_rate: Rate | None = None
+    decoder_learning_rate: Rate | None = None
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Share = 1e-8
 
 
 @dataclass(frozen=True)
@@ -193,8 +222,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_num_steps: int = 500
-    keep: int = 2
+    every_num_steps: Count = 500
+    keep: Count = 2
 
 
 @dataclass(frozen=True)
@@ -203,12 +232,12 @@ class EvaluationConfig:
 
     sources: tuple[str, ...] = ()
     """Packed folders of held-out rows, with the budgets and template of data; empty: no evaluation."""
-    every_num_steps: int = 500
-    num_batches: int = 4
+    every_num_steps: Count = 500
+    num_batches: Count = 4
     """Global batches of the held-out loss, the same ones every time."""
-    num_samples: int = 8
+    num_samples: CountOrZero = 8
     """Held-out documents whose answer is generated and shown beside the reference, as RUN_DIR/samples/STEP.html."""
-    max_new_tokens: int = 64
+    max_new_tokens: Length = 64
 
 
 @dataclass(frozen=True)
@@ -232,8 +261,8 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    num_steps: int
-    global_batch_size: int
+    num_steps: Count
+    global_batch_size: SmallCount
     """Packed rows per optimizer step, over all devices."""
     run_dir: str
     """Where config.json, metrics.jsonl and checkpoints/ go. The same command with the same run_dir resumes."""
@@ -243,7 +272,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     trackers: tuple[Tracker, ...] = ()
     """Where metrics go beside metrics.jsonl; each is an extra of the same name."""
-    rows_per_device: int | None = None
+    rows_per_device: SmallCount | None = None
     """Rows in one forward pass of one device; the rest of the global batch is accumulated. None: all at once."""
     init_from: str | None = None
     """Start from the weights of this checkpoint (weights only; the optimizer and the data start anew)."""
@@ -255,8 +284,8 @@ class TrainConfig:
     attention: Literal["auto", "xla", "blocked", "kernel"] = "auto"
     """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which."""
     execution: ExecutionConfig = ExecutionConfig()
-    seed: int = 7
-    log_every: int = 10
+    seed: Seed = 7
+    log_every: Count = 10
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from oq2vl_jax import config as config_types
+from oq2vl_jax.bounds import check_bounds
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.errors import UserError, hint
 
@@ -55,7 +56,13 @@ def from_dict(cls: Any, values: Any, where: str) -> Any:
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)} (in {cls.__name__}).")
     types = get_type_hints(cls)
-    return cls(**{key: _from_value(types[key], value, f"{where}: {key}") for key, value in values.items()})
+    found = {key: _from_value(types[key], value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        config = cls(**found)
+        check_bounds(config)
+    except UserError as error:  # the dataclass's own checks
+        raise UserError(f"{where}: {error}") from error
+    return config
 
 
 def to_json(config: Any) -> str:

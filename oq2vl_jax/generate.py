@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, run_command
@@ -45,18 +46,18 @@ class GenerateConfig:
     """jsonl file for the predictions of --requests."""
     template: Template | None = None
     """How the question is written; default: as the checkpoint's data was."""
-    max_new_tokens: int = 64
-    temperature: float = 0.0
+    max_new_tokens: Length = 64
+    temperature: Temperature = 0.0
     """Above 0: draw each token, from flatter probabilities the higher it is."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """Draw from the most likely tokens that together have this probability."""
-    top_k: int = 0
+    top_k: CountOrZero = 0
     """Draw from this many most likely tokens; 0: from all."""
-    seed: int = 0
+    seed: Seed = 0
     """The same request with the same seed gets the same reply."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply, and are cut off."""
-    batch_size: int = 64
+    batch_size: SmallCount = 64
 
 
 def read_images(paths: Iterable[str]) -> list[bytes]:
@@ -138,17 +139,14 @@ def check(config: GenerateConfig) -> None:
         raise UserError(f"--out {config.out}: its folder does not exist.")
     if config.out is not None and Path(config.out).is_dir():
         raise UserError(f"--out {config.out}: is a folder; give a file.")
-    if config.max_new_tokens < 1 or config.batch_size < 1:
-        raise UserError("--max-new-tokens and --batch-size must be at least 1.")
     missing = [image for image in config.image if not Path(image).is_file()]
     if missing:
         raise UserError(f"--image {missing[0]}: no such file.")
 
 
 def main() -> None:
-    import tyro
 
-    config = tyro.cli(GenerateConfig, prog="python -m oq2vl_jax.generate")
+    config = parse(GenerateConfig, prog="python -m oq2vl_jax.generate")
     check(config)
     from oq2vl_jax.data.images import ImageError
 

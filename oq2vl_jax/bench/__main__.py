@@ -16,6 +16,7 @@ import importlib
 import json
 import sys
 
+from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
@@ -30,11 +31,9 @@ def main() -> int:
     name = sys.argv[1]
     if name not in NAMES:
         raise UserError(f"{name!r} is no measurement ({', '.join(NAMES)}).{hint(name, NAMES)}")
-    import tyro
-
     module = importlib.import_module(f"oq2vl_jax.bench.{name}")
     options = getattr(module, name.capitalize())
-    config = tyro.cli(options, prog=f"{PROG} {name}", args=sys.argv[2:])
+    config = parse(options, prog=f"{PROG} {name}", args=sys.argv[2:])
     results = module.measure(config)
     if config.json:
         print(json.dumps(results))

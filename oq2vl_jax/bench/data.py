@@ -7,12 +7,15 @@ import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
+from oq2vl_jax.bounds import Between, Count, SmallCount, Workers, WorkersOrZero
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
+
+Seconds = Annotated[float, Between(0, 3600)]
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,12 @@ class Data:
     config: Positional[str] = "configs/pretrain.py"
     sources: tuple[str, ...] = ()
     """Packed folders, in place of those of the config."""
-    num_batches: int = 8
-    global_rows: int | None = None
+    num_batches: Count = 8
+    global_rows: SmallCount | None = None
     """Rows of a batch; None: as configured."""
-    num_threads: int | None = None
-    num_workers: int | None = None
-    step_seconds: float | None = None
+    num_threads: Workers | None = None
+    num_workers: WorkersOrZero | None = None
+    step_seconds: Seconds | None = None
     """Length of the step it has to hide behind; None: a step as long as the loader alone takes."""
     json: bool = False
 
@@ -43,8 +46,6 @@ def measure(options: Data) -> list[dict[str, Any]]:
     if not data.sources or data.packing == "online":
         raise UserError("bench data reads packed folders; name them with --sources.")
     rows = config.global_batch_size if options.global_rows is None else options.global_rows
-    if min(options.num_batches, rows) < 1 or (options.step_seconds or 0) < 0:
-        raise UserError("--num-batches and --global-rows must be at least 1, --step-seconds at least 0.")
     loader = make_loader(data, config.model, rows, config.seed)
     try:
         batches = iter(loader)

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from oq2vl_jax.bounds import Count, Length, Seed, SmallCount
 from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.errors import UserError
 
@@ -24,11 +25,11 @@ class Decode:
     """New tokens per second, float32, greedy: of decoding alone, and with prompt and picture."""
 
     shapes: tuple[str, ...] = ("tiny", "0.5b")
-    batch_sizes: tuple[int, ...] = (1, 8)
-    num_tokens: int = 48
-    prompt_characters: int = 64
-    repeats: int = 5
-    seed: int = 0
+    batch_sizes: tuple[SmallCount, ...] = (1, 8)
+    num_tokens: Length = 48
+    prompt_characters: Length = 64
+    repeats: Count = 5
+    seed: Seed = 0
     json: bool = False
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from oq2vl_jax.bounds import Count, Seed, Share
 from oq2vl_jax.data.filter.apply import apply_rules, load_filter
 from oq2vl_jax.data.filter.pool import read_pool
 from oq2vl_jax.data.uids import UidSet
@@ -18,11 +19,11 @@ EXPRESSION = "clip_l14_top(0.3) & basic | uids({folder}/subset.npy)"
 class Filter:
     """Uid membership, and `clip_l14_top(0.3) & basic | uids(...)` over made-up metadata, language rule left out."""
 
-    num_rows: int = 4_000_000
-    subset_share: float = 0.2
+    num_rows: Count = 4_000_000
+    subset_share: Share = 0.2
     """Of the rows, in the uid set."""
-    seed: int = 0
-    repeats: int = 3
+    seed: Seed = 0
+    repeats: Count = 3
     """The fastest counts."""
     json: bool = False
 

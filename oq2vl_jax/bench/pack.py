@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 import uuid
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oq2vl_jax.bench.photo_shards import write_photo_shards
+from oq2vl_jax.bounds import Seed, SmallCount, Workers
 from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 
@@ -31,11 +33,11 @@ class Pack:
 
     tokenizer: str
     """Hugging Face tokenizer folder."""
-    num_shards: int = 6
-    samples_per_shard: int = 10_000
+    num_shards: SmallCount = 6
+    samples_per_shard: SmallCount = 10_000
     """As in DataComp."""
-    num_workers: int = multiprocessing.cpu_count()
-    seed: int = 0
+    num_workers: Workers = os.cpu_count() or 1
+    seed: Seed = 0
     json: bool = False
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oq2vl_jax.bounds import Count, Seed
 from oq2vl_jax.data.packing import pack_rows
 
 NUM_TOKENS, MAX_IMAGES = 4096, 28
@@ -15,9 +16,9 @@ VISUAL_TOKENS = 144
 class Packing:
     """Fill and speed of bin assignment on caption lengths, and with 30 % long documents among them."""
 
-    num_documents: int = 20_000
-    seed: int = 1
-    repeats: int = 3
+    num_documents: Count = 20_000
+    seed: Seed = 1
+    repeats: Count = 3
     """The fastest counts."""
     json: bool = False
     """Print one JSON object instead of a table."""

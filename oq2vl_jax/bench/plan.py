@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from oq2vl_jax.bounds import CountOrZero, Length, SmallCount
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.devices import NODE_DEVICES, Device, find_device
@@ -31,18 +32,18 @@ class Plan:
     """A file of configs/, or a resolved config.json."""
     device: str = "a100-40g"
     """a100-40g, a100-80g, h100, h200, l40s, rtx-4090; cpu compiles for this machine: structure only."""
-    num_devices: int = 8
-    rows: tuple[int, ...] = (1, 2, 4)
+    num_devices: SmallCount = 8
+    rows: tuple[SmallCount, ...] = (1, 2, 4)
     """Rows per microbatch to try."""
     remats: tuple[Literal["none", "dots", "attention", "full"], ...] = ("none", "dots", "attention", "full")
     """Recomputation to try, from most memory to most recomputation."""
     search: bool = True
     """Try which combinations fit; otherwise the configuration as it stands alone."""
-    scaling: tuple[int, ...] = ()
+    scaling: tuple[SmallCount, ...] = ()
     """Instead: compute, communication and efficiency on these numbers of GPUs, such as 1 8 64."""
-    text_tokens_per_image: int | None = None
+    text_tokens_per_image: Length | None = None
     """Of a typical document, for the FLOPs of a row; None: 27 (captions) or 260 (conversations)."""
-    kernels: int = 0
+    kernels: CountOrZero = 0
     """Show this many kernels of the compiled program, those that must take longest first."""
     json: bool = False
 
@@ -51,8 +52,6 @@ def measure(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON object; see show for what is in it."""
     device = None if plan.device == "cpu" else find_device(plan.device)
     config = load_config(plan.config)
-    if min(plan.num_devices, *plan.rows, *plan.scaling, plan.text_tokens_per_image or 1) < 1:
-        raise UserError("--num-devices, --rows, --scaling and --text-tokens-per-image must be at least 1.")
     largest = max(plan.scaling or (plan.num_devices,))
     prepare_jax(device, largest)
     if plan.scaling:

@@ -19,11 +19,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from oq2vl_jax.bench.parts import plans, steps
 from oq2vl_jax.bench.report_page import write_page
 from oq2vl_jax.bench.report_runner import Item, Runner, run_item
+from oq2vl_jax.bounds import Between
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.data.paths import check_out, write_text
 from oq2vl_jax.errors import UserError
@@ -34,6 +35,7 @@ GPU_MINUTES, CPU_MINUTES = 8.0, 3.7
 GPU_SHARES = {"a": 0.06, "b": 0.16, "c": 0.38, "d": 0.15, "e": 0.13, "f": 0.05, "g": 0.06, "h": 0.01}
 CPU_SHARES = {"a": 0.03, "b": 0.22, "c": 0.14, "d": 0, "e": 0.28, "f": 0.15, "g": 0.17, "h": 0.01}
 """Of the minutes: on a GPU a guess, on two cores as measured. There d, two minutes long, runs when all others have."""
+Minutes = Annotated[float, Between(0, 24 * 60, is_above=True)]
 SOURCES = ("oq2vl_jax/**/*.py", "configs/*.py", "tests/peers/*.py", "convert/**/*.py")
 
 
@@ -43,7 +45,7 @@ class Report:
 
     out: str
     """Folder of the report; an unfinished one is gone on with."""
-    minutes: float | None = None
+    minutes: Minutes | None = None
     """Of one call; None: 8 on a GPU, 3.7 on a CPU."""
     only: str | None = None
     """Parts by their letters, such as b,c; parts that these need are run as well."""
@@ -61,8 +63,6 @@ def measure(options: Report) -> dict[str, Any]:
     groups = chosen_groups(options)
     folder = Path(options.out)
     check_out(options.out)
-    if options.minutes is not None and not 0 < options.minutes <= 24 * 60:
-        raise UserError(f"--minutes must be more than 0 and at most 1440, got {options.minutes}.")
     if options.config:
         load_config(options.config)  # says what is wrong with it before anything runs
     environment = one_device(folder)

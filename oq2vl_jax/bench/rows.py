@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from oq2vl_jax.bench.photo_shards import write_photo_shards
+from oq2vl_jax.bounds import Count, Seed, SmallCount
 from oq2vl_jax.config import DataConfig, ModelConfig
 
 
@@ -21,9 +22,9 @@ class Rows:
 
     tokenizer: str
     """Hugging Face tokenizer folder."""
-    num_samples: int = 1000
-    repeats: int = 3
-    seed: int = 0
+    num_samples: SmallCount = 1000
+    repeats: Count = 3
+    seed: Seed = 0
     json: bool = False
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from oq2vl_jax.bounds import Count, CountOrZero, Seed, SmallCount
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config
-from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import set_environment
 
 
@@ -26,26 +26,24 @@ class Step:
 
     config: Positional[str] = "configs/pretrain.py"
     """A file of configs/, or a resolved config.json."""
-    global_rows: int | None = None
+    global_rows: SmallCount | None = None
     """Rows of an optimizer step over all devices; None: as configured."""
-    rows_per_device: int | None = None
+    rows_per_device: SmallCount | None = None
     """Rows per microbatch; None: as configured."""
     remat: Literal["none", "dots", "attention", "full"] | None = None
     attention: Literal["auto", "xla", "blocked", "kernel"] | None = None
     sharding: Literal["zero1", "fsdp"] | None = None
-    num_steps: int = 5
-    warmup_steps: int = 2
+    num_steps: Count = 5
+    warmup_steps: CountOrZero = 2
     profile: str | None = None
     """Folder for a trace of two steps (TensorBoard's profiler or Perfetto read it)."""
     breakdown: bool = True
-    seed: int = 0
+    seed: Seed = 0
     json: bool = False
 
 
 def measure(options: Step) -> dict[str, Any]:
     """Every figure of the docstring, with what it was measured on."""
-    if options.num_steps < 1 or options.warmup_steps < 0:
-        raise UserError("--num-steps must be at least 1, --warmup-steps at least 0.")
     set_environment()
     config = configured(options)
     from oq2vl_jax.bench.compiled import compile_step

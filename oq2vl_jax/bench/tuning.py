@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oq2vl_jax.bounds import Count, Depth, Length, Seed, SmallCount, Width
 from oq2vl_jax.config import DataConfig, DecoderConfig, ModelConfig, OptimizerConfig, TrainConfig, VisionConfig
 
 VISUAL_TOKENS = 729
@@ -35,16 +36,16 @@ stands in the table ("fill" counts it, "fill, exact" does not)."""
 class Tuning:
     """Packed against padded tuning, at a width that fits two cores; attention weighs more there than at 1,536."""
 
-    num_entries: int = 512
-    num_tokens: int = 4096
-    max_images: int = 5
-    global_batch: int = 128
-    device_batch: int = 4
+    num_entries: SmallCount = 512
+    num_tokens: Length = 4096
+    max_images: SmallCount = 5
+    global_batch: SmallCount = 128
+    device_batch: SmallCount = 4
     """Entries in one forward pass of the padded ways."""
-    width: int = 256
-    layers: int = 4
-    repeats: int = 2
-    seed: int = 0
+    width: Width = 256
+    layers: Depth = 4
+    repeats: Count = 2
+    seed: Seed = 0
     json: bool = False
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from oq2vl_jax.bounds import Count, Seed, parse
 from oq2vl_jax.errors import UserError, run_command
 
 STYLE = """<style>
@@ -32,9 +33,9 @@ class InspectCommand:
     rows: tyro.conf.Positional[tuple[str, ...]]
     """rows-NNNNN.array_record files of one packed folder, or the folder."""
     out: str = "rows.html"
-    num_rows: int = 8
+    num_rows: Count = 8
     """Rows shown, drawn at random; the statistics count every row of the files."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 def inspect_rows(command: InspectCommand) -> str:
@@ -44,8 +45,6 @@ def inspect_rows(command: InspectCommand) -> str:
     from oq2vl_jax.data.tasks import read_settings
     from oq2vl_jax.data.text import TextCodec
 
-    if command.num_rows < 1:
-        raise UserError(f"--num-rows must be at least 1, got {command.num_rows}.")
     if not Path(command.out).absolute().parent.is_dir():
         raise UserError(f"--out {command.out}: its folder does not exist.")
     files = find_files(command.rows)
@@ -165,7 +164,7 @@ def document_pieces(
 
 
 def main() -> None:
-    command = tyro.cli(InspectCommand, prog="python -m oq2vl_jax.data.inspect")
+    command = parse(InspectCommand, prog="python -m oq2vl_jax.data.inspect")
     print(inspect_rows(command))
     print(f"page: {command.out}")
 

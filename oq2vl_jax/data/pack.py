@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from oq2vl_jax.bounds import Count, Length, SmallCount, parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.data.tasks import Execution, Job, make_tasks, read_settings, run_job, write_manifest
 from oq2vl_jax.errors import UserError, run_command
@@ -34,21 +35,21 @@ class PackConfig:
     """Folder for the rows, manifest.json and the tokenizer."""
     tokenizer: str
     """Hugging Face tokenizer folder."""
-    num_tokens: int = 4096
+    num_tokens: Length = 4096
     """Token budget of a row."""
-    max_images: int = 28
+    max_images: SmallCount = 28
     """Image budget of a row."""
-    visual_tokens: int = 144
+    visual_tokens: Length = 144
     """Tokens an image takes; the model's num_visual_tokens."""
     template: Template = "open_qwen2vl"
     """How conversations are written; captions are always plain."""
     broken_shards: Literal["stop", "keep"] = "stop"
     """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
-    files_per_task: int = 1
+    files_per_task: Count = 1
     """Input files packed together into one file of rows. Published *_packed.json files hold one row each: take 1000."""
     images: str | None = None
     """Folder of the pictures that an instruction file names."""
-    entries_per_task: int = 2000
+    entries_per_task: Count = 2000
     """Entries of an instruction file packed together into one file of rows."""
     report: bool = False
     """Write OUT/report.html as well: fill, images and documents per row, lengths."""
@@ -111,9 +112,6 @@ def check_config(config: PackConfig) -> None:
 
     paths.check_out(config.out)
     check_square("--visual-tokens", config.visual_tokens)
-    for name in ("num_tokens", "max_images", "files_per_task", "entries_per_task"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
 
 
 def save_tokenizer(config: PackConfig) -> dict:
@@ -211,7 +209,7 @@ def counted(counts: dict[str, int]) -> str:
 def main() -> None:
     import tyro
 
-    config = tyro.cli(PackConfig, prog="python -m oq2vl_jax.data.pack", config=(tyro.conf.OmitArgPrefixes,))
+    config = parse(PackConfig, prog="python -m oq2vl_jax.data.pack", config=(tyro.conf.OmitArgPrefixes,))
     manifest = pack_shards(config)
     if manifest is not None:
         print(

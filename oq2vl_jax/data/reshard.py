@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from oq2vl_jax.bounds import Count, parse
 from oq2vl_jax.data.tasks import Execution, Job, make_tasks, run_job, write_manifest
-from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.errors import run_command
 
 TOTALS = ("samples", "kept", "written")
 
@@ -29,7 +30,7 @@ class ReshardConfig:
     """Uid set, a sorted .npy of dtype u8,u8, as oq2vl_jax.data.filter writes it."""
     out: str
     """Folder for the new tars and manifest.json."""
-    tars_per_task: int = 1
+    tars_per_task: Count = 1
     """Input tars that become one output tar; about 1 / (share of samples that are kept) keeps their size."""
     broken_shards: Literal["stop", "keep"] = "stop"
     """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
@@ -40,8 +41,6 @@ def reshard(config: ReshardConfig) -> dict | None:
     """Writes the tars and returns the manifest; None while other ranks are at work. Raises UserError."""
     from oq2vl_jax.data import paths
 
-    if config.tars_per_task < 1:
-        raise UserError(f"--tars-per-task must be at least 1, got {config.tars_per_task}.")
     files = paths.expand_paths("--shards", config.shards)
     uids = load_uids(config.uids)
     settings = {
@@ -141,7 +140,7 @@ def main() -> None:
 
     from oq2vl_jax.data.pack import counted
 
-    config = tyro.cli(ReshardConfig, prog="python -m oq2vl_jax.data.reshard", config=(tyro.conf.OmitArgPrefixes,))
+    config = parse(ReshardConfig, prog="python -m oq2vl_jax.data.reshard", config=(tyro.conf.OmitArgPrefixes,))
     manifest = reshard(config)
     if manifest is not None:
         print(

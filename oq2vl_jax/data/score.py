@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from oq2vl_jax.bounds import SmallCount, parse
 from oq2vl_jax.data.tasks import Execution, Job, make_tasks, run_job, write_manifest
 from oq2vl_jax.errors import UserError, run_command
 
@@ -30,7 +31,7 @@ class ScoreConfig:
     model: Literal["clip", "mlm-filter"]
     checkpoint: str
     """Of convert.from_clip; or for mlm-filter any checkpoint of this project, such as convert.from_prismatic writes."""
-    batch_size: int = 64
+    batch_size: SmallCount = 64
     metrics: tuple[Metric, ...] = (
         "image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding",
     )  # fmt: skip
@@ -47,8 +48,6 @@ def score_shards(config: ScoreConfig) -> dict | None:
     from oq2vl_jax.data import paths
 
     paths.check_has_polars("oq2vl_jax.data.score")
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {config.batch_size}.")
     files = paths.expand_paths("--shards", config.shards)
     settings: dict[str, Any] = {"model": config.model, "checkpoint": checkpoint_identity(config.checkpoint)}
     settings["batch_size"] = config.batch_size  # the last bits of a score can depend on it
@@ -159,7 +158,7 @@ def main() -> None:
 
     from oq2vl_jax.data.pack import counted
 
-    config = tyro.cli(ScoreConfig, prog="python -m oq2vl_jax.data.score", config=(tyro.conf.OmitArgPrefixes,))
+    config = parse(ScoreConfig, prog="python -m oq2vl_jax.data.score", config=(tyro.conf.OmitArgPrefixes,))
     manifest = score_shards(config)
     if manifest is not None:
         print(

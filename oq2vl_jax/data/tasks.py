@@ -24,11 +24,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from oq2vl_jax.bounds import Between, Count, CountOrZero, Workers, check_bounds
 from oq2vl_jax.data import paths
 from oq2vl_jax.errors import UserError
 
+Gpus = Annotated[float, Between(0, 1024)]
 RAY_TASKS_IN_FLIGHT = 4
 """Per CPU of the cluster; more would only fill its queue."""
 SECONDS_TO_CONNECT = 10
@@ -38,23 +40,22 @@ SECONDS_TO_CONNECT = 10
 class Execution:
     """Where the tasks run. Nothing of it changes what is written."""
 
-    num_workers: int = os.cpu_count() or 1
+    num_workers: Workers = os.cpu_count() or 1
     """Processes on this machine."""
-    rank: int = 0
+    rank: CountOrZero = 0
     """This process's number among `world_size`, for example $SLURM_ARRAY_TASK_ID."""
-    world_size: int = 1
+    world_size: Count = 1
     """Independent commands that share the tasks."""
     executor: Literal["local", "ray"] = "local"
     """ray: on the cluster at --ray-address, one CPU a task."""
     ray_address: str = "auto"
     """"auto" joins the cluster of this machine, "local" starts one."""
-    gpus_per_task: float = 0
+    gpus_per_task: Gpus = 0
     """What a task asks Ray for beside one CPU; 1 for oq2vl_jax.data.score."""
 
     def __post_init__(self):
-        if self.num_workers < 1:
-            raise UserError(f"--num-workers must be at least 1, got {self.num_workers}.")
-        if not 0 <= self.rank < self.world_size:
+        check_bounds(self, as_flags=True)
+        if self.rank >= self.world_size:
             raise UserError(f"--rank must be 0..{self.world_size - 1} for --world-size {self.world_size}.")
 
 

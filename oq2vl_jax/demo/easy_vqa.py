@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from oq2vl_jax.bounds import Count, Seed, parse
 from oq2vl_jax.errors import UserError, run_command
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -40,8 +41,8 @@ class EasyVQAConfig:
 
     out: str
     """Folder to write to."""
-    samples_per_shard: int = 4000
-    seed: int = 0
+    samples_per_shard: Count = 4000
+    seed: Seed = 0
 
 
 def write_easy_vqa(config: EasyVQAConfig) -> None:
@@ -225,9 +226,8 @@ def write_test_split(folder: Path, paths: dict[int, str], triples: tuple[list[st
 
 
 def main() -> None:
-    import tyro
 
-    config = tyro.cli(EasyVQAConfig, prog="python -m oq2vl_jax.demo.easy_vqa")
+    config = parse(EasyVQAConfig, prog="python -m oq2vl_jax.demo.easy_vqa")
     write_easy_vqa(config)
     print(f"easy-VQA written to {config.out}: captions/, questions/, test/, tokenizer/")
 

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from oq2vl_jax.bounds import Seed, parse
 from oq2vl_jax.errors import UserError, run_command
 
 INK, MUTED, GOOD, BAD, LINE = "#1d2733", "#68768a", "#1a7f4b", "#c0392b", "#2f6fb5"
@@ -35,7 +36,7 @@ class ReportConfig:
     """Run directories, in the order they were trained."""
     out: str
     """Folder for report.html, loss.png and answers.png."""
-    seed: int = 0
+    seed: Seed = 0
     """Which of the predictions are shown."""
 
 
@@ -192,9 +193,8 @@ Every answer below was generated greedily; a reply counts when it equals the ans
 
 
 def main() -> None:
-    import tyro
 
-    config = tyro.cli(ReportConfig, prog="python -m oq2vl_jax.demo.report")
+    config = parse(ReportConfig, prog="python -m oq2vl_jax.demo.report")
     predictions = read_predictions(config.predictions, config.pictures)
     by_options = accuracy(read_predictions(config.by_options, config.pictures))
     out = Path(config.out)

@@ -9,14 +9,14 @@
 Interrupted, the same command goes on where it stopped and ends in the same results.json.
 """
 
+from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import run_command
 from oq2vl_jax.eval.eval_config import EvalConfig, check
 
 
 def main() -> None:
-    import tyro
 
-    config = tyro.cli(EvalConfig, prog="python -m oq2vl_jax.eval")
+    config = parse(EvalConfig, prog="python -m oq2vl_jax.eval")
     check(config)
     from oq2vl_jax.eval.evaluate import evaluate
 

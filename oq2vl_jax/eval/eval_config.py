@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from oq2vl_jax.bounds import Count, SmallCount
 from oq2vl_jax.config import Template
 from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
@@ -28,8 +29,8 @@ class EvalConfig:
     """How an answer is found: in a generated reply, or as the likeliest of the options."""
     template: Template | None = None
     """How questions are written; default: as the checkpoint's data was. Raw prompts (open_qwen2vl) are always plain."""
-    batch_size: int = 32
-    limit: int | None = None
+    batch_size: SmallCount = 32
+    limit: Count | None = None
     """Only so many items of each task, evenly spaced; named in the results."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Default: float32 on CPUs, bfloat16 elsewhere."""
@@ -48,8 +49,6 @@ def check(config: EvalConfig) -> None:
             raise UserError(f"--tasks: no benchmark {name!r}; there are {', '.join(TASKS)}.{hint(name, TASKS)}")
     if len(set(config.task_names)) < len(config.task_names):
         raise UserError("--tasks names a benchmark twice.")
-    if config.batch_size < 1 or (config.limit is not None and config.limit < 1):
-        raise UserError("--batch-size and --limit must be at least 1.")
     if not config.out.strip():
         raise UserError("--out is empty; give a folder.")
     check_local("--out", config.out)

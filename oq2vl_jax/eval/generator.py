@@ -1,7 +1,6 @@
 """A loaded checkpoint on the host's side: prompts and images in, text out, in batches of few shapes."""
 
 import hashlib
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,9 @@ from oq2vl_jax.eval.decoding import (
     take_apart,
 )
 from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
+from oq2vl_jax.memory import check_fits, device_bytes
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.model.qwen2 import cache_bytes
 from oq2vl_jax.train.checkpoint import load_description, load_weights, open_checkpoint
 from oq2vl_jax.train.sharding import make_mesh, parameter_shardings, replicated, row_sharding
 
@@ -157,9 +158,12 @@ class Generator:
     def prefill(self, requests: Sequence[Request], num_new: int, num_slots: int | None = None):
         """(logits, cache, lengths) of a batch, padded to a bucket of tokens and to rows for every device."""
         num_rows = -(-len(requests) // self.mesh.size) * self.mesh.size if len(requests) > 1 else 1
+        longest = max(len(request.prompt) for request in requests)
+        num_slots = num_slots or bucket(bucket(longest) + num_new)
+        self.check_cache(num_rows, num_slots)
         requests = [*requests, *[requests[-1]] * (num_rows - len(requests))]
         lengths = np.array([len(request.prompt) for request in requests], np.int32)
-        padded_length = min(bucket(int(lengths.max())), num_slots or sys.maxsize)
+        padded_length = min(bucket(longest), num_slots)
         tokens = np.full((num_rows, padded_length), self.codec.special.pad, np.int32)
         visual_index = np.full(tokens.shape, NOTHING, np.int32)
         visual_tokens, number_of = self._encode_images(requests)
@@ -173,12 +177,18 @@ class Generator:
                 raise UserError(f"a prompt has {is_image.sum() // per_image} places for {len(numbers)} images.")
             index = (numbers[:, None] * per_image + np.arange(per_image)).reshape(-1)
             visual_index[row, : len(prompt)][is_image] = index
-        num_slots = num_slots or bucket(tokens.shape[1] + num_new)
         placed = [self._rows(array) for array in (tokens, lengths, visual_index)]
         logits, cache = prefill(
             self.weights, placed[0], placed[1], visual_tokens, placed[2], num_slots=num_slots, dtype=self.dtype
         )
         return logits, cache, placed[1]
+
+    def check_cache(self, num_rows: int, num_slots: int) -> None:
+        """Raises UserError for keys and values that do not fit on the devices, all of them together."""
+        num_bytes = cache_bytes(self.model_config.decoder, num_rows, num_slots, self.dtype)
+        num_devices = self.mesh.size if num_rows % self.mesh.size == 0 else 1
+        what = f"the cache of {num_rows:,} rows of {num_slots:,} tokens"
+        check_fits(what, num_bytes, num_devices * device_bytes(), "the device", "take fewer rows or fewer new tokens")
 
     def sampling(self, options: SamplingOptions, num_rows: int) -> Sampling:
         columns = (options.temperature, options.top_p, options.top_k, options.seed)

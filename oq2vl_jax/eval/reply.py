@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from oq2vl_jax.bounds import CountOrZero, Length, Seed, Temperature, TopP, check_bounds
 from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 
@@ -14,29 +15,20 @@ BROKEN_CHARACTER = "\ufffd"
 class SamplingOptions:
     """How replies are written. Greedy by default."""
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
+    max_new_tokens: Length = 64
+    temperature: Temperature = 0.0
     """0: the most likely token."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """Draw from the most likely tokens that together have this probability."""
-    top_k: int = 0
+    top_k: CountOrZero = 0
     """Draw from this many most likely tokens; 0: from all."""
-    seed: int = 0
+    seed: Seed = 0
     """The same request with the same seed gets the same reply, whatever else is in its batch."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply, and are cut off."""
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.temperature <= 100 or not 0 < self.top_p <= 1 or not 0 <= self.top_k < 2**31:
-            raise UserError(
-                f"temperature must be 0..100, top_p above 0 and at most 1, top_k 0 to 2147483647; "
-                f"got {self.temperature}, "
-                f"{self.top_p}, {self.top_k}."
-            )
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed must be 0..{2**31 - 1}, got {self.seed}.")
+        check_bounds(self)
         if not all(self.stop):
             raise UserError("a stop text is empty.")
 

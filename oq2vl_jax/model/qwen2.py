@@ -219,6 +219,11 @@ def init_cache(config: DecoderConfig, batch: int, num_slots: int, dtype: DTypeLi
     return KVCache(tuple(k), tuple(v))
 
 
+def cache_bytes(config: DecoderConfig, batch: int, num_slots: int, dtype: DTypeLike) -> int:
+    """What init_cache takes."""
+    return 2 * config.num_layers * batch * num_slots * config.num_kv_heads * config.head_dim * np.dtype(dtype).itemsize
+
+
 def rope_table(positions: Int[Array, "B T"], config: DecoderConfig):
     """(cos, sin), each float32 [B, T, H / 2]. The angle of pair i at position p is p * theta ** (-2 i / H)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim

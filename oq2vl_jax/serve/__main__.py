@@ -11,7 +11,9 @@ clients.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from oq2vl_jax.bounds import Between, Length, SmallCount, parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
 
@@ -26,16 +28,16 @@ class ServeConfig:
     """Run directory (its newest checkpoint) or one checkpoint folder."""
     host: str = "127.0.0.1"
     """0.0.0.0 serves other machines as well; there is no authentication."""
-    port: int = 8000
-    batch_size: int = 8
+    port: Annotated[int, Between(0, 2**16 - 1)] = 8000
+    batch_size: SmallCount = 8
     """Requests decoded together."""
-    max_context: int = 4096
+    max_context: Length = 4096
     """Tokens of a prompt with its images and reply; decides the size of the cache."""
-    max_waiting: int = 256
+    max_waiting: SmallCount = 256
     """Requests that may wait; more are answered with status 429."""
-    max_body_mib: int = 20
+    max_body_mib: SmallCount = 20
     """Largest request; larger ones are answered with status 413."""
-    max_held_mib: int = 512
+    max_held_mib: SmallCount = 512
     """All requests that are being received together; more are answered with status 503."""
     allow_files: str | None = None
     """Folder whose images requests may name by path; none by default."""
@@ -44,11 +46,6 @@ class ServeConfig:
 
 
 def check(config: ServeConfig) -> None:
-    for name in ("batch_size", "max_context", "max_waiting", "max_body_mib", "max_held_mib"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}.")
-    if not 0 <= config.port < 2**16:
-        raise UserError(f"--port must be 0..65535, got {config.port}.")
     if config.allow_files is not None and not Path(config.allow_files).is_dir():
         raise UserError(f"--allow-files {config.allow_files}: no such folder.")
 
@@ -68,9 +65,8 @@ def check_port(config: ServeConfig) -> None:
 
 
 def main() -> None:
-    import tyro
 
-    config = tyro.cli(ServeConfig, prog="python -m oq2vl_jax.serve")
+    config = parse(ServeConfig, prog="python -m oq2vl_jax.serve")
     check(config)
     try:
         import uvicorn

@@ -171,6 +171,7 @@ class Engine:
 
     def _empty_state(self) -> DecodeState:
         config = self.generator.model_config.decoder
+        self.generator.check_cache(self.num_rows, self.max_context)
         cache = init_cache(config, self.num_rows, self.max_context, self.generator.dtype)
         tokens, positions = jnp.zeros(self.num_rows, jnp.int32), jnp.zeros(self.num_rows, jnp.int32)
         return DecodeState(tokens, positions, jnp.ones(self.num_rows, bool), cache)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from oq2vl_jax.bounds import CountOrZero, SmallCount
+from oq2vl_jax.bounds import parse as parse_command
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError, run_command
@@ -26,8 +28,8 @@ class TrainCommand:
     """One process of several, as Slurm or Open MPI says; or name the next three."""
     coordinator: str | None = None
     """HOST:PORT of the first process."""
-    num_processes: int | None = None
-    process_id: int | None = None
+    num_processes: SmallCount | None = None
+    process_id: CountOrZero | None = None
 
 
 def parse(args: list[str]) -> TrainCommand:
@@ -39,7 +41,7 @@ def parse(args: list[str]) -> TrainCommand:
     if args[0].startswith("-"):
         raise UserError(f"the first argument is the config file, got {args[0]!r}. Usage: {PROG} CONFIG [OPTIONS]")
     default = TrainCommand(load_config(args[0]))
-    return tyro.cli(TrainCommand, prog=f"{PROG} {args[0]}", args=args[1:], default=default)
+    return parse_command(TrainCommand, prog=f"{PROG} {args[0]}", args=args[1:], default=default)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from oq2vl_jax.bounds import out_of_bounds
 from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig
 from oq2vl_jax.config_files import flatten, load_config
 from oq2vl_jax.data.paths import check_local
@@ -11,25 +12,19 @@ from oq2vl_jax.errors import UserError
 def check_config(config: TrainConfig, num_devices: int) -> None:
     """What can be wrong with a configuration on these devices; every problem is reported."""
     check_local_paths(config)
-    problems = []
+    problems = [f"{name} must be {bounds}, got {value}" for name, bounds, value in out_of_bounds(config)]
     rows = config.global_batch_size
-    if rows < 1 or rows % num_devices:
+    if rows % num_devices:
         problems.append(
             f"global_batch_size = {rows} cannot be divided over {num_devices} devices; use a multiple of {num_devices}"
         )
-    elif config.rows_per_device is not None and (
-        config.rows_per_device < 1 or rows % (config.rows_per_device * num_devices)
-    ):
+    elif config.rows_per_device is not None and rows % (config.rows_per_device * num_devices):
         problems.append(
             f"rows_per_device = {config.rows_per_device} on {num_devices} devices does not divide "
             f"global_batch_size = {rows}"
         )
-    if config.num_steps < 1:
-        problems.append(f"num_steps = {config.num_steps}, expected at least 1")
     if not config.trainable.parts:
         problems.append("trainable: nothing is trained; set one of vision, projector, decoder")
-    if config.checkpoint.every_num_steps < 1 or config.checkpoint.keep < 1 or config.log_every < 1:
-        problems.append("checkpoint.every_num_steps, checkpoint.keep and log_every must be at least 1")
     if not config.data.sources and not config.data.synthetic_documents:
         problems.append("data.sources is empty")
     if config.data.packing == "online" and (config.data.tokenizer is None or config.data.weights):
@@ -38,12 +33,6 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         problems.append("data.synthetic_documents makes packed rows; set it to 0 for data.packing = online")
     if config.data.images is not None and not Path(config.data.images).is_dir():
         problems.append(f"data.images: no folder {config.data.images}")
-    if config.optimizer.learning_rate <= 0:
-        problems.append(f"optimizer.learning_rate = {config.optimizer.learning_rate}, expected more than 0")
-    if config.data.window < 1:
-        problems.append("data.window must be at least 1")
-    if config.data.num_workers < 0 or (config.data.num_threads is not None and config.data.num_threads < 1):
-        problems.append("data.num_threads must be at least 1, data.num_workers at least 0")
     rates = ("vision", "projector", "decoder")
     own = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
     problems += [
@@ -51,12 +40,6 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         for name, rate in own.items()
         if rate is not None and name not in config.trainable.parts
     ]
-    evaluation = config.evaluation
-    if (
-        min(evaluation.every_num_steps, evaluation.num_batches, evaluation.max_new_tokens) < 1
-        or evaluation.num_samples < 0
-    ):
-        problems.append("evaluation.every_num_steps, num_batches and max_new_tokens must be at least 1")
     if problems:
         raise UserError("; ".join(problems) + ".")
 

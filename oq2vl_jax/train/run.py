@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.config_files import to_json
-from oq2vl_jax.data.loader import make_loader
+from oq2vl_jax.data.loader import NUM_PREFETCHED_BATCHES, make_loader
 from oq2vl_jax.data.packed import check_files, fingerprint
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.memory import check_fits, device_bytes, host_bytes
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
 from oq2vl_jax.train.attention_choice import checked_attention
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays, open_checkpoint
@@ -49,6 +51,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     computed = checked_attention(config, mesh)  # what is compiled; the configuration as it was given is what is saved
     run_dir = Path(config.run_dir)
     use_compilation_cache(run_dir.absolute().parent)
+    check_memory(config, mesh)
     loader, tokenizer, data_identity = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
@@ -235,6 +238,28 @@ def parameters_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
+def row_bytes(config: TrainConfig) -> int:
+    """Of one row of a Batch: four int32 a token, and the pixels of every image slot."""
+    size, data = config.model.vision.image_size, config.data
+    return data.num_tokens * 4 * 4 + data.max_images * size * size * 3
+
+
+def check_memory(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError where what is certain to be needed does not fit: batches that wait on this machine, and
+    weights, optimizer state and a batch on each device. Activations and gradients come on top.
+    """
+    rows = config.global_batch_size // jax.process_count()
+    what = f"{NUM_PREFETCHED_BATCHES + 1} batches of {rows:,} rows"
+    num_bytes = (NUM_PREFETCHED_BATCHES + 1) * rows * row_bytes(config)
+    remedy = "take a smaller global_batch_size, data.num_tokens or data.max_images"
+    check_fits(what, num_bytes, host_bytes(), "this machine", remedy)
+    state = shapes_with(config, state_shardings(config, mesh))
+    num_bytes = bytes_per_device(state, jax.tree.map(lambda x: x.sharding, state))
+    num_bytes += config.global_batch_size // mesh.size * row_bytes(config)
+    what = "the share of weights, optimizer state and a batch of one device"
+    check_fits(what, num_bytes, device_bytes(), "it", "take a smaller model or more devices")
+
+
 def describe(config: TrainConfig) -> str:
     """What --dry-run prints: the resolved configuration, parameters per part, bytes per device."""
     mesh = make_mesh(config.mesh)
@@ -246,12 +271,10 @@ def describe(config: TrainConfig) -> str:
         count = sum(x.size for x in jax.tree.leaves(getattr(state.model, part)))
         status = "trained" if part in config.trainable.parts else "frozen"
         lines.append(f"{part:10s} {count:>15,} parameters, {status}")
-    size, data = config.model.vision.image_size, config.data
-    row_bytes = data.num_tokens * 4 * 4 + data.max_images * size * size * 3
     sizes = {
         "parameters (float32)": bytes_per_device(state.model, shardings.model),
         "optimizer": bytes_per_device(state.opt_state, shardings.opt_state),
-        "batch": config.global_batch_size // mesh.size * row_bytes,
+        "batch": config.global_batch_size // mesh.size * row_bytes(config),
     }
     device = jax.devices()[0].device_kind
     lines.append(f"per device, {mesh.size} x {device}, mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}:")

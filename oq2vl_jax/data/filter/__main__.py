@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import tyro
 
+from oq2vl_jax.bounds import CountOrZero, parse
 from oq2vl_jax.data.paths import check_has_polars
-from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.errors import run_command
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FilterCommand:
     """Parquet files with uid and scores, as oq2vl_jax.data.score writes them."""
     shards: str | None = None
     """Tars to take pictures of kept and rejected samples from, for the report."""
-    num_pictures: int = 24
+    num_pictures: CountOrZero = 24
     """Of each, kept and rejected."""
 
 
@@ -44,8 +45,6 @@ def run_filter(command: FilterCommand) -> dict:
     from oq2vl_jax.data.filter.report import choose_pictures, make_report, write_page
 
     paths.check_out(command.out)
-    if command.num_pictures < 0:
-        raise UserError(f"--num-pictures must be at least 0, got {command.num_pictures}.")
     selection = load_filter(command.rules)
     metadata = paths.expand_paths("--metadata", command.metadata)
     scores = [file for pattern in command.scores for file in paths.expand_paths("--scores", pattern)]
@@ -62,7 +61,7 @@ def run_filter(command: FilterCommand) -> dict:
 
 
 def main() -> None:
-    command = tyro.cli(FilterCommand, prog="python -m oq2vl_jax.data.filter")
+    command = parse(FilterCommand, prog="python -m oq2vl_jax.data.filter")
     report = run_filter(command)
     print(
         f"{report['kept']:,} of {report['samples']:,} samples kept ({report['kept'] / max(report['samples'], 1):.1%}), "

@@ -1,0 +1,103 @@
+"""Types of numbers with their bounds, and the one place where these are checked, for all commands and configurations.
+
+A field says what it takes in its type (`num_rows: Count = 8`). A value outside is one sentence that names the flag or
+the field, the bounds and the value; so is a number that is none (nan).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from oq2vl_jax.errors import UserError
+
+Command = TypeVar("Command")
+INT32_MAX = 2**31 - 1
+
+
+class Between(NamedTuple):
+    """Both ends are allowed; of an interval that `is_above` its low end, that one is not."""
+
+    low: float
+    high: float
+    is_above: bool = False
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.is_above and value == self.low)
+
+    def __str__(self) -> str:
+        return (
+            f"{'above ' if self.is_above else ''}{self.low:,} {'and at most' if self.is_above else 'to'} {self.high:,}"
+        )
+
+
+Count = Annotated[int, Between(1, INT32_MAX)]
+CountOrZero = Annotated[int, Between(0, INT32_MAX)]
+Seed = Annotated[int, Between(0, INT32_MAX)]
+"""What an int32 holds, as the random numbers of a row on the device are seeded."""
+Workers = Annotated[int, Between(1, 1024)]
+"""Processes or threads of one machine."""
+WorkersOrZero = Annotated[int, Between(0, 1024)]
+Length = Annotated[int, Between(1, 2**20)]
+"""Tokens of a sequence; Qwen2.5 was trained to 32,768."""
+SmallCount = Annotated[int, Between(1, 2**20)]
+"""Of what is held in memory together, such as the rows of a batch."""
+Side = Annotated[int, Between(1, 2**14)]
+"""Pixels of a side."""
+SmallCountOrZero = Annotated[int, Between(0, 2**20)]
+Width = Annotated[int, Between(1, 2**20)]
+"""Channels of a layer, entries of a vocabulary are more."""
+Vocabulary = Annotated[int, Between(1, 2**24)]
+Depth = Annotated[int, Between(1, 1024)]
+"""Layers, or heads of one."""
+Rate = Annotated[float, Between(0, 1000, is_above=True)]
+Share = Annotated[float, Between(0, 1)]
+Positive = Annotated[float, Between(0, 1e12, is_above=True)]
+NotNegative = Annotated[float, Between(0, 1e12)]
+Temperature = Annotated[float, Between(0, 100)]
+TopP = Annotated[float, Between(0, 1, is_above=True)]
+
+
+def check_bounds(config: Any, as_flags: bool = False, prefix: str = "") -> None:
+    """Raises UserError naming every number of a dataclass, and of those in it, that is out of its bounds.
+
+    as_flags: fields are called as on the command line, --num-rows; else as in a configuration, data.num_rows.
+    """
+    found = [
+        f"{'--' + name.replace('_', '-') if as_flags else name} must be {bounds}, got {value}"
+        for name, bounds, value in out_of_bounds(config, prefix)
+    ]
+    if found:
+        raise UserError("; ".join(found) + ".")
+
+
+def out_of_bounds(config: Any, prefix: str = "") -> Iterator[tuple[str, Between, float]]:
+    for name, kind in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name, None)
+        if dataclasses.is_dataclass(value):
+            is_unnamed = any(getattr(mark, "name", None) == "" for mark in getattr(kind, "__metadata__", ()))
+            yield from out_of_bounds(value, prefix if is_unnamed else f"{prefix}{name}.")  # tyro.conf.arg(name="")
+        else:
+            yield from ((prefix + name, bounds, number) for bounds, number in outside(kind, value))
+
+
+def outside(kind: Any, value: Any) -> Iterator[tuple[Between, float]]:
+    """The numbers of a value that its type does not allow: one of `Count`, `Count | None`, `tuple[Count, ...]`."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            for part in get_args(kind):
+                yield from outside(part, item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if get_origin(kind) is Annotated:
+            yield from ((b, value) for b in kind.__metadata__ if isinstance(b, Between) and not b.holds(value))
+        else:
+            for part in get_args(kind):
+                yield from outside(part, value)
+
+
+def parse(command: type[Command], prog: str, **options: Any) -> Command:
+    """The command line as a dataclass, by tyro, its numbers within their bounds. Raises UserError."""
+    import tyro
+
+    parsed = tyro.cli(command, prog=prog, **options)
+    check_bounds(parsed, as_flags=True)
+    return parsed
