@@ -6,7 +6,10 @@ What that code computes otherwise than the model at hand is printed: it knows ex
 inverse frequencies only.
 """
 
+import errno
 import json
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +59,23 @@ def export(config: ToPrismaticConfig) -> str:
     decoder.setdefault("llm.lm_head.weight", decoder["llm.model.embed_tokens.weight"])  # tied: one storage, two names
     with new_folder(Path(config.out)) as folder:
         (folder / LATEST).parent.mkdir()
-        try:
-            torch.save({"model": parts}, folder / LATEST)
-        except RuntimeError as error:  # how torch says that the disk is full
-            raise UserError(f"{config.out}: could not be written ({str(error).splitlines()[0]}).") from error
+        save(parts, folder / LATEST, config.out)
         values = run_config(description.model, description.template)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     count = sum(tensor.numel() for part in parts.values() for tensor in part.values())
     return f"{config.out}: {count:,} numbers in {', '.join(sorted(parts))}"
+
+
+def save(parts: dict, file: Path, out: str) -> None:
+    """Raises OSError for a full disk, which torch's own error does not name, UserError for what else it says."""
+    import torch
+
+    try:
+        torch.save({"model": parts}, file)
+    except RuntimeError as error:
+        if shutil.disk_usage(file.parent).free < sum(x.nbytes for part in parts.values() for x in part.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), out) from error
+        raise UserError(f"{out}: could not be written ({str(error).splitlines()[0]}).") from error
 
 
 def main() -> None:

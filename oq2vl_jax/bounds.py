@@ -25,9 +25,8 @@ class Between(NamedTuple):
         return self.low <= value <= self.high and not (self.is_above and value == self.low)
 
     def __str__(self) -> str:
-        return (
-            f"{'above ' if self.is_above else ''}{self.low:,} {'and at most' if self.is_above else 'to'} {self.high:,}"
-        )
+        low, high = (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in (self.low, self.high))
+        return f"above {low} and at most {high}" if self.is_above else f"{low} to {high}"
 
 
 Count = Annotated[int, Between(1, INT32_MAX)]
@@ -47,14 +46,16 @@ SmallCountOrZero = Annotated[int, Between(0, 2**20)]
 Width = Annotated[int, Between(1, 2**20)]
 """Channels of a layer, entries of a vocabulary are more."""
 Vocabulary = Annotated[int, Between(1, 2**24)]
+CountOrRest = Annotated[int, Between(-1, 2**20)]
+"""-1: as many as are left."""
 Depth = Annotated[int, Between(1, 1024)]
 """Layers, or heads of one."""
-Rate = Annotated[float, Between(0, 1000, is_above=True)]
-Share = Annotated[float, Between(0, 1)]
-Positive = Annotated[float, Between(0, 1e12, is_above=True)]
-NotNegative = Annotated[float, Between(0, 1e12)]
-Temperature = Annotated[float, Between(0, 100)]
-TopP = Annotated[float, Between(0, 1, is_above=True)]
+Rate = Annotated[float, Between(0.0, 1000.0, is_above=True)]
+Share = Annotated[float, Between(0.0, 1.0)]
+Positive = Annotated[float, Between(0.0, 1e12, is_above=True)]
+NotNegative = Annotated[float, Between(0.0, 1e12)]
+Temperature = Annotated[float, Between(0.0, 100.0)]
+TopP = Annotated[float, Between(0.0, 1.0, is_above=True)]
 
 
 def check_bounds(config: Any, as_flags: bool = False, prefix: str = "") -> None:

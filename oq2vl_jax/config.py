@@ -11,6 +11,7 @@ from typing import Literal
 
 from oq2vl_jax.bounds import (
     Count,
+    CountOrRest,
     CountOrZero,
     Depth,
     Length,
@@ -109,8 +110,8 @@ class ModelConfig:
             raise UserError("model.vision.num_layers = 1; features leave the second-to-last layer, so 2 is the least.")
         if self.num_visual_tokens > self.vision.num_patches:
             raise UserError(
-                f"model.num_visual_tokens = {self.num_visual_tokens} is more than the {self.vision.num_patches} patches "
-                f"of a picture (image_size {self.vision.image_size}, patch_size {self.vision.patch_size})."
+                f"model.num_visual_tokens = {self.num_visual_tokens} is more than the {self.vision.num_patches} "
+                f"patches of a picture (image_size {self.vision.image_size}, patch_size {self.vision.patch_size})."
             )
         if self.image_token_id >= self.decoder.vocab_size:
             raise UserError(
@@ -214,8 +215,8 @@ class TrainableConfig:
 class MeshConfig:
     """Devices as (data, fsdp): rows are split over both, parameters and optimizer state over fsdp. -1 = the rest."""
 
-    data: int = 1
-    fsdp: int = -1
+    data: CountOrRest = 1
+    fsdp: CountOrRest = -1
     sharding: Literal["zero1", "fsdp"] = "zero1"
     """zero1: weights are gathered once a step, gradients reduced once; fsdp: layer by layer, for larger decoders."""
 

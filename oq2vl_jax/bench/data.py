@@ -15,7 +15,7 @@ from oq2vl_jax.bounds import Between, Count, SmallCount, Workers, WorkersOrZero
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
 
-Seconds = Annotated[float, Between(0, 3600)]
+Seconds = Annotated[float, Between(0.0, 3600.0)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from oq2vl_jax.bounds import Count, Seed, Share
 from oq2vl_jax.data.filter.apply import apply_rules, load_filter
 from oq2vl_jax.data.filter.pool import read_pool
 from oq2vl_jax.data.uids import UidSet
+from oq2vl_jax.memory import check_fits, host_bytes
 
+BYTES_PER_ROW = 250
+"""Of made-up metadata, at the least: an id as text and as numbers, a caption, sizes, a score."""
 EXPRESSION = "clip_l14_top(0.3) & basic | uids({folder}/subset.npy)"
 
 
@@ -53,6 +56,8 @@ def write_metadata(folder: Path, num_rows: int, subset_share: float, seed: int) 
 
 
 def measure(config: Filter) -> list[dict]:
+    needed = BYTES_PER_ROW * config.num_rows
+    check_fits(f"metadata of {config.num_rows:,} rows", needed, host_bytes(), "this machine", "take fewer --num-rows")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_metadata(folder, config.num_rows, config.subset_share, config.seed)

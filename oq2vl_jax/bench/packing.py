@@ -7,9 +7,12 @@ import numpy as np
 
 from oq2vl_jax.bounds import Count, Seed
 from oq2vl_jax.data.packing import pack_rows
+from oq2vl_jax.memory import check_fits, host_bytes
 
 NUM_TOKENS, MAX_IMAGES = 4096, 28
 VISUAL_TOKENS = 144
+BYTES_PER_DOCUMENT = 100
+"""Of its lengths and of the lists of the rows."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ def document_lengths(count: int, share_long: float, seed: int) -> tuple[np.ndarr
 
 
 def measure(config: Packing) -> list[dict]:
+    needed, remedy = BYTES_PER_DOCUMENT * config.num_documents, "take fewer --num-documents"
+    check_fits(f"lengths of {config.num_documents:,} documents", needed, host_bytes(), "this machine", remedy)
     results = []
     for name, share_long in (("captions", 0.0), ("30 % long documents", 0.3)):
         tokens, images = document_lengths(config.num_documents, share_long, config.seed)

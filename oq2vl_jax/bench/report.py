@@ -35,7 +35,7 @@ GPU_MINUTES, CPU_MINUTES = 8.0, 3.7
 GPU_SHARES = {"a": 0.06, "b": 0.16, "c": 0.38, "d": 0.15, "e": 0.13, "f": 0.05, "g": 0.06, "h": 0.01}
 CPU_SHARES = {"a": 0.03, "b": 0.22, "c": 0.14, "d": 0, "e": 0.28, "f": 0.15, "g": 0.17, "h": 0.01}
 """Of the minutes: on a GPU a guess, on two cores as measured. There d, two minutes long, runs when all others have."""
-Minutes = Annotated[float, Between(0, 24 * 60, is_above=True)]
+Minutes = Annotated[float, Between(0.0, 24.0 * 60, is_above=True)]
 SOURCES = ("oq2vl_jax/**/*.py", "configs/*.py", "tests/peers/*.py", "convert/**/*.py")
 
 

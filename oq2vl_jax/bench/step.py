@@ -48,11 +48,13 @@ def measure(options: Step) -> dict[str, Any]:
     config = configured(options)
     from oq2vl_jax.bench.compiled import compile_step
     from oq2vl_jax.train.attention_choice import checked_attention
+    from oq2vl_jax.train.checks import check_memory
     from oq2vl_jax.train.sharding import make_mesh
 
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
     config = checked_attention(config, mesh)
+    check_memory(config, mesh)
     compiled = compile_step(config, mesh)
     rows, state, batch = start(config, mesh, options.seed)
     state, losses, seconds = timed_steps(compiled.executable, state, batch, options.warmup_steps + options.num_steps)

@@ -123,10 +123,12 @@ def step_seconds(config: Tuning, rows: int, num_tokens: int, slots: int) -> floa
     import jax
 
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+    from oq2vl_jax.train.checks import check_memory
     from oq2vl_jax.train.gradients import loss_and_gradients
     from oq2vl_jax.train.sharding import make_mesh
 
     train = train_config(config, rows, num_tokens, slots)
+    check_memory(train, make_mesh(train.mesh))
     model = OpenQwen2VL(jax.random.key(0), train.model)
     mesh = make_mesh(train.mesh)
     step = jax.jit(lambda model, batch: loss_and_gradients(model, batch, train, mesh))

@@ -38,18 +38,18 @@ def check_image(data: bytes) -> list[str]:
     """Raises ImageError unless `data` decodes to the end, is larger than 1x1 and at most MAX_PIXELS.
 
     Returns what is particular about it: image_animated, image_cmyk, image_16_bit, image_to_be_turned (by its EXIF
-    orientation), image_transparent. JPEGs are decoded at an eighth of
-    their size and without colour (`draft`), which still reads every coded bit, in half the time.
+    orientation), image_transparent. JPEGs are decoded at an eighth of their size and without colour (`draft`), which
+    still reads every coded bit, in half the time.
     """
     image = _open(data)
     notes = ["image_animated"] if getattr(image, "is_animated", False) else []
     notes += ["image_cmyk"] if image.mode == "CMYK" else []
     notes += ["image_16_bit"] if _is_16_bit(image) else []
-    notes += ["image_to_be_turned"] if _orientation(image) not in (None, 1) else []
-    notes += ["image_transparent"] if image.has_transparency_data else []
     if image.format == "JPEG":
         image.draft("L", (max(1, image.width // 8), max(1, image.height // 8)))
-    _load(image)
+    _load(image)  # before PIL is asked for EXIF data, for which it decodes a PNG and may fail
+    notes += ["image_to_be_turned"] if _orientation(image) not in (None, 1) else []
+    notes += ["image_transparent"] if image.has_transparency_data else []
     return notes
 
 

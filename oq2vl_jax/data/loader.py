@@ -14,15 +14,12 @@ import grain
 import numpy as np
 
 from oq2vl_jax.config import DataConfig, ModelConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.batch import IGNORE, NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.images import ImageError, decode_image
 from oq2vl_jax.data.packed import PackedRows, read_manifest
 from oq2vl_jax.data.rows import PackedRow, decode_row
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
-
-NUM_PREFETCHED_BATCHES = 2
-"""Ready before they are asked for. A published batch of 256 rows with 28 image slots is 3.2 GB."""
 
 
 def make_loader(

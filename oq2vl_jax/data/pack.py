@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from oq2vl_jax.bounds import Count, Length, SmallCount, parse
+from oq2vl_jax.bounds import Count, Length, SmallCount, check_bounds, parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.data.tasks import Execution, Job, make_tasks, read_settings, run_job, write_manifest
 from oq2vl_jax.errors import UserError, run_command
@@ -111,6 +111,7 @@ def check_config(config: PackConfig) -> None:
     from oq2vl_jax.data import paths
 
     paths.check_out(config.out)
+    check_bounds(config, as_flags=True)
     check_square("--visual-tokens", config.visual_tokens)
 
 

@@ -30,7 +30,7 @@ from oq2vl_jax.bounds import Between, Count, CountOrZero, Workers, check_bounds
 from oq2vl_jax.data import paths
 from oq2vl_jax.errors import UserError
 
-Gpus = Annotated[float, Between(0, 1024)]
+Gpus = Annotated[float, Between(0.0, 1024.0)]
 RAY_TASKS_IN_FLIGHT = 4
 """Per CPU of the cluster; more would only fill its queue."""
 SECONDS_TO_CONNECT = 10

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from oq2vl_jax.data.parquet import reading_parquet
 from oq2vl_jax.data.paths import check_has_polars
 from oq2vl_jax.errors import UserError
 
@@ -68,10 +69,8 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     check_has_polars("oq2vl_jax.eval")
     import polars as pl
 
-    try:
+    with reading_parquet(str(path)):
         return pl.read_parquet(path).to_dicts()
-    except Exception as error:  # Polars raises errors of its own kinds for every kind of damage
-        raise UserError(f"{path}: cannot be read as parquet: {(str(error).splitlines() or ['?'])[0]}.") from error
 
 
 def read_tsv(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.train.digests import ITEM as DIGESTS
 from oq2vl_jax.train.digests import DigestsHandler, SaveDigests, check_digests
+from oq2vl_jax.train.failed_saves import HeldErrors
 from oq2vl_jax.train.step import TrainState
 
 STEP_DIGITS = 6
@@ -58,7 +59,7 @@ class Checkpointer:
     """Saves and restores the checkpoints of one run directory."""
 
     def __init__(self, run_dir: Path, keep: int):
-        self._run_dir = run_dir
+        self._run_dir, self._errors = run_dir, HeldErrors()
         self._manager = ocp.CheckpointManager(
             (run_dir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -80,18 +81,22 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, loader_state: dict, config: TrainConfig, tokenizer: Path) -> None:
-        """Starts the save; arrays are copied to the host before this returns, written in the background."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(named_arrays(state.model)),
-                optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
-                loader=ocp.args.JsonSave(loader_state),
-                config=ocp.args.JsonSave(json.loads(to_json(config))),
-                tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
-                **{DIGESTS: SaveDigests()},
-            ),
+        """Starts the save; arrays are copied to the host before this returns, written in the background.
+
+        Raises UserError where this or the save before it found the disk full.
+        """
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(named_arrays(state.model)),
+            optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
+            loader=ocp.args.JsonSave(loader_state),
+            config=ocp.args.JsonSave(json.loads(to_json(config))),
+            tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
+            **{DIGESTS: SaveDigests()},
         )
+        try:
+            self._manager.save(int(state.step), args=items)
+        except Exception as error:
+            raise self._errors.explained(error, self._run_dir) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
         """The state of `step`, placed as `like` (shapes with shardings), and the loader's state.
@@ -112,9 +117,14 @@ class Checkpointer:
         return TrainState(step_array, model, from_named_arrays(like.opt_state, saved["optimizer"])), saved["loader"]
 
     def close(self) -> None:
-        """Waits for a save under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for a save under way. Raises UserError where the disk is full."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        except Exception as error:
+            raise self._errors.explained(error, self._run_dir) from error
+        finally:
+            self._errors.close()
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

@@ -1,12 +1,14 @@
 """What can be wrong with a run before it starts: the configuration, the run directory, the weights it starts from."""
 
 from pathlib import Path
+from typing import Any
 
 from oq2vl_jax.bounds import out_of_bounds
 from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig
 from oq2vl_jax.config_files import flatten, load_config
 from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.memory import check_fits, device_bytes, host_bytes
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
@@ -87,3 +89,31 @@ def check_same_model(source: Path, config: TrainConfig) -> None:
         differences = "; ".join(f"model.{key} is {there[key]} there, {here[key]} here" for key in changed)
         flags = " ".join(f"--model.{key.replace('_', '-')} {there[key]}" for key in changed)
         raise UserError(f"init_from {source}: its model computes otherwise: {differences}. To go on as there: {flags}")
+
+
+def row_bytes(config: TrainConfig) -> int:
+    """Of one row of a Batch: four int32 a token, and the pixels of every image slot."""
+    size, data = config.model.vision.image_size, config.data
+    return data.num_tokens * 4 * 4 + data.max_images * size * size * 3
+
+
+def check_memory(config: TrainConfig, mesh: Any) -> None:
+    """Raises UserError where what is certain to be needed does not fit: batches that wait on this machine, and
+    weights, optimizer state and a batch on each device. Activations and gradients come on top.
+    """
+    import jax
+
+    from oq2vl_jax.data.batch import NUM_PREFETCHED_BATCHES
+    from oq2vl_jax.train.sharding import bytes_per_device
+    from oq2vl_jax.train.step import shapes_with, state_shardings
+
+    rows = config.global_batch_size // jax.process_count()
+    what = f"{NUM_PREFETCHED_BATCHES + 1} batches of {rows:,} rows"
+    num_bytes = (NUM_PREFETCHED_BATCHES + 1) * rows * row_bytes(config)
+    remedy = "take a smaller global_batch_size, data.num_tokens or data.max_images"
+    check_fits(what, num_bytes, host_bytes(), "this machine", remedy)
+    state = shapes_with(config, state_shardings(config, mesh))
+    num_bytes = bytes_per_device(state, jax.tree.map(lambda x: x.sharding, state))
+    num_bytes += config.global_batch_size // mesh.size * row_bytes(config)
+    what = "the share of weights, optimizer state and a batch of one device"
+    check_fits(what, num_bytes, device_bytes(), "it", "take a smaller model or more devices")

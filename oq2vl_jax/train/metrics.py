@@ -12,6 +12,7 @@ import numpy as np
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.batch import IGNORE, Batch
 from oq2vl_jax.devices import Device, device_of_kind
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.flops import Work, model_flops
 from oq2vl_jax.train.trackers import RunTracker, Sampled
 
@@ -86,11 +87,15 @@ class MetricsLog:
     written anew.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int):
+    def __init__(self, run_dir: Path, resume_step: int, log_every: int):
+        """Raises UserError for lines that are no records."""
         path = run_dir / "metrics.jsonl"
-        records = [json.loads(line) for line in _whole_lines(path)]
+        records = [_record(line, f"{path}, line {i}") for i, line in enumerate(_whole_lines(path), 1)]
         kept = [record for record in records if record["step"] <= resume_step and "parameters_sha256" not in record]
         self.last = next((record for record in reversed(kept) if "loss" in record), {})
+        if resume_step - self.last.get("step", 0) >= log_every:
+            print(f"{path}: the records of steps {self.last.get('step', 0) + 1} to {resume_step} are not there; the "
+                  "run goes on without them.", file=sys.stderr)  # fmt: skip
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(path)
@@ -104,11 +109,21 @@ class MetricsLog:
         self._file.close()
 
 
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: no JSON ({error}); move the file away to go on without its records.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise UserError(f"{where}: no record of a step; move the file away to go on without its records.")
+    return record
+
+
 def _whole_lines(path: Path) -> list[str]:
     """Lines of a jsonl file, without a last one that a kill cut off."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     return text[: text.rfind("\n") + 1].splitlines()
 
 
@@ -164,7 +179,7 @@ class StepReporter:
         trackers: list[RunTracker] | None = None,
         is_quiet: bool = False,
     ):
-        self._log = MetricsLog(run_dir, start_step)
+        self._log = MetricsLog(run_dir, start_step, config.log_every)
         self._progress = Progress(config.num_steps, start_step, is_quiet)
         self._trackers, self._is_quiet = trackers or [], is_quiet
         local = jax.local_devices()

@@ -13,24 +13,29 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.config_files import to_json
-from oq2vl_jax.data.loader import NUM_PREFETCHED_BATCHES, make_loader
+from oq2vl_jax.data.loader import make_loader
 from oq2vl_jax.data.packed import check_files, fingerprint
 from oq2vl_jax.data.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.memory import check_fits, device_bytes, host_bytes
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
 from oq2vl_jax.train.attention_choice import checked_attention
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays, open_checkpoint
-from oq2vl_jax.train.checks import check_config, check_run_dir, check_same_model
+from oq2vl_jax.train.checks import check_config, check_memory, check_run_dir, check_same_model, row_bytes
 from oq2vl_jax.train.evaluation import Evaluator, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.run_lock import run_lock
 from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
-from oq2vl_jax.train.step import StepMetrics, TrainState, compile_train_step, init_train_state, state_shardings
+from oq2vl_jax.train.step import (
+    StepMetrics,
+    TrainState,
+    compile_train_step,
+    init_train_state,
+    shapes_with,
+    state_shardings,
+)
 from oq2vl_jax.train.trackers import open_trackers
 
 
@@ -206,12 +211,6 @@ def start_state(
     return state._replace(model=model)
 
 
-def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:
-    """The train state as shapes with shardings, which is what Orbax restores into."""
-    shapes = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
 @contextlib.contextmanager
 def terminate_flag():
     """Yields a function of the step that tells whether SIGTERM has arrived; the loop then saves and leaves.
@@ -236,28 +235,6 @@ def parameters_sha256(model: Any) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(whole_array(array)).tobytes())
     return digest.hexdigest()
-
-
-def row_bytes(config: TrainConfig) -> int:
-    """Of one row of a Batch: four int32 a token, and the pixels of every image slot."""
-    size, data = config.model.vision.image_size, config.data
-    return data.num_tokens * 4 * 4 + data.max_images * size * size * 3
-
-
-def check_memory(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError where what is certain to be needed does not fit: batches that wait on this machine, and
-    weights, optimizer state and a batch on each device. Activations and gradients come on top.
-    """
-    rows = config.global_batch_size // jax.process_count()
-    what = f"{NUM_PREFETCHED_BATCHES + 1} batches of {rows:,} rows"
-    num_bytes = (NUM_PREFETCHED_BATCHES + 1) * rows * row_bytes(config)
-    remedy = "take a smaller global_batch_size, data.num_tokens or data.max_images"
-    check_fits(what, num_bytes, host_bytes(), "this machine", remedy)
-    state = shapes_with(config, state_shardings(config, mesh))
-    num_bytes = bytes_per_device(state, jax.tree.map(lambda x: x.sharding, state))
-    num_bytes += config.global_batch_size // mesh.size * row_bytes(config)
-    what = "the share of weights, optimizer state and a batch of one device"
-    check_fits(what, num_bytes, device_bytes(), "it", "take a smaller model or more devices")
 
 
 def describe(config: TrainConfig) -> str:

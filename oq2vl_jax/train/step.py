@@ -79,3 +79,9 @@ def compile_train_step(config: TrainConfig, mesh: Mesh):
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:
+    """The train state as shapes with shardings, which is what Orbax restores into."""
+    shapes = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -74,10 +74,10 @@ def test_an_image_that_does_not_decode_is_one_sentence(checkpoint, tmp_path):
     ("options", "message"),
     [
         ({"temperature": -1}, "temperature must be 0"),
-        ({"top_p": 0}, "top_p above 0"),
+        ({"top_p": 0}, "top_p must be above 0"),
         ({"seed": -1}, "seed must be"),
         ({"stop": ("",)}, "a stop text is empty"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1 to"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):

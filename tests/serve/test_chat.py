@@ -88,7 +88,7 @@ HI = user("hi")
         (body([user("\ud800")]), "no UTF-8"),
         (body([HI], temperature=-1), "temperature must be"),
         (body([HI], temperature="hot"), "could not convert"),
-        (body([HI], max_tokens=-3), "max_new_tokens must be at least 1"),
+        (body([HI], max_tokens=-3), "max_new_tokens must be 1 to"),
         (body([HI], n=2), "n other than 1"),
         (body([HI], tools=[{"type": "function"}]), "tools is not supported"),
         (body([HI], stop=["", "x"]), "a stop text is empty"),

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ WAYS = {
 
 def make_run(folder):
     checkpoint = dataclasses.replace(TINY.checkpoint, every_num_steps=1)
-    config = dataclasses.replace(TINY, run_dir=str(folder), num_steps=3, checkpoint=checkpoint)
+    config = dataclasses.replace(TINY, run_dir=str(folder), num_steps=3, log_every=1, checkpoint=checkpoint)
     run(config, stop_at_step=2)
     return config
 
@@ -216,3 +219,41 @@ def test_a_run_goes_on_with_its_rows_in_another_place(two_shards, tmp_path):
     shutil.move(two_shards, tmp_path / "moved")
     data = dataclasses.replace(data, sources=(str(tmp_path / "moved"),))
     assert run(dataclasses.replace(config, data=data)) is not None
+
+
+def test_every_damage_to_a_run_directory_is_a_sentence_or_of_no_effect(clean, tmp_path, capsys):
+    """Whatever lies beside checkpoints/ and data/: none of it is read into the state that a resumed run starts from."""
+    names = [name for name in files_below(clean[1]) if name.split("/")[0] not in ("checkpoints", "data")]
+    assert {"config.json", "metrics.jsonl"} <= set(names)
+    counts = {"refused": 0, "goes on": 0}
+    for name in names:
+        for way, change in WAYS.items():
+            folder = tmp_path / "run"
+            shutil.copytree(clean[1], folder)
+            if (folder / name).stat().st_size and damage(folder / name, change):
+                try:
+                    run(dataclasses.replace(clean[0], run_dir=str(folder)), stop_at_step=2)
+                    counts["goes on"] += 1
+                except UserError as error:
+                    assert str(folder) in str(error), (name, way)  # noqa: PT017
+                    counts["refused"] += 1
+            shutil.rmtree(folder)
+    print(names, counts)
+    assert "the records of steps 1 to 2 are not there" in capsys.readouterr().err
+    assert counts["refused"] >= 6
+
+
+def test_a_full_disk_during_a_checkpoint_is_one_sentence(copied):
+    """A limit on the size of files stands for the full disk; on a tmpfs of 6 MB the sentence was the same."""
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "runpy.run_module('oq2vl_jax.train', run_name='__main__')"
+    )
+    flags = ("--run-dir", str(copied), "--num-steps", "3", "--checkpoint.every-num-steps", "1", "--log-every", "1")
+    command = [sys.executable, "-c", limited, "configs/tiny.py", *flags]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # of which a file could be larger
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "the checkpoint could not be written (File too large); the newest whole one is 2." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert find_checkpoint(str(copied)).name == "000002"

@@ -217,7 +217,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(tiny_config):
         ({"global_batch_size": 12}, "global_batch_size = 12 cannot be divided over 8 devices; use a multiple of 8"),
         ({"rows_per_device": 3}, "rows_per_device = 3 on 8 devices does not divide global_batch_size = 8"),
         ({"mesh": MeshConfig(3, -1)}, "mesh.data = 3 times mesh.fsdp = -1 does not fit 8 devices"),
-        ({"num_steps": 0}, "num_steps = 0, expected at least 1"),
+        ({"num_steps": 0}, "num_steps must be 1 to 2,147,483,647, got 0"),
         ({"trainable": TrainableConfig(False, False, False)}, "nothing is trained"),
         ({"data": DataConfig((), 128, 8)}, "data.sources is empty"),
     ],

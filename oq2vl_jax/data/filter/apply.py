@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from oq2vl_jax.bounds import Seed
 from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Expression, Leaf, evaluate, leaves, parse
@@ -22,7 +23,7 @@ class FilterConfig:
 
     expression: str
     basic: Basic = Basic()
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Selection(NamedTuple):

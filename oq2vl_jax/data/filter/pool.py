@@ -11,6 +11,7 @@ import numpy as np
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Leaf
 from oq2vl_jax.data.filter.rules import Rule
+from oq2vl_jax.data.parquet import reading_parquet
 from oq2vl_jax.data.uids import UidSet, mixed
 from oq2vl_jax.errors import UserError, hint
 
@@ -28,13 +29,14 @@ COLUMN_NAMES = {
 class Pool(NamedTuple):
     """high, low: uint64 ids, 0 where is_valid is False. keeps: per text, size and uid rule, bool. values: per score
     column, float32 as in DataComp's files, else float64, NaN where a sample has none. All of length n, in the order of
-    the metadata files."""
+    the metadata files. conflicts: per score column, scores left out because the sample has another one before them."""
 
     high: np.ndarray
     low: np.ndarray
     is_valid: np.ndarray
     keeps: dict[Leaf, np.ndarray]
     values: dict[str, np.ndarray]
+    conflicts: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.high)
@@ -44,7 +46,7 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     """Raises UserError for files that are no parquet and columns that no file has."""
     import polars as pl
 
-    names = schema_of(metadata[0])
+    names = list(schema_of(metadata[0]))
     score_columns = sorted({rule.column for rule in rules if rule.column})
     from_scores = [column for column in score_columns if column not in names]
     needed = sorted({column for rule in rules if not rule.column for column in rule.columns})
@@ -73,13 +75,14 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     keeps = {rule.leaf: frame[f"rule {i}"].to_numpy() for i, rule in enumerate(tests)}
     keeps |= {rule.leaf: UidSet.load(rule.uids).contains(high, low) for rule in rules if rule.uids}
     values = {c: frame[c].fill_null(float("nan")).to_numpy() for c in score_columns if c in names}
-    values |= read_scores(scores, from_scores, high, low)
+    scored, conflicts = read_scores(scores, from_scores, high, low)
+    values |= scored
     for column, numbers in values.items():
         if len(numbers) and np.isnan(numbers).all():
             raise UserError(
                 f"column {column}: no sample of the metadata has a number in it; do the ids of the files match?"
             )
-    return Pool(high, low, is_valid, keeps, values)
+    return Pool(high, low, is_valid, keeps, values, conflicts)
 
 
 def id_columns(names: list[str], file: str) -> list[Any]:
@@ -108,33 +111,24 @@ def batches(files: list[str]) -> Iterator[list[str]]:
 
 
 def collect(frame: Any, files: list[str]) -> Any:
-    import polars as pl
-
-    try:
+    with reading_parquet(files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "")):
         return frame.collect()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{files[0]} and {len(files) - 1} more: cannot be read: {reason}") from error
 
 
-def schema_of(file: str) -> list[str]:
+def schema_of(file: str) -> dict[str, Any]:
+    """The type of each column."""
     import polars as pl
 
-    try:
-        return (
-            list(pl.read_parquet_schema(file))
-            if not paths.is_remote(file)
-            else list(pl.scan_parquet(file).collect_schema())
-        )
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{file}: not a parquet file ({(str(error).splitlines() or [''])[0]}).") from error
+    with reading_parquet(file):
+        return dict(pl.read_parquet_schema(file) if not paths.is_remote(file) else
+                    pl.scan_parquet(file).collect_schema())  # fmt: skip
 
 
 def score_kinds(file: str, columns: list[str]) -> dict[str, Any]:
     """The type in which the score columns that a file has are read and compared: their own float, else float64."""
     import polars as pl
 
-    schema = pl.scan_parquet(file).collect_schema()
+    schema = schema_of(file)
     return {
         column: pl.Float32 if schema[column] == pl.Float32 else pl.Float64 for column in columns if column in schema
     }
@@ -150,12 +144,15 @@ def present_name(column: str, names: list[str], file: str) -> str:
     )
 
 
-def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.ndarray) -> dict[str, np.ndarray]:
-    """Score columns for the given ids, NaN where a sample has none."""
+def read_scores(
+    files: list[str], columns: list[str], high: np.ndarray, low: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Score columns for the given ids, NaN where a sample has none; and how many scores of each column are left out
+    because an earlier one of the same id differs from them."""
     import polars as pl
 
     if not columns:
-        return {}
+        return {}, {}
     if not files:
         raise UserError(
             f"expression: the metadata has no column {', '.join(columns)}; pass --scores with parquet files of it."
@@ -165,9 +162,9 @@ def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.
         column: np.full(len(high), np.nan, np.float32 if kinds.get(column) == pl.Float32 else np.float64)
         for column in columns
     }
-    missing = set(columns)
+    missing, conflicts = set(columns), dict.fromkeys(columns, 0)
     for batch in batches(files):
-        names = schema_of(batch[0])
+        names = list(schema_of(batch[0]))
         there = [column for column in columns if column in names]
         missing -= set(there)
         if not there:
@@ -176,15 +173,26 @@ def read_scores(files: list[str], columns: list[str], high: np.ndarray, low: np.
         selected += [pl.col(column).cast(kinds[column], strict=False) for column in there]
         lazy = pl.scan_parquet(batch, missing_columns="insert", extra_columns="ignore").select(selected)
         frame = collect(lazy.drop_nulls(["high", "low"]), batch).sort("high", "low", maintain_order=True)
-        position = UidSet(frame["high"].to_numpy(), frame["low"].to_numpy()).find(high, low)
+        if not len(frame):
+            continue
+        ids = UidSet(frame["high"].to_numpy(), frame["low"].to_numpy())
+        position = ids.find(high, low)
+        first = np.maximum(ids.find(ids.high, ids.low), 0)
         for column in there:
             values = frame[column].fill_null(float("nan")).to_numpy()
+            conflicts[column] += num_different(values[first], values)
+            conflicts[column] += num_different(found[column], np.where(position >= 0, values[position], np.nan))
             is_new = (position >= 0) & np.isnan(found[column])
             found[column][is_new] = values[position[is_new]]
     if missing:
         there = ", ".join(schema_of(files[0]))
         raise UserError(f"--scores: no file has the column {', '.join(sorted(missing))}; the first has {there}.")
-    return found
+    return found, {column: number for column, number in conflicts.items() if number}
+
+
+def num_different(first: np.ndarray, second: np.ndarray) -> int:
+    """Of the pairs in which both have a number."""
+    return int(((first != second) & ~np.isnan(first) & ~np.isnan(second)).sum())
 
 
 def is_language(texts: Any, arguments: str) -> Any:

@@ -56,6 +56,7 @@ def make_report(selection: Selection, pool: Pool, result: Result) -> dict:
         "overlap": {
             f"{a} / {b}": int((result.keeps[a] & result.keeps[b]).sum()) for a, b in itertools.combinations(written, 2)
         },
+        "conflicting_scores": pool.conflicts,
         "scores": {column: distribution(values) for column, values in pool.values.items()},
     }
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from oq2vl_jax.bounds import CountOrZero, Positive
 from oq2vl_jax.data.filter.expression import Leaf
 from oq2vl_jax.errors import UserError, hint
 
@@ -44,10 +45,10 @@ class Basic:
     """DataComp's basic filter: English, more than 2 words and 5 characters, short side 200, aspect at most 3."""
 
     language: str | None = "en"
-    min_words: int = 3
-    min_characters: int = 6
-    min_short_side: int = 200
-    max_aspect: float = 3.0
+    min_words: CountOrZero = 3
+    min_characters: CountOrZero = 6
+    min_short_side: CountOrZero = 200
+    max_aspect: Positive = 3.0
 
     @property
     def leaves(self) -> list[Leaf]:

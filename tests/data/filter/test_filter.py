@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from oq2vl_jax.data.filter.__main__ import FilterCommand, run_filter
+from oq2vl_jax.data.filter.run import FilterCommand, run_filter
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import caption_sample
 
@@ -188,7 +188,7 @@ def test_metadata_that_does_not_fit_is_explained(tmp_path):
     (tmp_path / "rules.toml").write_text("expression = 'basic'")
     command = FilterCommand(str(tmp_path / "rules.toml"), f"{tmp_path}/*.parquet", str(tmp_path / "out"))
     (tmp_path / "0.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"0\.parquet: not a parquet file"):
+    with pytest.raises(UserError, match=r"0\.parquet: cannot be read as parquet"):
         run_filter(command)
     pl.DataFrame({"uid": ["0" * 32], "txt": ["a"]}).write_parquet(tmp_path / "0.parquet")
     with pytest.raises(UserError, match=r"no column text or caption\. Did you mean|no column original_height"):

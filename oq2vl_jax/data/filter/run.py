@@ -1,0 +1,56 @@
+"""One filter run: metadata and scores in, uids.npy, report.json and report.html out."""
+
+import json
+from dataclasses import dataclass
+
+import tyro
+
+from oq2vl_jax.bounds import CountOrZero
+from oq2vl_jax.data.paths import check_has_polars, expand_paths
+
+
+@dataclass(frozen=True)
+class FilterCommand:
+    """Metadata and score parquets to the ids of the samples that an expression keeps."""
+
+    rules: tyro.conf.Positional[str]
+    """TOML file with `expression`."""
+    metadata: str
+    """Parquet files in the columns of DataComp or img2dataset: uid or key, text, original_width, original_height."""
+    out: str
+    """Folder for uids.npy, report.json and report.html."""
+    scores: tuple[str, ...] = ()
+    """Parquet files with uid and scores, as oq2vl_jax.data.score writes them."""
+    shards: str | None = None
+    """Tars to take pictures of kept and rejected samples from, for the report."""
+    num_pictures: CountOrZero = 24
+    """Of each, kept and rejected."""
+
+
+def run_filter(command: FilterCommand) -> dict:
+    """Writes the files of --out; returns the report."""
+    check_has_polars("oq2vl_jax.data.filter")
+    from oq2vl_jax.data import paths
+    from oq2vl_jax.data.filter.apply import apply_rules, load_filter
+    from oq2vl_jax.data.filter.pool import read_pool
+    from oq2vl_jax.data.filter.report import choose_pictures, make_report, write_page
+
+    paths.check_out(command.out)
+    selection = load_filter(command.rules)
+    metadata, scores = input_files(command)
+    shards = expand_paths("--shards", command.shards) if command.shards else []
+    pool = read_pool(metadata, scores, selection.rules)
+    result = apply_rules(selection, pool)
+    report = make_report(selection, pool, result) | {"metadata_files": len(metadata), "score_files": len(scores)}
+    pictures = choose_pictures(shards, pool, selection, result, command.num_pictures)
+    paths.make_folder(command.out)
+    write_page(paths.join(command.out, "report.html"), report, pictures)
+    paths.write_text(paths.join(command.out, "report.json"), json.dumps(report, indent=2) + "\n")
+    result.uids.save(paths.join(command.out, "uids.npy"))  # last: it says that everything is whole
+    return report
+
+
+def input_files(command: FilterCommand) -> tuple[list[str], list[str]]:
+    """(metadata, scores)."""
+    scores = [file for pattern in command.scores for file in expand_paths("--scores", pattern)]
+    return expand_paths("--metadata", command.metadata), scores

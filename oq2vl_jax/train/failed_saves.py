@@ -1,0 +1,61 @@
+"""A checkpoint that cannot be written is one sentence: Orbax's threads would log a dozen tracebacks before it."""
+
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from oq2vl_jax.errors import UserError, is_full_or_forbidden
+
+CLOSED_LOOP = "Event loop is closed"
+"""What TensorStore's callbacks print when another write of the same checkpoint has failed."""
+
+
+class HeldErrors(logging.Filter):
+    """Errors that Orbax logs are held back until it is known whether the disk was full; others are shown then.
+
+    After a full disk it stays: Orbax's other threads fail one after the other while the process ends.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._is_full = False
+        self._records: list[logging.LogRecord] = []
+        self._logger, self._hook = logging.getLogger("absl"), sys.unraisablehook
+        self._logger.addFilter(self)
+        sys.unraisablehook = self._without_closed_loops
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            self._records.append(record)
+        return record.levelno < logging.ERROR
+
+    def _without_closed_loops(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != CLOSED_LOOP:
+            self._hook(unraisable)
+
+    def close(self) -> None:
+        if self._is_full:
+            return
+        self._logger.removeFilter(self)
+        sys.unraisablehook = self._hook
+
+    def explained(self, error: Exception, run_dir: Path) -> Exception:
+        """What to raise: a UserError where the disk is full or forbidden, else the error itself, its log shown."""
+        if not is_full_or_forbidden(error):
+            self.close()
+            for record in self._records:
+                self._logger.handle(record)
+            self._records.clear()
+            return error
+        self._is_full = True
+        whole = sorted(path.name for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
+        newest = f"the newest whole one is {int(whole[-1])}" if whole else "there is none yet"
+        numbers = (getattr(error, "errno", None), errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reasons = [os.strerror(number) for number in numbers if number and os.strerror(number) in str(error)]
+        return UserError(
+            f"{run_dir}: the checkpoint could not be written ({(reasons or [str(error)])[0]}); {newest}. "
+            "Make room, and the same command goes on from there."
+        )
