@@ -149,7 +149,10 @@ def test_help_is_quick_and_imports_neither_jax_nor_torch(command):
             ["oq2vl_jax.generate", "--checkpoint", "nowhere", "--prompt", "hi", "--template", "llama"],
             "chatml",
         ),
-        (["oq2vl_jax.generate", "--checkpoint", "nowhere", "--prompt", "hi", "--top-p", "2"], "--top-p must be above 0"),
+        (
+            ["oq2vl_jax.generate", "--checkpoint", "nowhere", "--prompt", "hi", "--top-p", "2"],
+            "--top-p must be above 0",
+        ),
         (["oq2vl_jax.eval", "--checkpoint", "c", "--tasks", "mmbnch", "--data", "d", "--out", "o"], "'mmbench'"),
         (["oq2vl_jax.eval", "--checkpoint", "c", "--tasks", "pope", "--data", "d", "--out", "o"], "--data d: no such"),
         (["oq2vl_jax.serve", "--checkpoint", "nowhere"], "nowhere: no whole checkpoint here"),

@@ -8,10 +8,12 @@
 
 import codecs
 import errno
+import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -136,17 +138,58 @@ def parse_entry(entry: bytes, images: str | None) -> Sample:
         return sample
     if images is None:
         raise UserError(f"entry {key} names the image {names[0]!r}; give the folder of the images with --images.")
-    contents = []
+    contents, notes = [], []
     for name in names:
         if name.startswith("/") or ".." in name.split("/") or "\0" in name or "://" in name:
             return sample._replace(problem="image_outside_folder")
         try:
             with paths.open_input(paths.join(images, name)) as file:
                 contents.append(file.read())
+            notes += ["image_linked_from_outside"] if leads_outside(images, name) else []
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeEncodeError):
             return sample._replace(problem="image_missing")
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             return sample._replace(problem="image_missing")
-    return sample._replace(images=contents)
+    return sample._replace(images=contents, notes=tuple(notes))
+
+
+def leads_outside(folder: str, name: str) -> bool:
+    """A symbolic link to a file elsewhere: read, for picture folders are often links, and counted."""
+    if paths.is_remote(folder):
+        return False
+    return not os.path.realpath(os.path.join(folder, name)).startswith(os.path.realpath(folder) + os.sep)
+
+
+def picture_versions(files: Iterable[str], images: str | None) -> str:
+    """Changes when a picture that the entries of some inputs name is replaced; "" where none is read from a folder.
+
+    In a bucket, pictures are not looked at: it would take a request each.
+    """
+    if images is None or paths.is_remote(images):
+        return ""
+    digest = hashlib.sha256()
+    for file in files:
+        for name in image_names(file):
+            try:
+                version = paths.file_version(paths.join(images, name))
+            except (OSError, ValueError):  # missing, or no name of a file: counted when the entry is read
+                version = None
+            digest.update(json.dumps([name, version]).encode())
+    return digest.hexdigest()
+
+
+def image_names(path: str) -> Iterator[str]:
+    """Of all entries of an input, in their order."""
+    file, span = paths.split_range(path)
+    start, stop = map(int, span.split("-")) if span else (0, paths.file_version(file)[0])
+    content = read_range(file, start, stop)
+    for begin, end in find_entries(io.BytesIO(content), path):
+        try:
+            names = json.loads(content[begin:end]).get("image")
+        except (ValueError, RecursionError):
+            continue
+        for name in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
+            if isinstance(name, str):
+                yield name

@@ -80,6 +80,7 @@ def pack_shards(config: PackConfig) -> dict | None:
         work=functools.partial(pack_files, config, settings["tokenizer_sha256"]),
         progress="{documents} documents in {rows} rows",
         broken_shards=config.broken_shards,
+        version_beside=functools.partial(version_of_pictures, config.images),
     )
     inputs, per_task = list_inputs(config, files)
     reports = run_job(job, make_tasks(inputs, per_task), config.execution)
@@ -92,6 +93,12 @@ def pack_shards(config: PackConfig) -> dict | None:
         write_report(paths.join(config.out, "report.html"), manifest)
     write_manifest(job, manifest)
     return manifest
+
+
+def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
+    from oq2vl_jax.data.instructions import is_instructions, picture_versions
+
+    return picture_versions([file for file in inputs if is_instructions(file)], images)
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:

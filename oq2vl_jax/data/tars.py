@@ -107,7 +107,10 @@ def with_member(group: Members, suffix: str, read: ReadData, problem: str | None
 
 
 def key_offsets(path: str) -> list[tuple[int, int]]:
-    """Where the members of each key begin and end in a tar that is not compressed. Raises UserError."""
+    """Where the members of each key, and each member of none, begin and end in a tar that is not compressed.
+
+    Raises UserError.
+    """
     spans: list[tuple[int, int]] = []
     last_key, last_span = None, -1
     try:
@@ -116,12 +119,12 @@ def key_offsets(path: str) -> list[tuple[int, int]]:
                 if member.isdir():
                     continue
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if not split_name(member.name)[1]:  # a span of its own, unless its sample goes on behind it
+                if not split_name(member.name)[1]:  # a span of its own, also within that of a sample that goes on
                     spans.append((member.offset, end))
                     continue
                 key = split_name(member.name)[0]
                 if key == last_key:
-                    spans[last_span:] = [(spans[last_span][0], end)]
+                    spans[last_span] = (spans[last_span][0], end)
                 else:
                     spans.append((member.offset, end))
                     last_key, last_span = key, len(spans) - 1

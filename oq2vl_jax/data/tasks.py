@@ -64,6 +64,10 @@ class Task(NamedTuple):
     inputs: tuple[str, ...]
 
 
+def nothing_beside(inputs: tuple[str, ...]) -> str:
+    return ""
+
+
 class Job(NamedTuple):
     """What is done to each task. `work(inputs, path)` writes the local file `path` and returns a report (JSON); it
     must be picklable. `progress` is a format string over the report for the line that says a task is done."""
@@ -76,6 +80,8 @@ class Job(NamedTuple):
     progress: str
     broken_shards: Literal["stop", "keep"] = "stop"
     """stop: a report that counts a shard_cut_off, written under keep, does not stand."""
+    version_beside: Callable[[tuple[str, ...]], str] = nothing_beside
+    """Of other files that the inputs name, such as the pictures of instruction files; "" where there are none."""
 
     def stem(self, index: int) -> str:
         return f"{self.name}{index:0{5 if self.name else 8}d}"
@@ -190,7 +196,9 @@ def task_identity(job: Job, task: Task) -> str:
         ]
         for path in task.inputs
     ]
-    return hashlib.sha256(json.dumps([job.settings, inputs], sort_keys=True).encode()).hexdigest()
+    beside = job.version_beside(task.inputs)
+    values = [job.settings, inputs, *([beside] if beside else [])]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def collect_reports(job: Job, tasks: list[Task]) -> list[dict[str, Any]] | None:

@@ -25,13 +25,16 @@ from oq2vl_jax.eval.tables import find_files, read_table, sha256_of
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Runs every task and writes OUT; returns what results.json holds. Raises UserError."""
-    tasks = {}
-    for name in config.task_names:  # every file is read and checked before the checkpoint is loaded
-        files = find_files(config.data, name, BENCHMARKS[name].files)
-        tasks[name] = (evenly_spaced(read_items(name, files), config.limit), files)
+    tasks = {name: find_files(config.data, name, BENCHMARKS[name].files) for name in config.task_names}
+    for (
+        name,
+        files,
+    ) in tasks.items():  # checked before the checkpoint is loaded; pictures are held of one task at a time
+        read_items(name, files)
     generator = Generator(config.checkpoint, config.template, config.dtype)
     results = {}
-    for name, (items, files) in tasks.items():
+    for name, files in tasks.items():
+        items = evenly_spaced(read_items(name, files), config.limit)
         benchmark, folder = BENCHMARKS[name], Path(config.out) / name
         settings = run_settings(config, generator, files)
         unreadable = {item.index: problem for item in items if (problem := image_problem(item))}

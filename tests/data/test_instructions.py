@@ -112,6 +112,23 @@ def test_tasks_of_few_entries_hold_the_same_documents_and_resume(folder, byte_to
     assert [name for name in sorted(before) if before[name] != after[name]] == ["rows-00001.array_record"]
 
 
+def test_a_replaced_picture_is_packed_again(folder, byte_tokenizer_folder):
+    first = pack(folder, byte_tokenizer_folder, entries_per_task=3)
+    (folder / "images" / "coco" / "1.png").write_bytes(png(seed=7))
+    second = pack(folder, byte_tokenizer_folder, entries_per_task=3)
+    changed = [a["file"] for a, b in zip(first["files"], second["files"], strict=True) if a["xxh3"] != b["xxh3"]]
+    assert changed == ["rows-00000.array_record"]
+
+
+def test_a_link_to_a_picture_elsewhere_is_followed_and_noted(folder, byte_tokenizer_folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "images" / "coco" / "1.png").rename(folder / "elsewhere" / "1.png")
+    (folder / "images" / "coco" / "1.png").symlink_to(folder / "elsewhere" / "1.png")
+    manifest = pack(folder, byte_tokenizer_folder)
+    assert manifest["images"] == 4
+    assert manifest["notes"]["image_linked_from_outside"] == 1
+
+
 def test_a_file_with_images_needs_their_folder(folder, byte_tokenizer_folder):
     config = PackConfig(str(folder / "data.json"), str(folder / "out"), byte_tokenizer_folder, execution=Execution(1))
     with pytest.raises(UserError, match=r"entry 0 names the image 'coco/0\.png'; give the folder.*--images"):

@@ -3,11 +3,11 @@
 import dataclasses
 import tomllib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from oq2vl_jax.bounds import Seed
+from oq2vl_jax.bounds import Between
 from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Expression, Leaf, evaluate, leaves, parse
@@ -23,7 +23,7 @@ class FilterConfig:
 
     expression: str
     basic: Basic = Basic()
-    seed: Seed = 0
+    seed: Annotated[int, Between(-(2**63), 2**63 - 1)] = 0
 
 
 class Selection(NamedTuple):

@@ -275,3 +275,22 @@ def test_a_negative_seed_and_infinite_scores_are_no_crash(pool, tmp_path):
         str(tmp_path / "rules.toml"), f"{folder}/*.parquet", f"{tmp_path}/out", (f"{tmp_path}/scores.parquet",)
     )
     assert run_filter(command)["kept"] == len(uids) // 2
+
+
+def test_several_scores_of_a_sample_are_counted(pool, tmp_path):
+    """In one file and over two; equal ones, and those of samples that the metadata does not have, are no conflict."""
+    folder, rows = pool
+    ids = [row["uid"] for row in rows if len(row["uid"] or "") == 32][20:24]
+    pl.DataFrame({"uid": [*ids, ids[0], ids[1]], "quality": [1.0, 2.0, 3.0, 4.0, 9.0, 2.0]}
+                 ).write_parquet(tmp_path / "a.parquet")  # fmt: skip
+    for i in range(64):  # past the files that are read together
+        pl.DataFrame({"uid": ids[2:3] if i == 63 else ["f" * 32], "quality": [7.0]}).write_parquet(
+            tmp_path / f"b{i:02d}.parquet"
+        )
+    (tmp_path / "rules.toml").write_text("expression = 'score(quality >= 5)'")
+    command = FilterCommand(
+        str(tmp_path / "rules.toml"), f"{folder}/*.parquet", f"{tmp_path}/out", (f"{tmp_path}/*.parquet",)
+    )
+    report = run_filter(command)
+    assert report["conflicting_scores"] == {"quality": 2}
+    assert report["kept"] == 0
