@@ -127,4 +127,6 @@ def new_folder(out: Path) -> Iterator[Path]:
 def check_is_free(out: Path) -> None:
     check_local("--out", str(out).replace(":/", "://"))  # pathlib makes one slash of two
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not empty; choose another folder.")
+        raise UserError(
+            f"--out {out} is {'a folder that is not empty' if out.is_dir() else 'a file'}; choose another folder."
+        )

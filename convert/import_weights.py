@@ -131,7 +131,7 @@ def way_out(name: str, unexpected: list[str]) -> str:
     """What may be meant by a name that is missing."""
     if "lm_head" in name:
         return "; if the head is the embedding, set tie_word_embeddings to true in the configuration"
-    nearest = hint(name, unexpected).removeprefix(" Did you mean ").removesuffix("?")
+    nearest = hint(name, unexpected).removeprefix(" (did you mean ").removesuffix("?)")
     return f" (there is {nearest})" if nearest else ""
 
 

@@ -21,7 +21,7 @@ def load_config(path: str) -> TrainConfig:
     file = Path(path)
     if not file.is_file():
         siblings = [str(p) for p in file.parent.glob("*") if p.suffix in (".py", ".json")]
-        raise UserError(f"{path}: no such config file.{hint(str(file), siblings)}")
+        raise UserError(f"{path}: no such config file{hint(str(file), siblings)}.")
     if file.suffix == ".json":
         try:
             return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
@@ -45,7 +45,7 @@ def load_config(path: str) -> TrainConfig:
 def from_dict(cls: Any, values: Any, where: str) -> Any:
     """Strict inverse of dataclasses.asdict: an unknown or missing key, or a value of another type, is an error."""
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected an object for {cls.__name__}, got {values!r}.")
+        raise UserError(f"{where}: expected an object for {cls.__name__}, got {type(values).__name__}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     problems = [f"unknown key {key!r}{hint(key, fields)}" for key in values if key not in fields]
     problems += [
@@ -95,8 +95,16 @@ def _from_value(kind: Any, value: Any, where: str) -> Any:
         allowed += (int,) if float in allowed else ()
         is_valid = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
     if not is_valid:
-        raise UserError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}.")
+        raise UserError(f"{where}: expected {name_of(kind)}, got {str(value)[:80]!r}.")
     return value
+
+
+def name_of(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_args(kind):
+        return " or ".join(map(name_of, get_args(kind)))
+    return "null" if kind is type(None) else kind.__name__
 
 
 def _explain_keyword(error: TypeError) -> str:
@@ -104,4 +112,4 @@ def _explain_keyword(error: TypeError) -> str:
     if not found or not hasattr(config_types, found[1]):
         return f"{error}."
     cls, key = getattr(config_types, found[1]), found[2]
-    return f"{cls.__name__} has no field {key!r}.{hint(key, [field.name for field in dataclasses.fields(cls)])}"
+    return f"{cls.__name__} has no field {key!r}{hint(key, [field.name for field in dataclasses.fields(cls)])}."

@@ -109,7 +109,7 @@ DEVICES = {
 def find_device(name: str) -> Device:
     """The device of a name of the table. Raises UserError for another."""
     if name not in DEVICES:
-        raise UserError(f"device {name!r} is not in the table ({', '.join(DEVICES)}).{hint(name, DEVICES)}")
+        raise UserError(f"device {name!r} is not in the table ({', '.join(DEVICES)}){hint(name, DEVICES)}.")
     return DEVICES[name]
 
 

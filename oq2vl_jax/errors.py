@@ -28,11 +28,28 @@ def run_command(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if not is_full_or_forbidden(error):
             raise
-        print(f"error: {error}; what was whole before is still whole.", file=sys.stderr)
+        print(f"error: {of_files(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+REMEDIES = {
+    errno.ENOENT: "check the path", errno.ENOTDIR: "check the path", errno.EISDIR: "name a file",
+    errno.EEXIST: "choose another path", errno.ELOOP: "check the path", errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EACCES: "choose a path that you may use", errno.EPERM: "choose a path that you may use",
+    errno.EROFS: "choose a path that you may use",
+}  # fmt: skip
+
+
+def of_files(error: Exception) -> str:
+    """The sentence of an error that is_full_or_forbidden knows."""
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    reason = getattr(error, "strerror", None) or next((text for text in texts if text in str(error)), str(error))
+    name, number = getattr(error, "filename", None), getattr(error, "errno", None)
+    remedy = REMEDIES.get(number or 0, "make room, and give the same command again: what was whole is still whole")
+    return f"{f'{name}: ' if name else ''}{reason}; {remedy}."
 
 
 def is_full_or_forbidden(error: Exception) -> bool:
@@ -57,6 +74,6 @@ def is_full_or_forbidden(error: Exception) -> bool:
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the nearest known word, or nothing."""
+    """' (did you mean X?)' for the nearest known word, or nothing; it stands before the full stop."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -86,6 +86,8 @@ def read_requests(path: str) -> list[dict]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--requests {path}: no such file.")
+    if not file.stat().st_size:
+        raise UserError(f"--requests {path}: the file is empty; write one JSON request a line.")
     requests, problems = [], []
     try:
         lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -99,15 +101,18 @@ def read_requests(path: str) -> list[dict]:
             if not isinstance(request["prompt"], str) or not all(isinstance(image, str) for image in images):
                 raise TypeError("prompt or image is not a string")
             request["prompt"].encode("utf-8")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problems.append(f"line {number}: {type(error).__name__}: {error}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            problems.append(
+                f"line {number} is no JSON object with a text prompt and, for pictures, image: a path or some"
+            )
             continue
         images = [str(file.parent / image) for image in images]
         problems += [f"line {number}: {why}" for image in images if (why := image_problem(image))]
         requests.append({**request, "image": images})
-    if problems or not requests:
+    if problems:
         raise UserError(
-            f"--requests {path}: {'; '.join(problems[:3]) or 'the file is empty'} ({len(problems)} problems)."
+            f"--requests {path}: {'; '.join(problems[:3])}"
+            f"{f'; and {len(problems) - 3:,} more problems' if len(problems) > 3 else ''}."
         )
     return requests
 

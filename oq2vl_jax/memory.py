@@ -9,9 +9,9 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def check_fits(what: str, num_bytes: float, available: int, where: str, remedy: str) -> None:
-    """Raises UserError, such as "the cache of 64 rows would take 900.0 GiB, this machine has 23.4; take fewer."."""
+    """Raises UserError, as in "64 rows would take 900.0 GiB, and this machine has 23.4 GiB; take fewer."."""
     if num_bytes > available:
-        raise UserError(f"{what} would take {gib(num_bytes)} GiB, {where} has {gib(available)}; {remedy}.")
+        raise UserError(f"{what} would take {gib(num_bytes)} GiB, and {where} has {gib(available)} GiB; {remedy}.")
 
 
 def gib(num_bytes: float) -> str:

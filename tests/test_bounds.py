@@ -123,9 +123,9 @@ def test_models_that_cannot_be_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"global_batch_size": 2**20}, r"3 batches of 1,048,576 rows would take [\d,.]+ GiB, this machine has"),
+        ({"global_batch_size": 2**20}, r"3 batches of 1,048,576 rows would take [\d,.]+ GiB, and this machine has"),
         ({"model": dataclasses.replace(TINY.model, decoder=dataclasses.replace(TINY.model.decoder, hidden_size=2**20))},
-         r"weights, optimizer state and a batch of one device would take [\d,.]+ GiB, it has"),
+         r"weights, optimizer state and a batch of one device would take [\d,.]+ GiB, and it has"),
         ({"mesh": dataclasses.replace(TINY.mesh, data=2**20)}, "does not fit 8 devices"),
     ],
 )  # fmt: skip
@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_fit_says_how_much_it_would_take(tmp_path):
     codec, mesh = TextCodec(str(tmp_path / "tokenizer")), make_mesh(TINY.mesh)
     generator = Generator.of_model(tiny_model(), TINY.model, "plain", codec, mesh, "float32")
     request = Request(generator.encode_prompt("what is it?", 0), [])
-    with pytest.raises(UserError, match=r"cache of 4,096 rows of [\d,]+ tokens would take [\d,.]+ GiB, the device has"):
+    with pytest.raises(UserError, match=r"cache of 4,096 rows of [\d,]+ tokens would take [\d,.]+ GiB, and what"):
         generator.generate([request] * 4096, SamplingOptions(2**20))
     with pytest.raises(UserError, match="the cache of 65,536 rows"):
         Engine(generator, 65_536, 2**20, 8)

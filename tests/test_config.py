@@ -76,15 +76,15 @@ def test_published_stages_are_three_settings_of_what_is_trained():
 def test_misspelt_keys_get_a_hint(tmp_path):
     values = dataclasses.asdict(load_config("configs/tiny.py"))
     values["optimizer"]["learning_rte"] = values["optimizer"].pop("learning_rate")
-    with pytest.raises(UserError, match=r"unknown key 'learning_rte' Did you mean 'learning_rate'\?"):
+    with pytest.raises(UserError, match=r"unknown key 'learning_rte' \(did you mean 'learning_rate'\?"):
         from_dict(TrainConfig, values, where="config.json")
     file = tmp_path / "typo.py"
     file.write_text("from oq2vl_jax.config import OptimizerConfig\nconfig = OptimizerConfig(learning_rte=1)\n")
     with pytest.raises(
-        UserError, match=r"OptimizerConfig has no field 'learning_rte'\. Did you mean 'learning_rate'\?"
+        UserError, match=r"OptimizerConfig has no field 'learning_rte' \(did you mean 'learning_rate'\?\)"
     ):
         load_config(str(file))
-    with pytest.raises(UserError, match=r"no such config file\. Did you mean 'configs/tiny.py'\?"):
+    with pytest.raises(UserError, match=r"no such config file \(did you mean 'configs/tiny.py'\?\)"):
         load_config("configs/tiney.py")
 
 

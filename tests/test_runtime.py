@@ -44,7 +44,7 @@ def test_the_compilation_cache_lies_beside_the_runs(tmp_path):
 def test_devices_are_found_by_what_jax_calls_them():
     assert device_of_kind("NVIDIA H200") is DEVICES["h200"]
     assert device_of_kind("cpu") is None
-    with pytest.raises(UserError, match="Did you mean 'h100'"):
+    with pytest.raises(UserError, match="did you mean 'h100'"):
         find_device("h10")
 
 

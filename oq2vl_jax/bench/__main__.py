@@ -30,7 +30,7 @@ def main() -> int:
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
     name = sys.argv[1]
     if name not in NAMES:
-        raise UserError(f"{name!r} is no measurement ({', '.join(NAMES)}).{hint(name, NAMES)}")
+        raise UserError(f"{name!r} is no measurement ({', '.join(NAMES)}){hint(name, NAMES)}.")
     module = importlib.import_module(f"oq2vl_jax.bench.{name}")
     options = getattr(module, name.capitalize())
     config = parse(options, prog=f"{PROG} {name}", args=sys.argv[2:])

@@ -30,7 +30,7 @@ class ImageError(ValueError):
     """An image that cannot be used. `reason` is the name it is counted under."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(detail)
         self.reason = reason
 
 
@@ -80,7 +80,7 @@ def embedded_image(text: str) -> bytes | None:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
-        raise ImageError("image_undecodable", f"no base64: {error}") from error
+        raise ImageError("image_undecodable", "it is no base64") from error
     try:
         _open(data)
     except ImageError as problem:
@@ -98,9 +98,9 @@ def tiff_pages(data: bytes) -> list[bytes | None]:
             warnings.simplefilter("ignore")
             num_pages = getattr(image, "n_frames", 1)
     except Exception as error:  # as in _open
-        raise ImageError("image_undecodable", str(error)) from error
+        raise ImageError("image_undecodable", "its data are damaged or cut off") from error
     if num_pages > MAX_PAGES:
-        raise ImageError("too_many_pages", f"{num_pages}, at most {MAX_PAGES}")
+        raise ImageError("too_many_pages", f"it has {num_pages:,} pages, and at most {MAX_PAGES} are taken")
     return [_page(image, page) for page in range(num_pages)]
 
 
@@ -120,7 +120,7 @@ def _page(image: Image.Image, page: int) -> bytes | None:
     except ImageError:
         raise
     except Exception as error:  # as in _open
-        raise ImageError("image_undecodable", f"page {page}: {error}") from error
+        raise ImageError("image_undecodable", f"its page {page + 1} is damaged or cut off") from error
     return buffer.getvalue()
 
 
@@ -130,29 +130,31 @@ def _open(data: bytes, formats: tuple[str, ...] = FORMATS, checks_size: bool = T
             warnings.simplefilter("ignore")  # of decompression bombs, for the limit below is stricter; of odd EXIF data
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
-        raise ImageError("image_too_large", str(error)) from error
+        raise ImageError("image_too_large", f"it has more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # PIL's parsers raise errors of every kind on broken files
-        raise ImageError("image_undecodable", str(error)) from error
+        raise ImageError("image_undecodable", f"it is damaged or none of {', '.join(FORMATS)}") from error
     if checks_size:
         _check_size(image)
     if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
-        raise ImageError("image_of_too_many_scans", f"at most {MAX_SCANS}")
+        raise ImageError("image_of_too_many_scans", f"it is a JPEG of more than {MAX_SCANS} scans")
     return image
 
 
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError("image_too_large", f"{width}x{height}, at most {MAX_PIXELS} pixels")
+        raise ImageError(
+            "image_too_large", f"it has {width:,} x {height:,} pixels, and at most {MAX_PIXELS:,} are taken"
+        )
     if width <= 1 or height <= 1:
-        raise ImageError("image_too_small", f"{width}x{height}")
+        raise ImageError("image_too_small", f"it has {width:,} x {height:,} pixels, and both sides must be at least 2")
 
 
 def _load(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # as in _open
-        raise ImageError("image_undecodable", str(error)) from error
+        raise ImageError("image_undecodable", "its data are damaged or cut off") from error
     return image
 
 

@@ -63,14 +63,16 @@ def find_entries(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
         if position == len(text):
             base, text, position = base + len(text), file.read(READ_BYTES).decode("latin-1"), 0
             if not text and is_list:
-                raise UserError(f"{path}: the list ends after {number} entries without its ]; is the file cut off?")
+                raise UserError(f"{path}: the list ends after {number} entries without its ]; fetch the file again.")
             if not text:
                 return
             continue
         if is_list and text[position] == "]":
             behind = text[position + 1 :] + file.read(READ_BYTES).decode("latin-1")
             if behind.strip():
-                raise UserError(f"{path}: more follows the list that ends at byte {base + position}; is it two files?")
+                raise UserError(
+                    f"{path}: more follows the list that ends at byte {base + position}; keep one list a file."
+                )
             return
         if text[position] != "{":
             raise UserError(f"{path}: entry {number}, at byte {base + position}, is no JSON object.")

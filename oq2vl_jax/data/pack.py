@@ -195,7 +195,9 @@ def make_manifest(settings: dict, reports: list[dict]) -> dict:
     totals = {name: sum(report[name] for report in reports) for name in TOTALS}
     counters = {name: sum((Counter(report[name]) for report in reports), Counter()) for name in COUNTERS}
     if not totals["rows"]:
-        raise UserError(f"no sample could be packed; skipped: {dict(counters['skipped'])}.")
+        raise UserError(
+            f"no sample could be packed (skipped: {counted(counters['skipped'])}); check the shards and the limits."
+        )
     return {
         **totals,
         "token_fill": totals["tokens"] / (totals["rows"] * settings["num_tokens"]),

@@ -146,7 +146,9 @@ def read_key(path: str, begin: int, end: int) -> Members:
     try:
         return next(group_by_key(io.BytesIO(content + bytes(2 * BLOCK))))
     except (tarfile.TarError, StopIteration) as error:
-        raise CutOffError(f"{path}: no whole sample at byte {begin}; has the tar changed?") from error
+        raise CutOffError(
+            f"{path}: no whole sample at byte {begin}; put the tar back as it was when the run started."
+        ) from error
 
 
 def read_files(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:

@@ -46,7 +46,9 @@ class UidSet:
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file; a uid set (.npy of dtype u8,u8) is expected.") from error
         except (ValueError, EOFError, MemoryError) as error:
-            raise UserError(f"{path}: not a whole .npy file ({error}).") from error
+            raise UserError(
+                f"{path}: not a whole .npy file; a uid set of dtype u8,u8 is expected, as oq2vl_jax.data.filter writes."
+            ) from error
         if not isinstance(uids, np.ndarray):
             raise UserError(f"{path}: an archive of arrays; a uid set is one array (np.save).")
         if uids.dtype != UID_DTYPE or uids.ndim != 1:

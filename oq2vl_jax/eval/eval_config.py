@@ -46,7 +46,7 @@ def check(config: EvalConfig) -> None:
         raise UserError("--tasks is empty.")
     for name in config.task_names:
         if name not in TASKS:
-            raise UserError(f"--tasks: no benchmark {name!r}; there are {', '.join(TASKS)}.{hint(name, TASKS)}")
+            raise UserError(f"--tasks: no benchmark {name!r}; there are {', '.join(TASKS)}{hint(name, TASKS)}.")
     if len(set(config.task_names)) < len(config.task_names):
         raise UserError("--tasks names a benchmark twice.")
     if not config.out.strip():

@@ -188,7 +188,9 @@ class Generator:
         num_bytes = cache_bytes(self.model_config.decoder, num_rows, num_slots, self.dtype)
         num_devices = self.mesh.size if num_rows % self.mesh.size == 0 else 1
         what = f"the cache of {num_rows:,} rows of {num_slots:,} tokens"
-        check_fits(what, num_bytes, num_devices * device_bytes(), "the device", "take fewer rows or fewer new tokens")
+        check_fits(
+            what, num_bytes, num_devices * device_bytes(), "what holds it", "take fewer rows or fewer new tokens"
+        )
 
     def sampling(self, options: SamplingOptions, num_rows: int) -> Sampling:
         columns = (options.temperature, options.top_p, options.top_k, options.seed)

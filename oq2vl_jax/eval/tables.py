@@ -79,7 +79,7 @@ def read_tsv(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as tail:
         tail.seek(max(0, path.stat().st_size - 1))
         if tail.read() not in (b"\n", b""):
-            raise UserError(f"{path}: it does not end in a line break; is it cut off? If it is whole, add one.")
+            raise UserError(f"{path}: it does not end in a line break; fetch it again if it is cut off, or add one.")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
@@ -87,7 +87,9 @@ def read_tsv(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not a readable TSV: {error}.") from error
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
-            raise UserError(f"{path}, line {number}: the number of cells is not that of the header; is it cut off?")
+            raise UserError(
+                f"{path}: record {number - 1} has another number of cells than the header; fetch the file again."
+            )
     return [{name: cell or None for name, cell in row.items()} for row in rows]
 
 

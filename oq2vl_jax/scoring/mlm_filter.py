@@ -65,7 +65,7 @@ def read_criteria(path: str, metrics: tuple[str, ...]) -> dict[str, str]:
         raise UserError(f"{path}: expected a JSON object of texts by metric, each with {{caption}} in it.")
     missing = [name for name in metrics if name not in texts]
     if missing:
-        raise UserError(f"{path}: no text for the metric {missing[0]}.{hint(missing[0], texts)}")
+        raise UserError(f"{path}: no text for the metric {missing[0]}{hint(missing[0], texts)}.")
     return {name: texts[name] for name in metrics}
 
 

@@ -52,6 +52,7 @@ def check(config: ServeConfig) -> None:
 
 def check_port(config: ServeConfig) -> None:
     """Before the checkpoint is loaded. Raises UserError where nobody can listen there."""
+    import errno
     import socket
 
     with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as found:
@@ -60,7 +61,8 @@ def check_port(config: ServeConfig) -> None:
             found.bind((config.host, config.port))
         except OSError as error:
             raise UserError(
-                f"cannot listen at {config.host}:{config.port}: {error.strerror}; choose another --port."
+                f"cannot listen at {config.host}:{config.port} ({error.strerror}); choose another "
+                f"{'--port' if error.errno in (errno.EADDRINUSE, errno.EACCES) else '--host'}."
             ) from error
 
 

@@ -154,7 +154,8 @@ def read_content(content: Any, i: int, files_root: Path | None) -> tuple[str, li
             images.append(read_image(url, f"message {i}", files_root))
             text += f"{IMAGE}\n"
         else:
-            raise RequestError(f"message {i}: parts are text or image_url, got {kind!r}")
+            problem = "the text of a text part must be a string" if kind == "text" else None
+            raise RequestError(f"message {i}: {problem or f'parts are text or image_url, got {str(kind)[:40]!r}'}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

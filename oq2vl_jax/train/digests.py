@@ -114,7 +114,7 @@ def damaged(step: Path, name: str, what: str) -> UserError:
     way_out = (
         f"copy it again, or remove the folder {step} to go on from {before.name}, the newest one before it"
         if before
-        else "copy it again; there is no other checkpoint beside it"
+        else "copy it again; there is no earlier checkpoint beside it"
     )
     return UserError(f"{step}: the checkpoint is damaged: {name} {what}; {way_out}.")
 

@@ -57,5 +57,5 @@ class HeldErrors(logging.Filter):
         reasons = [os.strerror(number) for number in numbers if number and os.strerror(number) in str(error)]
         return UserError(
             f"{run_dir}: the checkpoint could not be written ({(reasons or [str(error)])[0]}); {newest}. "
-            "Make room, and the same command goes on from there."
+            "When there is room and the folder may be written, the same command goes on from there."
         )

@@ -113,7 +113,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: no JSON ({error}); move the file away to go on without its records.") from error
+        raise UserError(f"{where}: no JSON; move the file away to go on without its records.") from error
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise UserError(f"{where}: no record of a step; move the file away to go on without its records.")
     return record

@@ -253,7 +253,7 @@ def test_a_folder_in_the_way_is_left_alone(siglip, qwen, tmp_path):
         (from_hf.convert, from_hf.FromHFConfig(str(tmp_path / "out"), str(siglip[0]), str(qwen[0]))),
         (to_hf.export, to_hf.ToHFConfig("nowhere", str(tmp_path / "out"))),
     ):
-        with pytest.raises(UserError, match="exists and is not empty"):
+        with pytest.raises(UserError, match="a folder that is not empty"):
             convert(config)
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 

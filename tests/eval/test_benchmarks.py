@@ -150,7 +150,7 @@ def test_damaged_and_missing_files_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"no file of pope here; looked for POPE\.tsv"):
         read(tmp_path, "pope")
     (tmp_path / "POPE.tsv").write_text("index\tquestion\tanswer\timage\n1\tIs it?\n")
-    with pytest.raises(UserError, match=r"POPE\.tsv, line 2: the number of cells is not that of the header"):
+    with pytest.raises(UserError, match=r"POPE\.tsv: record 1 has another number of cells than the header"):
         read(tmp_path, "pope")
     (tmp_path / "POPE.tsv").write_text("index\tquestion\tanswer\timage\n1\tIs it?\tYes\taGk")
     with pytest.raises(UserError, match="does not end in a line break; is it cut off"):

@@ -122,7 +122,7 @@ def test_results_of_other_settings_are_not_mixed(checkpoint, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("tasks", "message"),
-    [("mmbnch", "no benchmark 'mmbnch'.*Did you mean 'mmbench'"), ("", "--tasks is empty"), ("pope,pope", "twice")],
+    [("mmbnch", "no benchmark 'mmbnch'.*did you mean 'mmbench'"), ("", "--tasks is empty"), ("pope,pope", "twice")],
 )
 def test_tasks_that_do_not_exist_get_a_hint(tasks, message):
     with pytest.raises(UserError, match=message):

@@ -139,8 +139,8 @@ def present_name(column: str, names: list[str], file: str) -> str:
         if name in names:
             return name
     raise UserError(
-        f"{file}: no column {' or '.join(COLUMN_NAMES.get(column, (column,)))}.{hint(column, names)} "
-        f"It has {', '.join(names)}."
+        f"{file}: no column {' or '.join(COLUMN_NAMES.get(column, (column,)))}{hint(column, names)}; "
+        f"it has {', '.join(names)}."
     )
 
 

@@ -125,8 +125,8 @@ def whole_samples(shard: str) -> Iterator[Sample]:
     """A tar that is cut off is no reason to do without a report."""
     try:
         yield from read_samples(shard)
-    except CutOffError as problem:
-        print(f"no pictures from here on: {problem}", file=sys.stderr)
+    except CutOffError:
+        print(f"note: {shard} is broken or cut off; the report shows no pictures of its rest.", file=sys.stderr)
 
 
 def write_page(path: str, report: dict, pictures: list[Picture]) -> None:

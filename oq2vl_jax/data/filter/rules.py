@@ -105,7 +105,7 @@ def make_rule(leaf: Leaf) -> Rule:
         return top_rule(leaf, column, has_exact_top=True)
     known = [*TEXT_AND_SIZE, "basic", "uids", *CLIP_COLUMNS, *(f"{name}_top" for name in CLIP_COLUMNS)]
     known += ["mlm", "mlm_top", "score", "top"]
-    raise UserError(f"expression: {leaf}: no such rule.{hint(name, known)} Rules: {', '.join(known)}.")
+    raise UserError(f"expression: {leaf}: no such rule{hint(name, known)}; there are {', '.join(known)}.")
 
 
 def text_or_size_rule(leaf: Leaf) -> Rule:
@@ -192,5 +192,5 @@ def check_metric(leaf: Leaf, column: str | None) -> None:
         raise UserError(f"expression: {leaf}: expected a column and a fraction, like {leaf.name}(column, 0.2).")
     if leaf.name.startswith("mlm") and column not in MLM_METRICS:
         raise UserError(
-            f"expression: {leaf}: no such metric.{hint(column, MLM_METRICS)} One of {', '.join(MLM_METRICS)}."
+            f"expression: {leaf}: no such metric{hint(column, MLM_METRICS)}; there are {', '.join(MLM_METRICS)}."
         )

@@ -84,10 +84,10 @@ def test_mistakes_are_named_with_their_place(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clip_l41_top(0.3)", r"no such rule\. Did you mean 'clip_l14_top'"),
+        ("clip_l41_top(0.3)", r"no such rule \(did you mean 'clip_l14_top'"),
         ("clip_l14(0.3)", r"something like clip_l14\(>= 0.28\)"),
         ("clip_top(1.5)", "above 0 and at most 1"),
-        ("mlm(semantic_understandin >= 85)", "Did you mean 'semantic_understanding'"),
+        ("mlm(semantic_understandin >= 85)", "did you mean 'semantic_understanding'"),
         ("mlm_top(0.2)", "expected a column and a fraction"),
         ("language(english)", "language code"),
         ("uids()", "expected a file"),
