@@ -261,6 +261,7 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
     values = config.to_dict() | {
         "architectures": ["LlavaForConditionalGeneration"],
         "dtype": dtype,
+        "image_token_id": model.image_token_id,  # transformers' newer name of image_token_index
         EXTRA_KEY: {"template": template, "rope_inv_freq": model.decoder.rope_inv_freq},
     }
     if why_not_native(model):
@@ -271,6 +272,7 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
             "rope_inv_freq": model.decoder.rope_inv_freq,
             "auto_map": {
                 "AutoConfig": "modeling_open_qwen2vl.OpenQwen2VLConfig",
+                "AutoModel": "modeling_open_qwen2vl.OpenQwen2VLModel",
                 "AutoModelForImageTextToText": "modeling_open_qwen2vl.OpenQwen2VLForConditionalGeneration",
             },
         }

@@ -81,14 +81,16 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    from convert.export_files.chat_templates import CHAT_TEMPLATES
+    from convert.export_files.chat_templates import chat_template
     from convert.export_files.model_card import model_card
+    from convert.export_tokenizer import complete_tokenizer
     from convert.hf_config import MEAN, STD, to_llava_config, why_not_native
     from oq2vl_jax.data.text import TextCodec
     from oq2vl_jax.data.tokenizer import IMAGE_PAD
     from oq2vl_jax.train.checkpoint import load_train_config
 
-    model, special = description.model, TextCodec(str(checkpoint / "tokenizer")).special
+    model, codec = description.model, TextCodec(str(checkpoint / "tokenizer"))
+    special = codec.special
     size = {"height": model.vision.image_size, "width": model.vision.image_size}
     processor = LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3),
@@ -97,24 +99,33 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
         vision_feature_select_strategy="full",
         image_token=IMAGE_PAD,
         num_additional_image_tokens=model.num_visual_tokens - model.vision.num_patches,
-        chat_template=CHAT_TEMPLATES[description.template],
+        chat_template=chat_template(description.template, codec),
     )
     processor.save_pretrained(folder)
-    write_preprocessor_config(folder, processor.image_processor)
+    complete_tokenizer(folder)
+    write_preprocessor_configs(folder, processor.image_processor)
     values = to_llava_config(model, description.template, dtype, special)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     GenerationConfig(
-        bos_token_id=special.bos, eos_token_id=special.eos, pad_token_id=special.pad, do_sample=False
+        bos_token_id=special.bos, eos_token_id=[special.eos, special.pad], pad_token_id=special.pad, do_sample=False
     ).save_pretrained(folder)
     is_native = why_not_native(model) is None
     card = model_card(description, load_train_config(checkpoint), is_native)
     (folder / "README.md").write_text(card)
 
 
-def write_preprocessor_config(folder: Path, image_processor) -> None:
-    """transformers 4 reads this file, and knows the class by its older name."""
+def write_preprocessor_configs(folder: Path, image_processor) -> None:
+    """transformers 4 reads preprocessor_config.json, and knows the class by its older name; vLLM's Llava takes the size
+    of a picture from crop_size, which nothing else reads here."""
+    from convert.export_tokenizer import write_json
+
     values = image_processor.to_dict() | {"image_processor_type": "SiglipImageProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    values["crop_size"] = {name: values["size"][name] for name in ("height", "width")}
+    write_json(folder / "preprocessor_config.json", values)
+    file = folder / "processor_config.json"
+    both = json.loads(file.read_text())
+    both["image_processor"]["crop_size"] = values["crop_size"]
+    write_json(file, both)
 
 
 def main() -> None:

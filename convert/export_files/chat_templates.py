@@ -1,87 +1,109 @@
-"""Jinja chat templates that write a conversation token for token as data/text.py does.
+"""Jinja chat templates that write a conversation token for token as data/text.py does with the server's reading of it.
 
-Content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} with the images first, as this
-project's data has them. The newline behind an image in the first turn is missing from open_qwen2vl on purpose: the
-published code drops that token (see data/text.py). The loop over message.content is written out in each, not in a
-macro: vLLM looks for it to tell whether a template takes images. One difference is left: text that spells a special
-token, such as <|im_end|>, stays text in data/text.py and becomes the token in a Hugging Face tokenizer.
+Content is a string or a list of {"type": "image"} and {"type": "text", "text": ...}. As in serve/chat.py, a line break
+stands behind every image, messages of one role in a row are one turn, blanks around a turn go, and a text that spells
+<image> is text. The loop over message.content is no macro: vLLM looks for it to tell whether a template takes images.
+
+Two differences are left. Text that spells a special token, such as <|im_end|>, stays text in data/text.py and becomes
+the token in a Hugging Face tokenizer. And open_qwen2vl drops the token behind an image of the first turn, as the
+published code does: a template drops the characters of that token, which depend on the tokenizer (FIRST below); they
+are known for line breaks and blanks up to MAX_BLANKS characters.
 """
 
+import itertools
+import json
 
-def content(behind_image: str) -> str:
-    """Writes message.content; `behind_image` is an expression for what follows a picture."""
-    return (
-        "{%- if message.content is string -%}{{- message.content | trim -}}{%- else -%}"
-        "{%- for part in message.content -%}"
-        "{%- if part.type == 'image' -%}{{- '<|image_pad|>' + BEHIND -}}"
-        "{%- elif part.type == 'text' -%}{{- part.text | trim -}}"
-        "{%- else -%}{{- raise_exception('only text and images: ' + part.type) -}}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}"
-    ).replace("BEHIND", behind_image)
+from oq2vl_jax.data.text import DEFAULT_SYSTEM, TextCodec
 
+MAX_BLANKS = 5
+MAX_LINE_BREAKS = 32
 
-NEWLINE = "'\\n'"
-
-SYSTEM = (
-    "{%- if messages[0].role != 'system' -%}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"
+TURNS = (
+    "{%- set ns = namespace(system='', turns=[], role='', text='', run='') -%}"
+    "{%- for message in messages -%}"
+    "{%- set ns.text = '' -%}{%- set ns.run = '' -%}"
+    "{%- if message.content is string -%}{%- set ns.run = message.content -%}"
+    "{%- elif message.content -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'text' -%}{%- set ns.run = ns.run + part.text -%}"
+    "{%- elif part.type in ('image', 'image_url') and message.role == 'user' -%}"
+    "{%- set ns.text = ns.text + ns.run | replace('<image>', '<image-placeholder>') + '<|image_pad|>\\n' -%}"
+    "{%- set ns.run = '' -%}"
+    "{%- else -%}{{- raise_exception('only text, and images of the user, are taken: ' + part.type) -}}{%- endif -%}"
+    "{%- endfor -%}"
     "{%- endif -%}"
+    "{%- set ns.text = ns.text + ns.run | replace('<image>', '<image-placeholder>') -%}"
+    "{%- if message.role in ('system', 'developer') -%}"
+    "{%- if not loop.first -%}{{- raise_exception('a system message comes first') -}}{%- endif -%}"
+    "{%- set ns.system = ns.text -%}"
+    "{%- elif message.role == ns.role -%}"
+    "{%- set ns.turns = ns.turns[:-1] + [ns.turns[-1] + '\\n' + ns.text] -%}"
+    "{%- elif message.role == 'user' or (message.role == 'assistant' and ns.turns) -%}"
+    "{%- set ns.role = message.role -%}{%- set ns.turns = ns.turns + [ns.text] -%}"
+    "{%- else -%}{{- raise_exception('the user speaks first, and then user and assistant in turns') -}}{%- endif -%}"
+    "{%- endfor -%}"
 )
-WRITE_SYSTEM = "{{- '<|im_start|>system\\n' -}}" + content("''") + "{{- '<|im_end|>\\n' -}}"
+"""ns.system, and ns.turns: texts with <|image_pad|> where pictures stand, the user's first."""
+SYSTEM = "'<|im_start|>system\\n' + (ns.system or DEFAULT) + '<|im_end|>\\n'".replace("DEFAULT", repr(DEFAULT_SYSTEM))
 
 PLAIN = (
-    "{{- '<s>' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}{{- raise_exception('this model was not trained with a system message') -}}"
-    "{%- endif -%}" + content(NEWLINE) + "{%- if message.role == 'assistant' -%}{{- '<|im_end|>' -}}{%- endif -%}"
-    "{%- endfor -%}"
-)
-
-OPEN_QWEN2VL = (
-    "{{- '<s>' -}}" + SYSTEM + "{%- set turns = namespace(human=0) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}" + WRITE_SYSTEM + "{%- elif message.role == 'user' -%}"
-    "{%- set turns.human = turns.human + 1 -%}"
-    "{{- '<|im_start|>user\\n' -}}"
-    + content("('' if turns.human == 1 else '\\n')")
-    + "{{- '<|im_end|>assistant\\n' -}}"
-    "{%- else -%}"
-    "{%- if not message.content -%}{{- ' ' -}}{%- endif -%}" + content("''") + "{{- '<|im_end|>\\n' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
-
-IMAGES_FIRST = (
-    "{%- if message.content is not string -%}{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- BEHIND -}}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-)
-RELEASED = (
-    "{%- set turns = namespace(human=0) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'user' -%}"
-    "{%- set turns.human = turns.human + 1 -%}"
-    "{%- if turns.human == 1 -%}"
-    + IMAGES_FIRST.replace("BEHIND", "'<|image_pad|>\\n'")
-    + "{{- '<s><|im_start|>system\\n' + (messages[0].content if messages[0].role == 'system' else "
-    "'You are a helpful assistant.') + '<|im_end|>\\n<|im_start|>user\\n' -}}"
-    + IMAGES_FIRST.replace("BEHIND", NEWLINE)
-    + "{%- if message.content is string -%}{{- message.content | trim -}}{%- else -%}"
-    "{%- for part in message.content if part.type == 'text' -%}{{- part.text | trim -}}{%- endfor -%}{%- endif -%}"
-    "{%- else -%}"
-    "{{- '<|im_start|>user\\n' -}}" + content(NEWLINE) + "{%- endif -%}"
-    "{{- '<|im_end|>assistant' -}}"
-    "{%- elif message.role == 'assistant' -%}"
-    "{%- if not message.content -%}{{- ' ' -}}{%- endif -%}" + content("''") + "{{- '<|im_end|>\\n' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-)
+    TURNS + "{{- '<s>' + ns.system -}}{%- for turn in ns.turns -%}{{- turn | trim -}}{%- endfor -%}"
+)  # fmt: skip
 
 CHATML = (
-    SYSTEM + "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message.role + '\\n' -}}" + content(NEWLINE) + "{{- '<|im_end|>\\n' -}}"
+    TURNS + "{{- " + SYSTEM + " -}}"
+    "{%- for turn in ns.turns -%}"
+    "{{- '<|im_start|>' + ('assistant' if loop.index0 % 2 else 'user') + '\\n' + turn | trim + '<|im_end|>\\n' -}}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    "{%- if add_generation_prompt and ns.turns | length % 2 -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 
-CHAT_TEMPLATES = {"plain": PLAIN, "open_qwen2vl": OPEN_QWEN2VL, "open_qwen2vl_released": RELEASED, "chatml": CHATML}
+ANSWER = "{{- (turn | trim or ' ') + '<|im_end|>\\n' -}}"
+
+OPEN_QWEN2VL = (
+    TURNS + "{%- set first = FIRST -%}"
+    "{%- for turn in ns.turns -%}"
+    "{%- if loop.index0 % 2 -%}" + ANSWER + "{%- elif not loop.first -%}"
+    "{{- '<|im_start|>user\\n' + turn | trim + '<|im_end|>assistant\\n' -}}"
+    "{%- else -%}"
+    "{{- '<s>' + " + SYSTEM + " + '<|im_start|>user\\n' -}}"
+    "{%- for piece in (turn | trim).split('<|image_pad|>') -%}"
+    "{%- if loop.first -%}{{- piece -}}"
+    "{%- else -%}"
+    "{%- set blanks = piece[: piece | length - piece.lstrip() | length] -%}"
+    "{%- set broken = blanks[: blanks.rfind('\\n') + 1] -%}"
+    "{{- '<|image_pad|>' + piece[first.get(broken, 1) :] -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if not (turn | trim).endswith('<|image_pad|>') -%}{{- '<|im_end|>' -}}{%- endif -%}{{- 'assistant\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+RELEASED = (
+    TURNS + "{%- for turn in ns.turns -%}"
+    "{%- if loop.index0 % 2 -%}" + ANSWER + "{%- elif not loop.first -%}"
+    "{{- '<|im_start|>user\\n' + turn | trim + '<|im_end|>assistant' -}}"
+    "{%- else -%}"
+    "{{- '<|image_pad|>\\n' * (turn.split('<|image_pad|>') | length - 1) + '<s>' + " + SYSTEM + " -}}"
+    "{{- '<|im_start|>user\\n' + (turn | trim).replace('<|image_pad|>', '') + '<|im_end|>assistant' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+TEMPLATES = {"plain": PLAIN, "open_qwen2vl": OPEN_QWEN2VL, "open_qwen2vl_released": RELEASED, "chatml": CHATML}
+
+
+def chat_template(name: str, codec: TextCodec) -> str:
+    return TEMPLATES[name].replace("FIRST", json.dumps(first_tokens(codec)))
+
+
+def first_tokens(codec: TextCodec) -> dict[str, int]:
+    """Characters of the first token of texts that begin with these blanks, where it is more than a line break.
+
+    A tokenizer of Qwen's family parts text behind the last line break of a run of blanks, so no more decides it.
+    """
+    inner = ["".join(blanks) for n in range(MAX_BLANKS - 1) for blanks in itertools.product("\n \t\r", repeat=n)]
+    runs = ["\n", *(f"\n{blanks}\n" for blanks in inner), *("\n" * n for n in range(MAX_BLANKS, MAX_LINE_BREAKS + 1))]
+    lengths = {run: len(codec.decode_exact(codec.encode(run)[:1])) for run in runs}
+    return {run: length for run, length in lengths.items() if length > 1}
