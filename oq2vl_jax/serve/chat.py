@@ -1,14 +1,16 @@
 """The OpenAI chat-completions format: a request's JSON to a prompt with images, a reply to JSON.
 
 What is understood: messages (system, user, assistant; text and image_url parts), max_tokens or max_completion_tokens,
-temperature (default 0, not 1: the reply of an evaluation), top_p, top_k, seed, stop, stream, stream_options. n other
-than 1, tools and logprobs are refused; other fields are ignored, as clients send many.
+temperature (default 0, not 1: the reply of an evaluation), top_p, top_k, seed, stop, n, stream, stream_options. What
+would change a reply and is not done is refused by name; other fields are ignored, as clients send many. docs/server.md
+has them field by field, and the bounds.
 """
 
 import base64
 import binascii
 import json
 import random
+import re
 import time
 import uuid
 from pathlib import Path
@@ -22,16 +24,33 @@ from oq2vl_jax.eval.reply import Reply, SamplingOptions
 
 DEFAULT_NEW_TOKENS = 512
 MAX_IMAGES = 32
-MAX_STOPS = 16
-REFUSED_FIELDS = ("tools", "functions", "logprobs", "top_logprobs", "response_format", "audio")
+MAX_MESSAGES = 1024
+MAX_PARTS = 1024
+"""Of all messages together."""
+MAX_CHARACTERS_PER_TOKEN = 16
+"""Of the context, for all texts together, before any is tokenised; English has 4."""
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 256
+MAX_FILE_BYTES = 20 * 2**20
+"""Of a picture below --allow-files."""
+MAX_CHOICES = 8
+BLANKS = str.maketrans("", "", " \t\n\r\f")
+REFUSED_FIELDS = (
+    "tools", "functions", "logprobs", "top_logprobs", "audio", "prediction", "web_search_options", "best_of",
+    "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "min_p", "min_tokens", "ignore_eos",
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "suffix", "echo",
+    "use_beam_search", "length_penalty", "stop_token_ids", "bad_words", "prompt_logprobs",
+)  # fmt: skip
+"""What would change the reply and is not done, where it is not at the value that means nothing."""
+OF_NO_EFFECT = {"repetition_penalty": (1,), "best_of": (1,), "length_penalty": (1,)}
 
 
 class RequestError(Exception):
-    """What a client did wrong: one sentence, and the HTTP status."""
+    """What a client did wrong: one sentence, the HTTP status, and OpenAI's code and parameter where there is one."""
 
-    def __init__(self, message: str, status: int = 400):
+    def __init__(self, message: str, status: int = 400, code: str | None = None, parameter: str | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.code, self.parameter = status, code, parameter
 
 
 class ChatRequest(NamedTuple):
@@ -49,57 +68,114 @@ def parse_request(
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from error
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "it nests too deeply or is no UTF-8"
+        raise RequestError(f"the body is not valid JSON: {reason}") from error
     if not isinstance(fields, dict):
         raise RequestError("the body must be a JSON object")
-    refused = [name for name in REFUSED_FIELDS if fields.get(name)]
-    if refused == ["response_format"] and fields["response_format"] == {"type": "text"}:
-        refused = []
-    if refused or fields.get("n") not in (None, 1):
-        raise RequestError(f"{refused[0] if refused else 'n other than 1'} is not supported")
+    check_fields(fields, model_name)
+    check_size(fields.get("messages"), max_context)
     turns, system, images = read_messages(fields.get("messages"), files_root)
     prompt = generator.encode_turns(turns, system)
     room = max_context - len(prompt)
     if room < 1:
         raise RequestError(
-            f"the messages are {len(prompt)} tokens with {len(images)} images of "
-            f"{generator.model_config.num_visual_tokens}; this server takes {max_context} with the reply"
+            f"the messages are {len(prompt):,} tokens with the {generator.model_config.num_visual_tokens} of each of "
+            f"{len(images)} images; this server takes {max_context} with the reply",
+            code="context_length_exceeded",
         )
     stream_options = fields.get("stream_options")
     return ChatRequest(
         Request(prompt, images),
         read_options(fields, room),
-        str(fields.get("model") or model_name).encode("utf-8", "replace").decode(),
+        model_name,
         bool(fields.get("stream")),
         isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
     )
 
 
+def check_fields(fields: dict[str, Any], model_name: str) -> None:
+    """Raises RequestError for a field that would change the reply and is not done, and for another model."""
+    model = fields.get("model")
+    if model not in (None, "", model_name):
+        raise RequestError(
+            f"the model {str(model)[:80]!r} is not served here; {model_name!r} is", 404, "model_not_found", "model"
+        )
+    for name in REFUSED_FIELDS:
+        if fields.get(name) and fields[name] not in OF_NO_EFFECT.get(name, ()):
+            raise RequestError(f"{name} is not supported; leave it out", parameter=name)
+    if fields.get("response_format") not in (None, {"type": "text"}):
+        raise RequestError("response_format is not supported; leave it out", parameter="response_format")
+    if fields.get("tool_choice") not in (None, "none", "auto") or fields.get("function_call") not in (None, "none"):
+        raise RequestError("tool_choice is not supported; leave it out", parameter="tool_choice")
+    if fields.get("modalities") not in (None, ["text"]):
+        raise RequestError("replies are text; leave modalities out", parameter="modalities")
+    choices = fields.get("n")
+    if choices is not None and (type(choices) is not int or not 1 <= choices <= MAX_CHOICES):
+        raise RequestError(f"n must be 1 to {MAX_CHOICES}", parameter="n")
+
+
+def check_size(messages: Any, max_context: int) -> None:
+    """Raises RequestError for more than is looked at. Before any picture is decoded or text tokenised."""
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("messages must be a list of at least one message", parameter="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"{len(messages):,} messages, at most {MAX_MESSAGES:,} are taken", parameter="messages")
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if len(parts) > MAX_PARTS:
+        raise RequestError(f"{len(parts):,} parts, at most {MAX_PARTS:,} are taken", parameter="messages")
+    texts = [*contents, *(part.get("text") for part in parts if isinstance(part, dict))]
+    num_characters, most = sum(len(x) for x in texts if isinstance(x, str)), MAX_CHARACTERS_PER_TOKEN * max_context
+    if num_characters > most:
+        raise RequestError(
+            f"{num_characters:,} characters of text, at most {most:,} are looked at here", 400,
+            "context_length_exceeded", "messages",
+        )  # fmt: skip
+
+
 def read_options(fields: dict[str, Any], room: int) -> SamplingOptions:
     """room: tokens left for the reply."""
-    wanted = fields.get("max_completion_tokens") or fields.get("max_tokens") or min(DEFAULT_NEW_TOKENS, room)
-    stop = fields.get("stop") or ()
-    if not isinstance(stop, str | list | tuple) or (len(stop) > MAX_STOPS and not isinstance(stop, str)):
-        raise RequestError(f"stop must be a text or a list of at most {MAX_STOPS}")
+    name = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
+    wanted = number(fields, name, int, min(DEFAULT_NEW_TOKENS, room))
+    if wanted < 1:
+        raise RequestError(f"{name} must be at least 1, got {wanted}", parameter=name)
+    seed = number(fields, "seed", int, None)
     try:
-        temperature = float(fields.get("temperature") or 0)
-        seed = fields.get("seed")
         return SamplingOptions(
-            max_new_tokens=min(int(wanted), room),
-            temperature=temperature,
-            top_p=float(1 if fields.get("top_p") is None else fields["top_p"]),
-            top_k=max(0, int(fields.get("top_k") or 0)),
-            seed=random.randrange(2**31) if seed is None else int(seed) % 2**31,
-            stop=(stop,) if isinstance(stop, str) else tuple(str(text) for text in stop),
+            max_new_tokens=min(wanted, room),
+            temperature=number(fields, "temperature", float, 0.0),
+            top_p=number(fields, "top_p", float, 1.0),
+            top_k=max(0, number(fields, "top_k", int, 0)),
+            seed=random.randrange(2**31) if seed is None else seed % 2**31,
+            stop=read_stops(fields.get("stop")),
         )
-    except (TypeError, ValueError, OverflowError) as error:  # UserError among them
+    except ValueError as error:  # UserError among them
         raise RequestError(str(error)) from error
+
+
+def number(fields: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = fields.get(name)
+    if value is None:
+        return default
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{name} must be a number, got {str(value)[:40]!r}", parameter=name) from error
+
+
+def read_stops(stop: Any) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else stop or []
+    is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not is_list or not all(isinstance(text, str) and len(text) <= MAX_STOP_CHARACTERS for text in stops):
+        raise RequestError(
+            f"stop must be a text or a list of at most {MAX_STOPS}, each of at most {MAX_STOP_CHARACTERS} characters",
+            parameter="stop",
+        )
+    return tuple(stops)
 
 
 def read_messages(messages: Any, files_root: Path | None) -> tuple[list[str], str | None, list[bytes]]:
     """(turns with <image> where pictures stand, human first and last; system message; pictures in order)."""
-    if not isinstance(messages, list) or not messages:
-        raise RequestError("messages must be a list of at least one message")
     num_images = sum(count_images(message) for message in messages)
     if num_images > MAX_IMAGES:  # before the first is decoded
         raise RequestError(f"{num_images} images, at most {MAX_IMAGES}")
@@ -135,27 +211,25 @@ def count_images(message: Any) -> int:
 
 
 def read_content(content: Any, i: int, files_root: Path | None) -> tuple[str, list[bytes]]:
-    """Text with <image> in place of the pictures; a marker that the client wrote as text is none."""
+    """Text with <image> in place of the pictures; a marker that the client wrote as text, over one part or several, is
+    none."""
     if content is None:
         return "", []
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise RequestError(f"message {i}: content must be text or a list of parts")
-    text, images = "", []
+    text, written, images = "", "", []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"].replace(IMAGE, IMAGE_IN_TEXT)
+            written += part["text"]
         elif kind == "image_url":
-            url = part.get("image_url")
-            url = url.get("url") if isinstance(url, dict) else url
-            if not isinstance(url, str):
-                raise RequestError(f"message {i}: image_url needs a url")
-            images.append(read_image(url, f"message {i}", files_root))
-            text += f"{IMAGE}\n"
+            images.append(read_image(image_url(part, i), f"message {i}", files_root))
+            text, written = f"{text}{as_text(written)}{IMAGE}\n", ""
         else:
             problem = "the text of a text part must be a string" if kind == "text" else None
             raise RequestError(f"message {i}: {problem or f'parts are text or image_url, got {str(kind)[:40]!r}'}")
+    text += as_text(written)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -163,17 +237,24 @@ def read_content(content: Any, i: int, files_root: Path | None) -> tuple[str, li
     return text, images
 
 
+def as_text(written: str) -> str:
+    return written.replace(IMAGE, IMAGE_IN_TEXT)
+
+
+def image_url(part: dict[str, Any], i: int) -> str:
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
+    if not isinstance(url, str):
+        raise RequestError(f"message {i}: image_url needs a url")
+    return url
+
+
 def read_image(url: str, where: str, files_root: Path | None) -> bytes:
     """The bytes of a data URL, or of a local file where the server allows it; they decode."""
-    if url.startswith("data:"):
-        head, comma, payload = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise RequestError(f"{where}: a data URL must be data:image/...;base64,...")
-        try:
-            data = base64.b64decode(payload, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RequestError(f"{where}: the image's base64 is broken: {error}") from error
-    elif url.startswith("file://") or "://" not in url:
+    scheme = url[:8].partition(":")[0].lower() if ":" in url[:8] else ""
+    if scheme == "data":
+        data = read_data_url(url, where)
+    elif scheme == "file" or "://" not in url:
         data = read_local_image(url, where, files_root)
     else:
         raise RequestError(f"{where}: {url.partition('://')[0][:20]} images are not fetched; send a data URL")
@@ -184,13 +265,28 @@ def read_image(url: str, where: str, files_root: Path | None) -> bytes:
     return data
 
 
+def read_data_url(url: str, where: str) -> bytes:
+    """As the URL standard reads them: any case, percent-encoding, blanks and line breaks, with or without padding."""
+    head, comma, payload = url.partition(",")
+    if not comma or not head.lower().rstrip().endswith("base64") or ";" not in head:
+        raise RequestError(f"{where}: a data URL must be data:image/...;base64,...")
+    payload = unquote(payload) if "%" in payload else payload
+    payload = payload.translate(BLANKS).rstrip("=")
+    try:
+        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{where}: the image's base64 is broken; encode it again") from error
+
+
 def read_local_image(url: str, where: str, files_root: Path | None) -> bytes:
-    path = Path(unquote(url.removeprefix("file://")))
+    path = Path(unquote(re.sub("^file://", "", url, flags=re.IGNORECASE)))
     if files_root is None:
         raise RequestError(f"{where}: local files are not served here (--allow-files DIR allows a folder)")
     try:
         resolved = (files_root / path).resolve()
         if resolved.is_relative_to(files_root.resolve()) and resolved.is_file():
+            if resolved.stat().st_size > MAX_FILE_BYTES:
+                raise RequestError(f"{where}: the file has more than {MAX_FILE_BYTES:,} bytes")
             return resolved.read_bytes()
     except (ValueError, OSError):  # names no file can have: too long, with a NUL
         pass
@@ -234,6 +330,9 @@ def new_identity() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
 
 
-def error_body(message: str, status: int) -> dict[str, Any]:
+def error_body(
+    message: str, status: int, code: str | None = None, parameter: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """OpenAI's error object; its clients take the status from HTTP and `code` as a word."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": status}}
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}

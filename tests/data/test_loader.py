@@ -180,5 +180,5 @@ def test_a_row_whose_image_does_not_decode_names_the_sample(tmp_path, packed):
     manifest["files"][0]["rows"] = 1
     (broken / "manifest.json").write_text(json.dumps(manifest))
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"image 0 of the row of sample-17: image_undecodable"):
+        with pytest.raises(UserError, match=r"image 0 of the row of sample-17: it is damaged or none of"):
             take(make_loader(data_config([str(broken)], num_workers=workers), MODEL, 1, seed=0), 1)

@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_looks_whole(
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         assert "File too large" in done.stderr
-        assert "what was whole before is still whole" in done.stderr
+        assert "what was whole is still whole" in done.stderr
         subprocess.run([sys.executable, "-m", module, *arguments], check=True)  # with room again, the same command
     assert digests(tmp_path) == expected
 

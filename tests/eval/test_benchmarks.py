@@ -153,7 +153,7 @@ def test_damaged_and_missing_files_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"POPE\.tsv: record 1 has another number of cells than the header"):
         read(tmp_path, "pope")
     (tmp_path / "POPE.tsv").write_text("index\tquestion\tanswer\timage\n1\tIs it?\tYes\taGk")
-    with pytest.raises(UserError, match="does not end in a line break; is it cut off"):
+    with pytest.raises(UserError, match="does not end in a line break; fetch it again"):
         read(tmp_path, "pope")
     (tmp_path / "POPE.tsv").write_text("index\tquestion\tanswer\timage\n1\tIs it?\tYes\t7\n")
     with pytest.raises(UserError, match="row 1: its image is that of row 7, which holds none"):

@@ -110,7 +110,7 @@ def test_an_image_that_does_not_decode_counts_as_wrong_and_is_listed(checkpoint,
     assert result["num_items"] == 6
     lines = [json.loads(line) for line in (tmp_path / "out/easy_vqa/predictions.jsonl").open()]
     assert lines[2]["score"] == 0
-    assert "image_undecodable" in lines[2]["image_problem"]
+    assert "it is damaged or none of" in lines[2]["image_problem"]
 
 
 def test_results_of_other_settings_are_not_mixed(checkpoint, data, tmp_path):
