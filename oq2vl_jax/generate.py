@@ -5,12 +5,14 @@
 
 A request is {"prompt": text, "image": path or list of paths, relative to the file, ...}; a prediction is the request
 with "reply" and "finish_reason" added. Requests are answered in batches of similar length; the order of the file is
-kept. The reply to a single prompt is printed as it is written.
+kept. Predictions are written as they come, and the same command goes on where it was ended. The reply to a single
+prompt is printed as it is written.
 """
 
+import dataclasses
 import functools
+import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, parse
 from oq2vl_jax.config import Template
-from oq2vl_jax.data.paths import check_local
+from oq2vl_jax.data.paths import check_local, file_version, whole_output
 from oq2vl_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -86,17 +88,17 @@ def read_requests(path: str) -> list[dict]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--requests {path}: no such file.")
-    if not file.stat().st_size:
-        raise UserError(f"--requests {path}: the file is empty; write one JSON request a line.")
     requests, problems = [], []
     try:
-        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--requests {path}: not UTF-8: {error}.") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             request = json.loads(line)
-            images = request.get("image", [])
+            images = request.get("image") or []
             images = [images] if isinstance(images, str) else list(images)
             if not isinstance(request["prompt"], str) or not all(isinstance(image, str) for image in images):
                 raise TypeError("prompt or image is not a string")
@@ -109,6 +111,8 @@ def read_requests(path: str) -> list[dict]:
         images = [str(file.parent / image) for image in images]
         problems += [f"line {number}: {why}" for image in images if (why := image_problem(image))]
         requests.append({**request, "image": images})
+    if not requests and not problems:
+        raise UserError(f"--requests {path}: the file is empty; write one JSON request a line.")
     if problems:
         raise UserError(
             f"--requests {path}: {'; '.join(problems[:3])}"
@@ -144,9 +148,21 @@ def check(config: GenerateConfig) -> None:
         raise UserError(f"--out {config.out}: its folder does not exist.")
     if config.out is not None and Path(config.out).is_dir():
         raise UserError(f"--out {config.out}: is a folder; give a file.")
+    for name, text in (("--prompt", config.prompt), *(("--stop", text) for text in config.stop)):
+        if text is not None and not is_utf8(text):
+            raise UserError(f"{name} is no UTF-8; is the terminal or script set to another encoding?")
     missing = [image for image in config.image if not Path(image).is_file()]
     if missing:
         raise UserError(f"--image {missing[0]}: no such file.")
+
+
+def is_utf8(text: str) -> bool:
+    """False for an argument with bytes that are none, which Python holds as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -178,17 +194,59 @@ def main() -> None:
 def write_predictions(
     generator: "Generator", requests: list[dict], options: "SamplingOptions", config: GenerateConfig
 ) -> None:
+    """OUT holds the predictions in the order of the requests when all are there; OUT.partial those so far, in the order
+    in which they came. The same command goes on from there."""
     from rich.console import Console
     from rich.progress import track
 
-    predictions = answer_requests(generator, requests, options, config.batch_size)
+    partial = Path(f"{config.out}.partial")
+    settings = settings_of(generator, requests, options)
+    answered = predictions_so_far(partial, settings)
+    left = [i for i in range(len(requests)) if i not in answered]
+    if answered:
+        print(f"{len(answered):,} of {len(requests):,} were answered before", file=sys.stderr)
+    predictions = answer_requests(generator, [requests[i] for i in left], options, config.batch_size)
     if sys.stderr.isatty():
-        predictions = track(predictions, "answering", total=len(requests), console=Console(stderr=True))
-    answered = dict(predictions)
-    partial = f"{config.out}.partial"
-    Path(partial).write_text("".join(json.dumps(answered[i]) + "\n" for i in range(len(requests))))
-    os.replace(partial, str(config.out))
+        predictions = track(predictions, "answering", total=len(left), console=Console(stderr=True))
+    with partial.open("a" if answered else "w") as stream:
+        if not answered:
+            stream.write(json.dumps({"settings": settings}) + "\n")
+        for k, prediction in predictions:
+            answered[left[k]] = prediction
+            stream.write(json.dumps({"number": left[k], "prediction": prediction}) + "\n")
+            stream.flush()
+    with whole_output(str(config.out)) as whole:
+        whole.write_text("".join(json.dumps(answered[i]) + "\n" for i in range(len(requests))))
+    partial.unlink()
     print(f"{len(requests)} replies written to {config.out}")
+
+
+def settings_of(generator: "Generator", requests: list[dict], options: "SamplingOptions") -> str:
+    """Identity of what the predictions depend on; the pictures count by size and time of change."""
+    pictures = {path: file_version(path) for request in requests for path in request["image"]}
+    values = [
+        generator.checkpoint,
+        generator.template,
+        generator.dtype,
+        dataclasses.asdict(options),
+        requests,
+        pictures,
+    ]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def predictions_so_far(partial: Path, settings: str) -> dict[int, dict]:
+    from oq2vl_jax.eval.jsonl import read_whole_lines
+
+    try:
+        head, *lines = read_whole_lines(partial) or [{}]
+        found = {line["number"]: line["prediction"] for line in lines}
+    except (ValueError, KeyError, TypeError):
+        head, found = {}, {}
+    if partial.exists() and head != {"settings": settings}:
+        print(f"{partial} is of other requests or settings, and is begun anew", file=sys.stderr)
+        return {}
+    return found
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ class TextCodec:
         """
         if template == "plain":
             texts = [system or "", *(turn.strip() for turn in turns)]
-            encoded = self._encode_items([self.special.bos, *split_at_images("".join(texts))])
+            pieces = [piece for text in texts for piece in split_at_images(text)]
+            encoded = self._encode_items([self.special.bos, *pieces])
         else:
             encoded = []
             for i, text in enumerate(turns):

@@ -4,6 +4,7 @@ Two profiles, always named beside a number: `official` is what leaderboards mean
 arXiv 2504.00595 computed (raw prompts, laxer matching). docs/evaluation.md lists the rules and where they differ.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -32,6 +33,8 @@ class Item:
     choices: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     categories: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+    """Why the row cannot be asked or judged; it counts as wrong and is named."""
 
 
 class Prompt(NamedTuple):
@@ -77,36 +80,45 @@ def choices_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
 
 
 def check_answers(task: str, items: list[Item]) -> list[Item]:
-    """The items. Raises UserError for an answer that is none of the options, and for an index that stands twice."""
-    wrong = [item for item in items if item.choices and item.answer not in item.choices]
-    if wrong:
-        raise UserError(
-            f"{task}: the answer of row {wrong[0].index} is {wrong[0].answer!r}, its options are "
-            f"{', '.join(wrong[0].choices)} ({len(wrong)} such rows)."
-        )
-    seen: set[str] = set()
-    double = next((item.index for item in items if item.index in seen or seen.add(item.index)), None)
-    if double is not None:
-        raise UserError(f"{task}: the index {double} stands in two rows.")
-    return items
+    """The items, those with a problem that can never be right: an answer that is none of the options, an index that
+    stands twice. Raises UserError where no row is left."""
+    seen: dict[str, int] = {}
+    checked = []
+    for item in items:
+        number = seen[item.index] = seen.get(item.index, 0) + 1
+        if item.choices and item.answer not in item.choices:
+            problem = f"the answer is {item.answer!r}, the options are {', '.join(item.choices)}"
+            item = dataclasses.replace(item, problem=item.problem or problem)
+        if number > 1:
+            problem = f"the index {item.index} stands in an earlier row as well"
+            item = dataclasses.replace(item, index=f"{item.index} ({number})", problem=problem)
+        checked.append(item)
+    if items and all(item.problem for item in checked):
+        raise UserError(f"{task}: no row can be asked; row {checked[0].index}: {checked[0].problem}.")
+    return checked
 
 
-def options_text(choices: dict[str, str]) -> str:
-    return "".join(f"\n{letter}. {text}" for letter, text in choices.items())
+def options_text(choices: dict[str, str], have_pictures: bool = False) -> str:
+    """have_pictures: <image> in them stands for one; else it is what an option says."""
+    texts = choices if have_pictures else {letter: without_markers(text) for letter, text in choices.items()}
+    return "".join(f"\n{letter}. {text}" for letter, text in texts.items())
 
 
 def chat_prompt(item: Item, question: str, instruction: str, max_new_tokens: int = 64) -> Prompt:
-    """The official form: a turn of a conversation, pictures first where the question does not place them."""
-    images = "" if IMAGE in question else f"{IMAGE}\n" * len(item.images)
-    text = f"{images}{question}{options_text(item.choices)}\n{instruction}"
-    return Prompt(text, max_new_tokens, options=())
+    """The official form: a turn of a conversation, pictures first where neither question nor options place them."""
+    return Prompt(f"{placed(item, question)}\n{instruction}", max_new_tokens)
 
 
 def raw_prompt(item: Item, question: str, instruction: str) -> Prompt:
     """The published harness's form: a plain completion of few tokens that stops at punctuation."""
-    images = "" if IMAGE in question else f"{IMAGE}\n" * len(item.images)
-    text = f"{images}{question}{options_text(item.choices)}\n{instruction}\nAnswer:"
+    text = f"{placed(item, question)}\n{instruction}\nAnswer:"
     return Prompt(text, PUBLISHED_NEW_TOKENS, PUBLISHED_STOPS, is_raw=True)
+
+
+def placed(item: Item, question: str) -> str:
+    """Question and options with the pictures in their places, or before them."""
+    text = question + options_text(item.choices, item.facts.get("has_placed_pictures", False))
+    return text if IMAGE in text else f"{IMAGE}\n" * len(item.images) + text
 
 
 def without_markers(text: str) -> str:

@@ -8,19 +8,25 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from oq2vl_jax.data.images import ImageError, check_image
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt
+from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt, check_answers
 from oq2vl_jax.eval.benchmarks import BENCHMARKS
 from oq2vl_jax.eval.eval_config import EvalConfig
 from oq2vl_jax.eval.generator import Generator, Request
+from oq2vl_jax.eval.jsonl import read_whole_lines
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.eval.report import task_results, write_mistakes, write_results
-from oq2vl_jax.eval.tables import find_files, read_table, sha256_of
+from oq2vl_jax.eval.tables import Table, find_files, read_table, sha256_of
+
+ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError)
+"""What a cell of another kind than expected can raise while a row is read."""
+
+INDEX_COLUMNS = ("index", "id", "question_id", "pid")
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -37,16 +43,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         items = evenly_spaced(read_items(name, files), config.limit)
         benchmark, folder = BENCHMARKS[name], Path(config.out) / name
         settings = run_settings(config, generator, files)
-        unreadable = {item.index: problem for item in items if (problem := image_problem(item))}
-        predictions = predict(benchmark, items, unreadable, generator, config, settings, folder)
+        bad_rows = {item.index: item.problem for item in items if item.problem}
+        unreadable = {item.index: why for item in items if not item.problem and (why := image_problem(item))}
+        unusable = unreadable | bad_rows
+        predictions = predict(benchmark, items, unusable, generator, config, settings, folder)
         judgements = [
             Judgement(0.0, None)
-            if item.index in unreadable
+            if item.index in unusable
             else benchmark.judge(item, predictions[item.index], config.profile)
             for item in items
         ]
-        results[name] = task_results(benchmark, items, judgements, settings, unreadable)
-        write_predictions(folder, items, judgements, predictions, unreadable)
+        results[name] = task_results(benchmark, items, judgements, settings, unreadable, bad_rows)
+        write_predictions(folder, items, judgements, predictions, unusable)
         write_mistakes(folder / "mistakes.html", benchmark, items, judgements, predictions, results[name])
         print(summary_line(name, results[name]), flush=True)
     write_results(Path(config.out), results)
@@ -54,18 +62,30 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def read_items(name: str, files: list[Path]) -> list[Item]:
-    """Raises UserError for files whose columns are there and hold something else than they should."""
+    """Rows that hold something else than they should become items with a problem. Raises UserError where none is left,
+    and for columns that are missing."""
+    table, read = read_table(name, files), BENCHMARKS[name].read
     try:
-        items = BENCHMARKS[name].read(read_table(name, files))
+        items = read(table)
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{name}: a row of {files[0]} holds a value of another kind than expected: {type(error).__name__}: {error}."
-        ) from error
+    except ROW_ERRORS:
+        items = check_answers(
+            name, [item for i, row in enumerate(table.rows, 1) for item in read_row(read, table, row, i)]
+        )
     if not items:
         raise UserError(f"{name}: {files[0]} has no questions of this benchmark.")
     return items
+
+
+def read_row(read: Callable[[Table], list[Item]], table: Table, row: dict[str, Any], number: int) -> list[Item]:
+    numbered = row if set(row) & set(INDEX_COLUMNS) else row | {"index": number - 1}
+    try:
+        return read(table._replace(rows=[numbered]))
+    except (UserError, *ROW_ERRORS) as error:
+        index = next((str(row[name]) for name in INDEX_COLUMNS if row.get(name)), f"row {number}")
+        why = str(error).rstrip(".") if isinstance(error, UserError) else "a cell holds a value of another kind"
+        return [Item(index, "", [], None, problem=why)]
 
 
 def evenly_spaced(items: list[Item], limit: int | None) -> list[Item]:
@@ -117,7 +137,7 @@ def predict(
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder, settings)
     file = folder / "replies.jsonl"
-    replies = read_whole_lines(file)
+    replies = {line["index"]: line["reply"] for line in read_whole_lines(file)}
     asked = [item for item in items if item.index not in unreadable]
     batches = plan(benchmark, asked, generator, config)
     with file.open("a") as stream:
@@ -146,19 +166,6 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     partial = folder / "settings.json.partial"
     partial.write_text(json.dumps(settings, indent=2) + "\n")
     partial.replace(file)
-
-
-def read_whole_lines(file: Path) -> dict[str, str]:
-    """Replies written so far; a last line that a kill cut off is removed from the file."""
-    if not file.exists():
-        return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with file.open("r+b") as stream:
-            stream.truncate(len(whole))
-    lines = [json.loads(line) for line in whole.splitlines()]
-    return {line["index"]: line["reply"] for line in lines}
 
 
 def plan(
@@ -248,6 +255,7 @@ def summary_line(name: str, result: dict[str, Any]) -> str:
         f"[{100 * low:.1f}, {100 * high:.1f}] of {result['num_units']:,}"
     )
     notes = [f"unparsed {100 * result['unparsed_rate']:.1f} %"] if result["unparsed_rate"] else []
+    notes += [f"{len(result['bad_rows'])} rows that cannot be asked"] if result["bad_rows"] else []
     notes += [f"{len(result['unreadable_images'])} with unreadable images"] if result["unreadable_images"] else []
     notes += [f"limited to {result['num_items']:,} items"] if result["limit"] else []
     return line + "".join(f", {note}" for note in notes)

@@ -42,36 +42,44 @@ class Reply(NamedTuple):
 
 
 class ReplyText:
-    """One reply while it is written: tokens to text, stop tokens, stop texts, and what may be shown already."""
+    """One reply while it is written: tokens to text, stop tokens, stop texts, and what may be shown already.
+
+    Every call decodes and searches what is new alone, so that a long reply costs no more by the token than a short one.
+    """
 
     def __init__(self, codec: TextCodec, stop_tokens: set[int], options: SamplingOptions):
         self._codec, self._stops, self._options = codec, stop_tokens, options
         self.tokens: list[int] = []
         self.text, self.is_done, self._finish_reason, self._num_shown = "", False, "length", 0
+        self._num_whole, self._whole, self._searched_from = 0, "", 0
+        """Tokens whose text ends with a whole character, that text, and how much of it was searched before."""
 
     def add(self, tokens: list[int]) -> None:
         """New tokens; those after the end of the reply are not taken."""
         for token in tokens:
             if self.is_done:
-                break
+                return
             if token in self._stops:
                 self.is_done, self._finish_reason = True, "stop"
-            else:
-                self.tokens.append(token)
-                self.is_done = len(self.tokens) >= self._options.max_new_tokens
-        self.text = self._codec.decode(self.tokens)
-        if self._stop_place(self.text) is not None:
-            num_tokens = next(
-                n for n in range(1, len(self.tokens) + 1) if self._stop_place(self._codec.decode(self.tokens[:n]))
-                is not None
-            )  # fmt: skip
-            self.tokens = self.tokens[:num_tokens]
-            self.text = self.text[: self._stop_place(self.text)]
-            self.is_done, self._finish_reason = True, "stop"
+                return
+            self.tokens.append(token)
+            self._decode()
+            place = self._stop_place()
+            if place is not None:
+                self.text = self.text[:place]
+                self.is_done, self._finish_reason = True, "stop"
+            self.is_done = self.is_done or len(self.tokens) >= self._options.max_new_tokens
 
-    def _stop_place(self, text: str) -> int | None:
-        """Where the first stop text begins, or None."""
-        return min((place for stop in self._options.stop if (place := text.find(stop)) >= 0), default=None)
+    def _decode(self) -> None:
+        self.text = self._whole + self._codec.decode(self.tokens[self._num_whole :])
+        if not self.text.endswith(BROKEN_CHARACTER):
+            self._searched_from = len(self._whole)
+            self._num_whole, self._whole = len(self.tokens), self.text
+
+    def _stop_place(self) -> int | None:
+        """Where the first stop text begins, or None; no earlier than one could that the last token completes."""
+        places = (self.text.find(stop, max(0, self._searched_from - len(stop))) for stop in self._options.stop)
+        return min((place for place in places if place >= 0), default=None)
 
     def new_piece(self) -> str:
         """Text that was not shown yet and that no later token can change: no half characters, no half stop text."""

@@ -13,6 +13,8 @@ from oq2vl_jax.data.page import page, picture, table
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement
 
 NUM_RESAMPLES = 2000
+JOINED = ","
+"""POPE.tsv holds a question of several splits once, as "popular,random"; it counts in each of them."""
 MISTAKES_SHOWN = 60
 SEED = 0
 MISTAKE_STYLE = (
@@ -29,6 +31,7 @@ def task_results(
     judgements: list[Judgement],
     settings: dict[str, Any],
     unreadable: dict[str, str],
+    bad_rows: dict[str, str],
 ) -> dict[str, Any]:
     """What results.json says about one task. Scores and rates are 0..1."""
     units = benchmark.combine(items, judgements, settings["profile"])
@@ -36,7 +39,8 @@ def task_results(
     by_category: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for item, score in units:
         for kind, value in item.categories.items():
-            by_category[kind][value].append(score)
+            for one in value.split(JOINED):
+                by_category[kind][one].append(score)
     return {
         "accuracy": float(scores.mean()),
         "interval_95": bootstrap_interval(scores),
@@ -49,6 +53,7 @@ def task_results(
         },
         "unparsed_rate": sum(judgement.parsed is None for judgement in judgements) / len(judgements),
         "unreadable_images": unreadable,
+        "bad_rows": bad_rows,
         **settings,
     }
 

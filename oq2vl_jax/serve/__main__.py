@@ -9,6 +9,7 @@ Concurrent requests are decoded together. VLMEvalKit and lmms-eval reach a check
 clients.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ class ServeConfig:
     checkpoint: str
     """Run directory (its newest checkpoint) or one checkpoint folder."""
     host: str = "127.0.0.1"
-    """0.0.0.0 serves other machines as well; there is no authentication."""
+    """0.0.0.0 serves other machines as well; give an --api-key then."""
     port: Annotated[int, Between(0, 2**16 - 1)] = 8000
     batch_size: SmallCount = 8
     """Requests decoded together."""
@@ -41,6 +42,12 @@ class ServeConfig:
     """All requests that are being received together; more are answered with status 503."""
     allow_files: str | None = None
     """Folder whose images requests may name by path; none by default."""
+    allow_host: tuple[str, ...] = ()
+    """Names by which the server may be called; bound to loopback, it answers to localhost and its address alone."""
+    allow_origin: tuple[str, ...] = ()
+    """Sites whose pages may ask from a browser, such as https://example.org; "*": any."""
+    api_key: str | None = None
+    """What clients must send as their API key; default: the variable OQ2VL_API_KEY, else none is asked for."""
     template: Template | None = None
     """How conversations are written; default: as the checkpoint's data was."""
 
@@ -71,9 +78,9 @@ def main() -> None:
     config = parse(ServeConfig, prog="python -m oq2vl_jax.serve")
     check(config)
     try:
-        import uvicorn
-
         from oq2vl_jax.serve.app import Server
+        from oq2vl_jax.serve.gate import Admission
+        from oq2vl_jax.serve.http import run_server
     except ImportError as error:
         raise UserError(f"{error.name} is missing; install the extra: pip install 'oq2vl-jax[serve]'.") from error
     from oq2vl_jax.eval.generator import Generator
@@ -82,10 +89,11 @@ def main() -> None:
     check_port(config)
     generator = Generator(config.checkpoint, config.template)
     engine = Engine(generator, config.batch_size, config.max_context, config.max_waiting)
-    name = Path(config.checkpoint).name
-    server = Server(engine, name, config.max_body_mib * MIB, config.max_held_mib * MIB, config.allow_files)
+    name, key = Path(config.checkpoint).name, config.api_key or os.environ.get("OQ2VL_API_KEY")
+    admission = Admission.of(config.host, config.allow_host, config.allow_origin, key)
+    server = Server(engine, name, config.max_body_mib * MIB, config.max_held_mib * MIB, config.allow_files, admission)
     print(f"serving {generator.checkpoint} at http://{config.host}:{config.port}", flush=True)
-    uvicorn.run(server.app(), host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=5)
+    run_server(server.app(), config.host, config.port, engine.drain)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,62 @@
-"""The web application: /v1/chat/completions, /v1/models, /health and a page to try it.
+"""The web application: /v1/chat/completions, /v1/models, /health, /metrics, /version and a page to try it.
 
-Bodies are read up to a limit, and all bodies held at once up to another; parsing and image checks run in two threads,
-so that a large picture does not keep the loop; what clients get wrong is a sentence in OpenAI's form.
+Bodies are read up to a limit, in a limited time, and all bodies held at once up to another; parsing, tokenising and
+image checks run in two threads, so that a large request does not keep the loop; what clients get wrong is a sentence in
+OpenAI's form. docs/server.md has the fields and the bounds.
 """
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from oq2vl_jax.eval.reply import Reply
 from oq2vl_jax.serve import chat
+from oq2vl_jax.serve.answers import error_body, error_response, event
 from oq2vl_jax.serve.chat import ChatRequest, RequestError
-from oq2vl_jax.serve.engine import Engine, EngineFullError, Event, Job
+from oq2vl_jax.serve.engine import SHUTTING_DOWN, Engine, EngineFullError, EngineStoppedError, Event, Job
+from oq2vl_jax.serve.gate import Admission, Gate
+from oq2vl_jax.serve.metrics import Metrics
 
 PAGE = Path(__file__).parent / "page.html"
 NUM_PARSING_THREADS = 2
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often it is looked whether the client of a reply that does not stream is still there."""
+SECONDS_TO_SEND = 30
+"""For a body, whatever its size; 20 MiB take 6 Mbit/s."""
+LOCAL = Admission.of("127.0.0.1", (), (), None)
 
 
 class Server:
     """The handlers and what they share."""
 
     def __init__(
-        self, engine: Engine, model_name: str, max_body_bytes: int, max_held_bytes: int, files_root: str | None
+        self,
+        engine: Engine,
+        model_name: str,
+        max_body_bytes: int,
+        max_held_bytes: int,
+        files_root: str | None,
+        admission: Admission = LOCAL,
     ):
-        self.engine, self.model_name = engine, model_name
+        self.engine, self.model_name, self.admission = engine, model_name, admission
         self.max_body_bytes, self.max_held_bytes = max_body_bytes, max_held_bytes
         self.files_root = Path(files_root) if files_root else None
         self.held_bytes = 0
+        self.metrics, self._created = Metrics(engine), int(time.time())
         self._parsers = anyio.CapacityLimiter(NUM_PARSING_THREADS)
 
     def app(self) -> Starlette:
@@ -50,16 +69,39 @@ class Server:
         routes = [
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
+            Route("/metrics", self.show_metrics),
+            Route("/version", self.version),
             Route("/", self.page),
         ]
-        return Starlette(routes=routes, lifespan=lifespan)
+        middleware = [Middleware(Gate, admission=self.admission)]
+        if self.admission.origins:
+            allowed = list(self.admission.origins)
+            middleware.append(Middleware(CORSMiddleware, allow_origins=allowed, allow_headers=["*"]))
+        handlers: dict[Any, Callable] = {HTTPException: not_served, Exception: failed}
+        return Starlette(routes=routes, lifespan=lifespan, middleware=middleware, exception_handlers=handlers)
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(PAGE.read_text())
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": self.model_name, "object": "model"}]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self.model_name:
+            return error_response(f"the model {name[:80]!r} is not served here", 404, "model_not_found", "model")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.model_name, "object": "model", "created": self._created, "owned_by": "oq2vl_jax"}
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": version("oq2vl_jax")})
+
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def health(self, request: Request) -> Response:
         status = {"running": self.engine.num_running, "waiting": self.engine.num_waiting}
@@ -68,54 +110,45 @@ class Server:
         return JSONResponse({"status": "ok", **status})
 
     async def complete(self, request: Request) -> Response:
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        start = time.monotonic()
+        response = await self._complete(request)
+        self.metrics.requests.labels(str(response.status_code)).inc()
+        if not isinstance(response, StreamingResponse):
+            self.metrics.seconds.observe(time.monotonic() - start)
+        return response
+
+    async def _complete(self, request: Request) -> Response:
         held = Held(self)
-
-        def deliver(event: Event) -> None:
-            events.put_nowait(event)
-            if event.reply is not None or event.error is not None:
-                held.release()
-
-        def listen(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed
-                loop.call_soon_threadsafe(deliver, event)
-
         try:
             parsed = await self._parse(request, held)
-            job = Job(parsed.request, parsed.options, listen)
-            self.engine.submit(job)
+            replies = Replies(self.engine, parsed, held)
         except RequestError as problem:
-            return error_response(str(problem), problem.status)
+            return error_response(str(problem), problem.status, problem.code, problem.parameter)
         except EngineFullError:
             held.release()
             return error_response("too many requests are waiting; try again later", 429)
+        except EngineStoppedError:
+            held.release()
+            return error_response(SHUTTING_DOWN, 503)
         except ClientDisconnect:
             return Response(status_code=400)
         if parsed.is_stream:
-            return StreamingResponse(self._stream(parsed, job, events, held), media_type="text/event-stream")
+            return StreamingResponse(self._stream(parsed, replies), media_type="text/event-stream")
         try:
-            return await self._whole(request, parsed, job, events)
+            return await self._whole(request, parsed, replies)
         finally:
-            held.release()
+            replies.close()
 
     async def _parse(self, request: Request, held: "Held") -> ChatRequest:
         """Raises RequestError. A body counts as held until it is parsed, its pictures until they are answered."""
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self.max_body_bytes:
             raise RequestError(f"the body has {int(declared):,} bytes, at most {self.max_body_bytes:,} are taken", 413)
-        body = bytearray()
         try:
-            async for part in request.stream():
-                held.add(len(part))
-                if held.num_bytes > self.max_body_bytes:
-                    raise RequestError(f"the body has more than {self.max_body_bytes:,} bytes", 413)
-                if self.held_bytes > self.max_held_bytes:
-                    raise RequestError("the server holds too many large requests; try again later", 503)
-                body += part
+            body = await self._receive(request, held)
             parsed = await anyio.to_thread.run_sync(
                 chat.parse_request,
-                bytes(body),
+                body,
                 self.engine.generator,
                 self.engine.max_context,
                 self.files_root,
@@ -129,46 +162,110 @@ class Server:
         held.add(sum(map(len, parsed.request.images)))
         return parsed
 
-    async def _whole(self, request: Request, parsed: ChatRequest, job: Job, events: "asyncio.Queue[Event]") -> Response:
-        """Waits for the reply, and for the client to go away."""
+    async def _receive(self, request: Request, held: "Held") -> bytes:
+        body = bytearray()
         try:
-            while True:
-                try:
-                    event = await asyncio.wait_for(events.get(), SECONDS_BETWEEN_LOOKS)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return Response(status_code=400)
-                    continue
-                if event.error is not None:
-                    return error_response(event.error, 500)
-                if event.reply is not None:
-                    return JSONResponse(chat.completion(parsed, event.reply, chat.new_identity()))
-        finally:
-            job.cancel()  # of no effect on a reply that has ended
+            with anyio.fail_after(SECONDS_TO_SEND):
+                async for part in request.stream():
+                    held.add(len(part))
+                    if held.num_bytes > self.max_body_bytes:
+                        raise RequestError(f"the body has more than {self.max_body_bytes:,} bytes", 413)
+                    if self.held_bytes > self.max_held_bytes:
+                        raise RequestError("the server holds too many large requests; try again later", 503)
+                    body += part
+        except TimeoutError as error:
+            raise RequestError(f"the body did not arrive within {SECONDS_TO_SEND} s", 408) from error
+        return bytes(body)
 
-    async def _stream(
-        self, parsed: ChatRequest, job: Job, events: "asyncio.Queue[Event]", held: "Held"
-    ) -> AsyncIterator[str]:
-        """Server-sent events. A client that goes away ends this generator, and with it the job."""
-        identity = chat.new_identity()
+    async def _whole(self, request: Request, parsed: ChatRequest, replies: "Replies") -> Response:
+        """Waits for the replies, and for the client to go away."""
+        while True:
+            try:
+                _, found = await asyncio.wait_for(replies.next(), SECONDS_BETWEEN_LOOKS)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    return Response(status_code=400)
+                continue
+            if found.error is not None:
+                return error_response(found.error, found.status)
+            if replies.are_whole:
+                self._count(parsed, replies.done)
+                return JSONResponse(chat.completion(parsed, replies.done, chat.new_identity()))
+
+    async def _stream(self, parsed: ChatRequest, replies: "Replies") -> AsyncIterator[str]:
+        """Server-sent events. A client that goes away ends this generator, and with it the jobs."""
+        identity, start = chat.new_identity(), time.monotonic()
         try:
-            yield sse(chat.chunk(parsed, identity, {"role": "assistant", "content": ""}))
-            while True:
-                event = await events.get()
-                if event.piece:
-                    yield sse(chat.chunk(parsed, identity, {"content": event.piece}))
-                if event.error is not None:
-                    yield sse(chat.error_body(event.error, 500))
+            for i in range(len(parsed.options)):
+                yield event(chat.chunk(parsed, identity, {"role": "assistant", "content": ""}, index=i))
+            while not replies.are_whole:
+                i, found = await replies.next()
+                if found.piece:
+                    yield event(chat.chunk(parsed, identity, {"content": found.piece}, index=i))
+                if found.error is not None:
+                    yield event(error_body(found.error, found.status))
                     return
-                if event.reply is not None:
-                    yield sse(chat.chunk(parsed, identity, {}, event.reply.finish_reason))
-                    if parsed.includes_usage:
-                        yield sse(chat.usage_chunk(parsed, identity, len(event.reply.tokens)))
-                    yield "data: [DONE]\n\n"
-                    return
+                if found.reply is not None:
+                    yield event(chat.chunk(parsed, identity, {}, found.reply.finish_reason, i))
+            self._count(parsed, replies.done)
+            if parsed.includes_usage:
+                yield event(chat.usage_chunk(parsed, identity, sum(len(reply.tokens) for reply in replies.done)))
+            yield "data: [DONE]\n\n"
         finally:
-            job.cancel()
-            held.release()
+            self.metrics.seconds.observe(time.monotonic() - start)
+            replies.close()
+
+    def _count(self, parsed: ChatRequest, replies: list[Reply]) -> None:
+        self.metrics.prompt_tokens.inc(len(parsed.request.prompt))
+        self.metrics.reply_tokens.inc(sum(len(reply.tokens) for reply in replies))
+
+
+class Replies:
+    """The choices of one request on their way: one job each, their events in one queue."""
+
+    def __init__(self, engine: Engine, parsed: ChatRequest, held: "Held"):
+        """Raises EngineFullError, EngineStoppedError."""
+        self._engine, self._held = engine, held
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._found: dict[int, Reply] = {}
+        self._num_ended = 0
+        self._jobs = [Job(parsed.request, o, self._listener(i)) for i, o in enumerate(parsed.options)]
+        engine.submit(*self._jobs)
+
+    def _listener(self, i: int) -> Callable[[Event], None]:
+        def listen(found: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(self._deliver, i, found)
+
+        return listen
+
+    def _deliver(self, i: int, found: Event) -> None:
+        self._events.put_nowait((i, found))
+        self._num_ended += found.reply is not None or found.error is not None
+        if self._num_ended == len(self._jobs):  # also where nobody reads the events any more
+            self._held.release()
+
+    async def next(self) -> tuple[int, Event]:
+        """(number of the choice, what happened to it)."""
+        i, found = await self._events.get()
+        if found.reply is not None:
+            self._found[i] = found.reply
+        return i, found
+
+    @property
+    def are_whole(self) -> bool:
+        return len(self._found) == len(self._jobs)
+
+    @property
+    def done(self) -> list[Reply]:
+        return [self._found[i] for i in sorted(self._found)]
+
+    def close(self) -> None:
+        """Of no effect on replies that have ended."""
+        for job in self._jobs:
+            self._engine.cancel(job)
+        self._held.release()
 
 
 class Held:
@@ -186,9 +283,12 @@ class Held:
         self.num_bytes = 0
 
 
-def sse(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+async def not_served(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, HTTPException)
+    path = request.url.path[:80]
+    message = {404: f"there is no {path!r} here", 405: f"{path!r} does not take {request.method}"}
+    return error_response(message.get(problem.status_code, problem.detail), problem.status_code)
 
 
-def error_response(message: str, status: int) -> Response:
-    return JSONResponse(chat.error_body(message, status), status)
+async def failed(request: Request, problem: Exception) -> Response:
+    return error_response("the server failed on this request; its log says why", 500)

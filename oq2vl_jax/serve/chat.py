@@ -8,6 +8,7 @@ has them field by field, and the bounds.
 
 import base64
 import binascii
+import dataclasses
 import json
 import random
 import re
@@ -54,8 +55,10 @@ class RequestError(Exception):
 
 
 class ChatRequest(NamedTuple):
+    """options: of each choice, which differ in their seeds alone."""
+
     request: Request
-    options: SamplingOptions
+    options: list[SamplingOptions]
     model: str
     is_stream: bool
     includes_usage: bool
@@ -86,7 +89,7 @@ def parse_request(
     stream_options = fields.get("stream_options")
     return ChatRequest(
         Request(prompt, images),
-        read_options(fields, room),
+        with_seeds(read_options(fields, room), fields.get("n") or 1),
         model_name,
         bool(fields.get("stream")),
         isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
@@ -151,6 +154,10 @@ def read_options(fields: dict[str, Any], room: int) -> SamplingOptions:
         )
     except ValueError as error:  # UserError among them
         raise RequestError(str(error)) from error
+
+
+def with_seeds(options: SamplingOptions, count: int) -> list[SamplingOptions]:
+    return [dataclasses.replace(options, seed=(options.seed + i) % 2**31) for i in range(count)]
 
 
 def number(fields: dict[str, Any], name: str, kind: type, default: Any) -> Any:
@@ -293,19 +300,24 @@ def read_local_image(url: str, where: str, files_root: Path | None) -> bytes:
     raise RequestError(f"{where}: no such file below the folder that is served")
 
 
-def completion(chat: ChatRequest, reply: Reply, identity: str) -> dict[str, Any]:
+def completion(chat: ChatRequest, replies: list[Reply], identity: str) -> dict[str, Any]:
     """The answer to a request that does not stream."""
-    message = {"role": "assistant", "content": reply.text}
-    return {
-        **head(chat, identity, "chat.completion"),
-        "choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason}],
-        "usage": usage(chat, len(reply.tokens)),
-    }
+    choices = [
+        {
+            "index": i, "message": {"role": "assistant", "content": reply.text, "refusal": None}, "logprobs": None,
+            "finish_reason": reply.finish_reason,
+        }
+        for i, reply in enumerate(replies)
+    ]  # fmt: skip
+    num_tokens = sum(len(reply.tokens) for reply in replies)
+    return {**head(chat, identity, "chat.completion"), "choices": choices, "usage": usage(chat, num_tokens)}
 
 
-def chunk(chat: ChatRequest, identity: str, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+def chunk(
+    chat: ChatRequest, identity: str, delta: dict[str, str], finish_reason: str | None = None, index: int = 0
+) -> dict[str, Any]:
     """One event of a stream."""
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
     return {**head(chat, identity, "chat.completion.chunk"), "choices": [choice]}
 
 
@@ -328,11 +340,3 @@ def usage(chat: ChatRequest, num_tokens: int) -> dict[str, int]:
 
 def new_identity() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
-
-
-def error_body(
-    message: str, status: int, code: str | None = None, parameter: str | None = None
-) -> dict[str, dict[str, Any]]:
-    """OpenAI's error object; its clients take the status from HTTP and `code` as a word."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}

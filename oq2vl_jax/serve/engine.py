@@ -5,8 +5,8 @@ new text out, and frees the rows of replies that ended or whose reader has gone.
 (eval/decoding.py), so a reply is the one that the request would have got alone.
 """
 
+import collections
 import contextlib
-import queue
 import threading
 import traceback
 from collections.abc import Callable
@@ -20,49 +20,63 @@ from oq2vl_jax.eval.generator import STEPS_PER_PIECE, Generator, Request
 from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
 from oq2vl_jax.model.qwen2 import init_cache
 
+SHUTTING_DOWN = "the server is shutting down; ask another or later"
+
 
 class Event(NamedTuple):
-    """What a job's listener gets: pieces of text, then a reply or an error."""
+    """What a job's listener gets: pieces of text, then a reply or an error with its HTTP status."""
 
     piece: str = ""
     reply: Reply | None = None
     error: str | None = None
+    status: int = 500
 
 
 class Job:
-    """One request on its way. `listen` is called from the engine's thread and must not block."""
+    """One reply on its way. `listen` is called from the engine's thread and must not block."""
 
     def __init__(self, request: Request, options: SamplingOptions, listen: Callable[[Event], None]):
         self.request, self.options, self.listen = request, options, listen
         self.is_cancelled = False
         self.text: ReplyText | None = None
 
-    def cancel(self) -> None:
-        """The reader has gone; the row is freed at the next piece."""
-        self.is_cancelled = True
-
 
 class EngineFullError(Exception):
     """More requests are waiting than the engine takes."""
 
 
+class EngineStoppedError(Exception):
+    """The engine takes no more requests."""
+
+
 class Engine:
     def __init__(self, generator: Generator, num_rows: int, max_context: int, max_waiting: int):
         self.generator, self.num_rows, self.max_context = generator, num_rows, max_context
-        self._waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
+        self._max_waiting = max_waiting
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._changed = threading.Condition()
+        """Held for what is waiting and for closing."""
         self._jobs: list[Job | None] = [None] * num_rows
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._is_closing = False
+        self._is_closing = self._is_draining = False
         self._state = self._empty_state()  # here, so that a cache that does not fit is an error at once
 
     def start(self) -> None:
         self._thread.start()
 
+    def drain(self) -> None:
+        """Takes nothing more; what is waiting is told so, what is running ends."""
+        with self._changed:
+            self._is_draining = True
+            waiting, self._waiting = self._waiting, collections.deque()
+        for job in waiting:
+            job.listen(Event(error=SHUTTING_DOWN, status=503))
+
     def close(self) -> None:
         """Ends the thread after the piece under way; what is unfinished gets an error."""
-        self._is_closing = True
-        with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait(None)  # wakes it
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
         self._thread.join()
 
     @property
@@ -75,16 +89,23 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return self._waiting.qsize()
+        return len(self._waiting)
 
-    def submit(self, job: Job) -> None:
-        """Raises EngineFullError; also where the engine has stopped."""
-        if self._is_closing:
-            raise EngineFullError
-        try:
-            self._waiting.put_nowait(job)
-        except queue.Full as error:
-            raise EngineFullError from error
+    def submit(self, *jobs: Job) -> None:
+        """All or none. Raises EngineFullError, EngineStoppedError."""
+        with self._changed:
+            if self._is_closing or self._is_draining:
+                raise EngineStoppedError
+            if len(self._waiting) + len(jobs) > self._max_waiting:
+                raise EngineFullError
+            self._waiting.extend(jobs)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """The reader has gone: the job leaves the queue, or its row is freed at the next piece."""
+        job.is_cancelled = True
+        with self._changed, contextlib.suppress(ValueError):
+            self._waiting.remove(job)
 
     def _run(self) -> None:
         state = self._state
@@ -101,17 +122,17 @@ class Engine:
                     state = self._empty_state()
         finally:
             self._is_closing = True
-            self._fail_all("the server is shutting down")
+            self._fail_all(SHUTTING_DOWN, 503)
 
     def _admit(self, state: DecodeState) -> DecodeState:
         """Fills free rows; waits where there is nothing else to do."""
         while None in self._jobs:
-            try:
-                job = self._waiting.get(block=self.num_running == 0)
-            except queue.Empty:
-                return state
-            if job is None:
-                return state
+            with self._changed:
+                while not (self._waiting or self.num_running or self._is_closing):
+                    self._changed.wait()
+                if not self._waiting or self._is_closing:
+                    return state
+                job = self._waiting.popleft()
             if job.is_cancelled:
                 continue
             row = self._jobs.index(None)
@@ -120,7 +141,7 @@ class Engine:
                 first = self.generator.start([job.request], job.options, num_slots=self.max_context)
             except ValueError as problem:  # ImageError, UserError: of this request alone
                 self._jobs[row] = None
-                job.listen(Event(error=str(problem)))
+                job.listen(Event(error=str(problem), status=400))
                 continue
             state = insert_row(state, first, jnp.int32(row))
             job.text = ReplyText(self.generator.codec, self.generator.stops, job.options)
@@ -159,15 +180,15 @@ class Engine:
             self._jobs[row] = None
             job.listen(Event(reply=job.text.reply()))
 
-    def _fail_all(self, message: str) -> None:
-        running = [job for job in self._jobs if job is not None]
+    def _fail_all(self, message: str, status: int = 500) -> None:
+        failed = [job for job in self._jobs if job is not None]
         self._jobs = [None] * self.num_rows
         if self._is_closing:
-            while not self._waiting.empty():
-                job = self._waiting.get_nowait()
-                running += [job] if job is not None else []
-        for job in running:
-            job.listen(Event(error=message))
+            with self._changed:
+                failed += self._waiting
+                self._waiting.clear()
+        for job in failed:
+            job.listen(Event(error=message, status=status))
 
     def _empty_state(self) -> DecodeState:
         config = self.generator.model_config.decoder

@@ -12,8 +12,8 @@ from tests.serve.test_chat import picture
 
 NUM_CONVERSATIONS = 1000
 """Of each template, half of them with bytes as tokens and half with Qwen's vocabulary: 4,000 in all."""
-PIECES = ("What", " is", "in", "the picture", "?", "!", " ", "  ", "\n", "\n\n", "\n\n\n", "\t", "\r\n", "a<image>b", "<im", "age>",
-          "café", "你好", "12", "'s", "", ".\n")  # fmt: skip
+PIECES = ("What", " is", "in", "the picture", "?", "!", " ", "  ", "\n", "\n\n", "\n\n\n", "\t", "\r\n", "a<image>b",
+          "<im", "age>", "café", "你好", "12", "'s", "", ".\n")  # fmt: skip
 IMAGE = picture(png(seed=0))
 
 
@@ -49,6 +49,8 @@ def test_a_template_writes_the_tokens_of_the_codec(vocabulary, template, request
     for _ in range(NUM_CONVERSATIONS // 2):
         messages = conversation(rng)
         turns, system, _ = read_messages(messages, None)
+        if template == "open_qwen2vl_released" and any(turn.strip()[:1].isalpha() for turn in turns[1::2]):
+            continue  # tokenised together with the word "assistant" before it, where there are merges
         written = tokenizer.apply_chat_template(
             messages, chat_template=jinja, tokenize=False, add_generation_prompt=True
         )

@@ -1,16 +1,26 @@
 """The command oq2vl_jax.generate."""
 
+import dataclasses
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.generator import Generator, bucket
-from oq2vl_jax.eval.reply import SamplingOptions
-from oq2vl_jax.generate import answer_requests, read_images, read_requests
+from oq2vl_jax.eval.reply import ReplyText, SamplingOptions
+from oq2vl_jax.generate import (
+    GenerateConfig,
+    answer_requests,
+    check,
+    read_images,
+    read_requests,
+    write_predictions,
+)
 from tests.data.conftest import png
 
 
@@ -59,6 +69,38 @@ def test_requests_are_checked_before_anything_runs(tmp_path):
         read_requests(str(Path("nowhere.jsonl")))
 
 
+def test_empty_lines_null_images_and_a_byte_order_mark_are_taken(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n{"prompt": "b", "image": null}\n')
+    assert [request["prompt"] for request in read_requests(str(file))] == ["a", "b"]
+
+
+def test_an_interrupted_file_of_requests_is_gone_on_with(checkpoint, tmp_path, monkeypatch, capsys):
+    requests = [{"prompt": "abc"[: 1 + i % 3] * 20 * (1 + i % 2), "image": []} for i in range(8)]
+    options, generator = SamplingOptions(3), Generator(checkpoint)
+    whole = GenerateConfig(checkpoint, requests="r", out=str(tmp_path / "whole.jsonl"), batch_size=2)
+    write_predictions(generator, requests, options, whole)
+    real, calls = generator.generate, []
+
+    def cut_off(some, options):
+        calls.append(len(some))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(some, options)
+
+    config = dataclasses.replace(whole, out=str(tmp_path / "out.jsonl"))
+    monkeypatch.setattr(generator, "generate", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_predictions(generator, requests, options, config)
+    with (tmp_path / "out.jsonl.partial").open("a") as stream:
+        stream.write('{"number": 7, "predi')  # as a kill leaves it
+    write_predictions(generator, requests, options, config)
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert len(calls) == 3 + 2  # two batches of four were there
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    assert "4 of 8 were answered before" in capsys.readouterr().err
+
+
 def test_a_prompt_with_an_image_marker_is_refused(checkpoint):
     with pytest.raises(UserError, match="images are put before the prompt"):
         Generator(checkpoint).encode_prompt("<image> what?", 1)
@@ -85,6 +127,37 @@ def test_an_image_that_does_not_decode_is_one_sentence(checkpoint, tmp_path):
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         SamplingOptions(**options)
+
+
+def test_a_prompt_that_is_no_utf8_is_refused():
+    with pytest.raises(UserError, match="--prompt is no UTF-8"):
+        check(GenerateConfig("c", prompt="caf\udce9?"))
+    with pytest.raises(UserError, match="--stop is no UTF-8"):
+        check(GenerateConfig("c", prompt="x", stop=("\udce9",)))
+
+
+def test_a_reply_is_the_same_by_the_token_and_at_once(byte_tokenizer_folder):
+    """Text, stops and pieces against one decoding of everything, on random tokens with broken characters."""
+    codec, rng = TextCodec(byte_tokenizer_folder), random.Random(0)
+    for _ in range(300):
+        tokens = codec.encode("".join(rng.choices(("ab", "é", "你", "🙂", " ", "\n", "stop", "xy"), k=12)))
+        tokens = [t for t in tokens if rng.random() > 0.05]
+        stops = tuple(rng.sample(("stop", "b ", "\n", "yé", "🙂a"), k=rng.randrange(4)))
+        options = SamplingOptions(rng.randrange(1, 40), stop=stops)
+        text = ReplyText(codec, set(), options)
+        shown, rest = "", list(tokens)
+        while rest and not text.is_done:
+            n = rng.randrange(1, 5)
+            text.add(rest[:n])
+            rest, shown = rest[n:], shown + text.new_piece()
+        ends = [n for n in range(1, len(tokens) + 1) if any(stop in codec.decode(tokens[:n]) for stop in stops)]
+        num_tokens = min([*ends[:1], options.max_new_tokens, len(tokens)])
+        expected = codec.decode(tokens[:num_tokens])
+        places = [place for stop in stops if (place := expected.find(stop)) >= 0]
+        assert text.text == (expected[: min(places)] if places else expected)
+        assert text.tokens == tokens[:num_tokens]
+        if text.is_done:
+            assert shown == text.text
 
 
 def test_buckets_are_few_and_waste_a_quarter_at_most():

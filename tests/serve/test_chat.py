@@ -51,10 +51,10 @@ def test_messages_become_the_turns_of_the_template(generator):
         "<|im_start|>assistant\n"
     )
     assert parsed.request.images == [png(seed=0), png(seed=1)]
-    options = parsed.options
+    (options,) = parsed.options
     assert (options.max_new_tokens, options.temperature, options.top_p, options.stop) == (7, 0.5, 0.9, ("x",))
     assert parsed.is_stream
-    assert parse_request(body([user("hi")]), generator, CONTEXT, None).options.temperature == 0
+    assert parse_request(body([user("hi")]), generator, CONTEXT, None).options[0].temperature == 0
 
 
 HI = user("hi")
@@ -87,9 +87,9 @@ HI = user("hi")
         (body([user("x" * 300)]), "this server takes 256"),
         (body([user("\ud800")]), "no UTF-8"),
         (body([HI], temperature=-1), "temperature must be"),
-        (body([HI], temperature="hot"), "could not convert"),
-        (body([HI], max_tokens=-3), "max_new_tokens must be 1 to"),
-        (body([HI], n=2), "n other than 1"),
+        (body([HI], temperature="hot"), "temperature must be a number, got 'hot'"),
+        (body([HI], max_tokens=-3), "max_tokens must be at least 1, got -3"),
+        (body([HI], n=9), "n must be 1 to 8"),
         (body([HI], tools=[{"type": "function"}]), "tools is not supported"),
         (body([HI], stop=["", "x"]), "a stop text is empty"),
     ],

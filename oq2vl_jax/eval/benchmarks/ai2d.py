@@ -4,7 +4,6 @@ Files: AI2D_TEST.tsv (VLMEvalKit), or parquet of lmms-lab/ai2d. The published ha
 A to D, over test and validation questions together; here over the file that is given.
 """
 
-from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import (
     ASK_LETTER,
     LETTERS,
@@ -41,9 +40,7 @@ def letter_at(answer: object, number: int) -> str:
     """ "2" to "C"."""
     text = str(answer).strip()
     if not text.isdecimal() or int(text) >= len(LETTERS):
-        raise UserError(
-            f"ai2d: the answer of row {number} is {answer!r}; expected the number of an option, 0 for the first."
-        )
+        raise ValueError(f"the answer of row {number} is {answer!r}; expected the number of an option, from 0")
     return LETTERS[int(text)]
 
 

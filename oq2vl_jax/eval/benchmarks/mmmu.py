@@ -5,8 +5,10 @@ MMMU's own parser. Its random choice for a reply that names no option is drawn f
 the same every time, and counted as unparsed.
 """
 
+import dataclasses
 import random
 import re
+from typing import Any
 
 from oq2vl_jax.eval.answers import matches_open_answer, parse_open_reply
 from oq2vl_jax.eval.benchmark import (
@@ -44,9 +46,10 @@ def read_tsv_rows(table: Table) -> list[Item]:
             continue
         choices = choices_of(row, {letter: letter for letter in LETTERS[:9]})
         answer = str(row["answer"]) if choices else [str(text) for text in literal_list(row["answer"])]
-        question, images = place_images(str(row["question"]), choices, images_of(row["image"]))
+        question, images, is_placed = place_images(str(row["question"]), choices, images_of(row["image"]))
         categories = {"category": str(row["category"])} if is_given(row.get("category")) else {}
-        items.append(Item(str(row["index"]), question, images, answer, choices, categories=categories))
+        facts = {"has_placed_pictures": is_placed}
+        items.append(Item(str(row["index"]), question, images, answer, choices, facts, categories))
     return items
 
 
@@ -59,38 +62,40 @@ def read_parquet_rows(table: Table) -> list[Item]:
         choices = {LETTERS[i]: str(option) for i, option in enumerate(options)}
         answer = [str(text) for text in literal_list(row["answer"])] if is_open else str(row["answer"])
         numbered = [image for i in range(1, 8) for image in images_of(row.get(f"image_{i}"))]
-        question, images = place_images(str(row["question"]), choices, numbered)
+        question, images, is_placed = place_images(str(row["question"]), choices, numbered)
         subject = re.sub(r"^\w+?_(.*)_\d+$", r"\1", str(row["id"]))
-        facts = {"subfield": str(row["subfield"])} if is_given(row.get("subfield")) else {}
+        facts: dict[str, Any] = {"has_placed_pictures": is_placed}
+        facts |= {"subfield": str(row["subfield"])} if is_given(row.get("subfield")) else {}
         items.append(Item(str(row["id"]), question, images, answer, choices, facts, {"category": subject}))
     return items
 
 
-def place_images(question: str, choices: dict[str, str], images: list[bytes]) -> tuple[str, list[bytes]]:
-    """The question with <image> for each <image N> of question and options (`choices` is changed as well), and the
-    pictures in that order; a marker of a picture that is not there takes the first. Without markers all come first."""
+def place_images(question: str, choices: dict[str, str], images: list[bytes]) -> tuple[str, list[bytes], bool]:
+    """(the question with <image> for each <image N> of question and options, the pictures in that order, whether there
+    are such markers); `choices` is changed as well. A marker of a picture that is not there takes the first; without
+    markers all come first."""
     question = without_markers(question)
     wanted = MARKER.findall(question + "".join(choices.values()))
     if not wanted or not images:
         choices.update({letter: MARKER.sub("", text) for letter, text in choices.items()})
-        return f"{IMAGE}\n" * len(images) + MARKER.sub("", question), images
+        return MARKER.sub("", question), images, False
     choices.update({letter: MARKER.sub(IMAGE, without_markers(text)) for letter, text in choices.items()})
     numbers = [int(number) - 1 for number in wanted]
-    return MARKER.sub(IMAGE, question), [images[n if 0 <= n < len(images) else 0] for n in numbers]
+    return MARKER.sub(IMAGE, question), [images[n if 0 <= n < len(images) else 0] for n in numbers], True
 
 
 def prompt(item: Item, profile: Profile) -> Prompt:
     instruction = ASK_LETTER if item.choices else ASK_SHORT
-    has_marker = any(IMAGE in text for text in item.choices.values())
-    question = item.question if IMAGE in item.question or not has_marker else f"{item.question}\n"
     if profile == "official":
-        written = chat_prompt(item, question, instruction)
-        if has_marker and IMAGE not in question:  # pictures stand in the options only
-            written = written._replace(text=written.text.replace(f"{IMAGE}\n" * len(item.images), "", 1))
-        return written._replace(options=tuple(item.choices))
+        return chat_prompt(item, item.question, instruction)._replace(options=tuple(item.choices))
+    if item.facts.get("has_placed_pictures"):  # a line break stands behind each there
+        choices = {letter: text.replace(IMAGE, f"{IMAGE}\n") for letter, text in item.choices.items()}
+        item = dataclasses.replace(item, question=item.question.replace(IMAGE, f"{IMAGE}\n"), choices=choices)
+    else:
+        item = dataclasses.replace(item, question=f"{IMAGE}\n" * len(item.images) + item.question)
     subject = item.facts.get("subfield", item.categories.get("category", "")).replace("_", " ")
     head = f"The following are multiple choice questions about  {subject}.\n\n"
-    return raw_prompt(item, head + question, instruction)
+    return raw_prompt(item, head + item.question, instruction)
 
 
 def judge(item: Item, reply: str, profile: Profile) -> Judgement:

@@ -4,7 +4,6 @@ Files: POPE.tsv (VLMEvalKit), or parquet of lmms-lab/POPE, split test. A reply t
 "no" in precision, recall, F1 and yes-rate (VLMEvalKit's rule).
 """
 
-from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.answers import yes_or_no
 from oq2vl_jax.eval.benchmark import (
     ASK_SHORT,
@@ -29,7 +28,7 @@ def read(table: Table) -> list[Item]:
     for row in table.rows:
         answer = str(row["answer"]).strip().lower()
         if answer not in ("yes", "no"):
-            raise UserError(f"pope: the answer of row {row[index]} is {row['answer']!r}; expected yes or no.")
+            raise ValueError(f"the answer is {row['answer']!r}; expected yes or no")  # of this row alone
         categories = {"category": str(row["category"])} if is_given(row.get("category")) else {}
         name = str(row[index]) if index != "question_id" else f"{row[index]}-{row.get('category', '')}"
         items.append(Item(name, str(row["question"]), images_of(row["image"]), answer, categories=categories))
@@ -47,7 +46,7 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
     if profile == "official":
         said = yes_or_no(reply)
     else:
-        exact = reply.strip().strip(",").strip(".").lower()
+        exact = reply.strip().strip(",").strip(".").strip().lower()
         said = exact if exact in ("yes", "no") else None
     return Judgement(float(said == item.answer), said)
 

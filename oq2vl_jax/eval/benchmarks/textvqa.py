@@ -3,7 +3,6 @@
 Files: TextVQA_VAL.tsv (VLMEvalKit), or parquet of lmms-lab/textvqa, split validation. Without OCR tokens in the prompt.
 """
 
-from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.answers import vqa_accuracy
 from oq2vl_jax.eval.benchmark import (
     ASK_SHORT,
@@ -35,7 +34,7 @@ def read(table: Table) -> list[Item]:
     ]  # fmt: skip
     empty = next((item.index for item in items if not item.answer), None)
     if empty is not None:
-        raise UserError(f"textvqa: row {empty} has no answers.")
+        raise ValueError(f"row {empty} has no answers")
     return check_answers("textvqa", items)
 
 
