@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from oq2vl_jax.data.text import IMAGE
-from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.tables import Table, is_given
 
 Profile = Literal["official", "open_qwen2vl"]
@@ -35,6 +34,10 @@ class Item:
     categories: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
     """Why the row cannot be asked or judged; it counts as wrong and is named."""
+
+
+class RowError(ValueError):
+    """Why one row of a benchmark's files can not be asked or judged."""
 
 
 class Prompt(NamedTuple):
@@ -79,9 +82,9 @@ def choices_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
     return {letter: str(row[column]) for letter, column in columns.items() if is_given(row.get(column))}
 
 
-def check_answers(task: str, items: list[Item]) -> list[Item]:
+def check_answers(items: list[Item]) -> list[Item]:
     """The items, those with a problem that can never be right: an answer that is none of the options, an index that
-    stands twice. Raises UserError where no row is left."""
+    stands twice."""
     seen: dict[str, int] = {}
     checked = []
     for item in items:
@@ -93,8 +96,6 @@ def check_answers(task: str, items: list[Item]) -> list[Item]:
             problem = f"the index {item.index} stands in an earlier row as well"
             item = dataclasses.replace(item, index=f"{item.index} ({number})", problem=problem)
         checked.append(item)
-    if items and all(item.problem for item in checked):
-        raise UserError(f"{task}: no row can be asked; row {checked[0].index}: {checked[0].problem}.")
     return checked
 
 

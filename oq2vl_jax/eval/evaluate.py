@@ -14,7 +14,7 @@ from typing import Any
 
 from oq2vl_jax.data.images import ImageError, check_image
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt, check_answers
+from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt, RowError, check_answers
 from oq2vl_jax.eval.benchmarks import BENCHMARKS
 from oq2vl_jax.eval.eval_config import EvalConfig
 from oq2vl_jax.eval.generator import Generator, Request
@@ -70,11 +70,11 @@ def read_items(name: str, files: list[Path]) -> list[Item]:
     except UserError:
         raise
     except ROW_ERRORS:
-        items = check_answers(
-            name, [item for i, row in enumerate(table.rows, 1) for item in read_row(read, table, row, i)]
-        )
+        items = check_answers([item for i, row in enumerate(table.rows, 1) for item in read_row(read, table, row, i)])
     if not items:
         raise UserError(f"{name}: {files[0]} has no questions of this benchmark.")
+    if all(item.problem for item in items):
+        raise UserError(f"{name}: no row of {files[0]} can be asked; row {items[0].index}: {items[0].problem}.")
     return items
 
 
@@ -82,9 +82,9 @@ def read_row(read: Callable[[Table], list[Item]], table: Table, row: dict[str, A
     numbered = row if set(row) & set(INDEX_COLUMNS) else row | {"index": number - 1}
     try:
         return read(table._replace(rows=[numbered]))
-    except (UserError, *ROW_ERRORS) as error:
+    except ROW_ERRORS as error:
         index = next((str(row[name]) for name in INDEX_COLUMNS if row.get(name)), f"row {number}")
-        why = str(error).rstrip(".") if isinstance(error, UserError) else "a cell holds a value of another kind"
+        why = str(error) if isinstance(error, RowError) else "a cell holds a value of another kind than expected"
         return [Item(index, "", [], None, problem=why)]
 
 

@@ -122,21 +122,17 @@ def rewrite(folder, name, change):
         ("pope", "POPE/data/test-00000-of-00001.parquet", lambda f: f.drop("answer"),
          "column answer is missing for pope; expected id, question, answer, image, found category, id"),
         ("pope", "POPE/data/test-00000-of-00001.parquet", lambda f: f.with_columns(answer=pl.lit("maybe")),
-         "the answer of row 0 is 'maybe'; expected yes or no"),
+         "the answer is 'maybe'; expected yes or no"),
         ("mmstar", "MMStar/val-00000-of-00001.parquet", lambda f: f.with_columns(answer=pl.lit("E")),
-         "the answer of row 0 is 'E', its options are A, B, C, D"),
-        ("mmstar", "MMStar/val-00000-of-00001.parquet", lambda f: f.with_columns(index=pl.lit(3)),
-         "the index 3 stands in two rows"),
+         "the answer is 'E', the options are A, B, C, D"),
         ("ai2d", "ai2d/data/test-00000-of-00001.parquet", lambda f: f.with_columns(answer=pl.lit("B")),
          "expected the number of an option"),
         ("ai2d", "ai2d/data/test-00000-of-00001.parquet", lambda f: f.with_columns(options=pl.lit(None)),
-         "holds a value of another kind than expected"),
+         "a cell holds a value of another kind than expected"),
         ("mmbench", "MMBench/en/dev-00000-of-00001.parquet", lambda f: f.with_columns(index=pl.lit("first")),
-         "holds a value of another kind than expected"),
+         "a cell holds a value of another kind than expected"),
         ("seedbench", "SEED-Bench/data/test-00000-of-00001.parquet",
          lambda f: f.with_columns(data_type=pl.lit("video")), "has no questions of this benchmark"),
-        ("mathvista", "MathVista/data/testmini-00000-of-00001.parquet", lambda f: f.with_columns(answer=pl.lit("7")),
-         "the answer of row 1 is '7', its options are 1, 2"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, task, name, change, message):
@@ -144,6 +140,27 @@ def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, task, name, change, 
     rewrite(tmp_path, name, change)
     with pytest.raises(UserError, match=message):
         read(tmp_path, task)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "change", "message"),
+    [
+        ("mmstar", "MMStar/val-00000-of-00001.parquet", lambda f: f.with_columns(index=pl.lit(3)), "earlier row"),
+        ("mathvista", "MathVista/data/testmini-00000-of-00001.parquet",
+         lambda f: f.with_columns(answer=pl.lit("7")), "'7'"),
+        ("ai2d", "ai2d/data/test-00000-of-00001.parquet",
+         lambda f: f.with_columns(answer=pl.when(pl.arange(pl.len()) == 1).then(pl.lit("B")).otherwise("answer")),
+         "expected the number of an option"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_and_the_others_are_asked(tmp_path, task, name, change, message):
+    files.write_parquet_files(tmp_path)
+    whole = read(tmp_path, task)
+    rewrite(tmp_path, name, change)
+    items = read(tmp_path, task)
+    assert len(items) == len(whole)
+    assert any(message in (item.problem or "") for item in items)
+    assert any(item.problem is None for item in items)
 
 
 def test_damaged_and_missing_files_are_one_sentence(tmp_path):

@@ -12,6 +12,7 @@ from oq2vl_jax.eval.benchmark import (
     Judgement,
     Profile,
     Prompt,
+    RowError,
     check_answers,
     choices_of,
     each_item,
@@ -33,14 +34,14 @@ def read(table: Table) -> list[Item]:
             answer = letter_at(row["answer"], number)
         index = str(row.get("index", number))
         items.append(Item(index, str(row["question"]), images_of(row["image"]), answer, choices))
-    return check_answers("ai2d", items)
+    return check_answers(items)
 
 
 def letter_at(answer: object, number: int) -> str:
     """ "2" to "C"."""
     text = str(answer).strip()
     if not text.isdecimal() or int(text) >= len(LETTERS):
-        raise ValueError(f"the answer of row {number} is {answer!r}; expected the number of an option, from 0")
+        raise RowError(f"the answer of row {number} is {answer!r}; expected the number of an option, from 0")
     return LETTERS[int(text)]
 
 

@@ -31,7 +31,7 @@ def read(table: Table) -> list[Item]:
         )
         for row in table.rows
     ]  # fmt: skip
-    return check_answers("easy_vqa", items)
+    return check_answers(items)
 
 
 def kind_of(answer: str) -> str:

@@ -17,6 +17,7 @@ from oq2vl_jax.eval.benchmark import (
     Judgement,
     Profile,
     Prompt,
+    RowError,
     chat_prompt,
     check_answers,
     each_item,
@@ -48,11 +49,11 @@ def read(table: Table) -> list[Item]:
         category = {"category": str(metadata["task"])} if is_given(metadata.get("task")) else {}
         answer = answer_letter(row, choices, index) if choices else str(row["answer"])
         if not choices and facts["answer_type"] in ("integer", "float") and to_number(answer) is None:
-            raise ValueError(f"the answer of row {row[index]} is {answer!r}; expected a number")
+            raise RowError(f"the answer of row {row[index]} is {answer!r}; expected a number")
         items.append(
             Item(str(row[index]), str(row["question"]), images_of(row[image]), answer, choices, facts, category)
         )
-    return check_answers("mathvista", items)
+    return check_answers(items)
 
 
 def number_of_places(row: dict[str, Any]) -> int:
@@ -61,12 +62,12 @@ def number_of_places(row: dict[str, Any]) -> int:
 
 
 def answer_letter(row: dict[str, Any], choices: dict[str, str], index: str) -> str:
-    """The letter of the right option, which the files give as its text. Raises ValueError where there is none."""
+    """The letter of the right option, which the files give as its text. Raises RowError where there is none."""
     if is_given(row.get("answer_option")):
         return str(row["answer_option"])
     letters = [letter for letter, text in choices.items() if text == str(row["answer"])]
     if not letters:
-        raise ValueError(
+        raise RowError(
             f"mathvista: the answer of row {row[index]} is {row['answer']!r}, its options are "
             f"{', '.join(choices.values())}."
         )

@@ -43,7 +43,7 @@ def read(table: Table) -> list[Item]:
                 categories={name: str(value) for name, value in categories.items() if is_given(value)},
             )
         )
-    return check_answers("mmbench", items)
+    return check_answers(items)
 
 
 def prompt(item: Item, profile: Profile) -> Prompt:

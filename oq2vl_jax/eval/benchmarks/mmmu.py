@@ -35,7 +35,7 @@ MARKER = re.compile(r"<image (\d)>")
 
 
 def read(table: Table) -> list[Item]:
-    return check_answers("mmmu", read_tsv_rows(table) if table.is_tsv else read_parquet_rows(table))
+    return check_answers(read_tsv_rows(table) if table.is_tsv else read_parquet_rows(table))
 
 
 def read_tsv_rows(table: Table) -> list[Item]:

@@ -44,7 +44,7 @@ def read(table: Table) -> list[Item]:
                 },
             )
         )
-    return check_answers("mmstar", items)
+    return check_answers(items)
 
 
 def options_in(question: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from oq2vl_jax.eval.benchmark import (
     Judgement,
     Profile,
     Prompt,
+    RowError,
     chat_prompt,
     check_answers,
     each_item,
@@ -28,11 +29,11 @@ def read(table: Table) -> list[Item]:
     for row in table.rows:
         answer = str(row["answer"]).strip().lower()
         if answer not in ("yes", "no"):
-            raise ValueError(f"the answer is {row['answer']!r}; expected yes or no")  # of this row alone
+            raise RowError(f"the answer is {row['answer']!r}; expected yes or no")  # of this row alone
         categories = {"category": str(row["category"])} if is_given(row.get("category")) else {}
         name = str(row[index]) if index != "question_id" else f"{row[index]}-{row.get('category', '')}"
         items.append(Item(name, str(row["question"]), images_of(row["image"]), answer, categories=categories))
-    return check_answers("pope", items)
+    return check_answers(items)
 
 
 def prompt(item: Item, profile: Profile) -> Prompt:

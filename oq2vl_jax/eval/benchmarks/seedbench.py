@@ -36,7 +36,7 @@ def read(table: Table) -> list[Item]:
         )
         for row in rows
     ]
-    return check_answers("seedbench", items)
+    return check_answers(items)
 
 
 def prompt(item: Item, profile: Profile) -> Prompt:

@@ -11,6 +11,7 @@ from oq2vl_jax.eval.benchmark import (
     Judgement,
     Profile,
     Prompt,
+    RowError,
     chat_prompt,
     check_answers,
     each_item,
@@ -34,8 +35,8 @@ def read(table: Table) -> list[Item]:
     ]  # fmt: skip
     empty = next((item.index for item in items if not item.answer), None)
     if empty is not None:
-        raise ValueError(f"row {empty} has no answers")
-    return check_answers("textvqa", items)
+        raise RowError(f"row {empty} has no answers")
+    return check_answers(items)
 
 
 def prompt(item: Item, profile: Profile) -> Prompt:
