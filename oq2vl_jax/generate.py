@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, parse
-from oq2vl_jax.config import Template
+from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.data.paths import check_local, file_version, whole_output
 from oq2vl_jax.errors import UserError, run_command
 
@@ -48,6 +48,8 @@ class GenerateConfig:
     """jsonl file for the predictions of --requests."""
     template: Template | None = None
     """How the question is written; default: as the checkpoint's data was."""
+    prompt_form: PromptForm = "training"
+    """published: as the code of the paper asks its released weights (template open_qwen2vl alone)."""
     max_new_tokens: Length = 64
     temperature: Temperature = 0.0
     """Above 0: draw each token, from flatter probabilities the higher it is."""
@@ -178,7 +180,7 @@ def main() -> None:
     options = SamplingOptions(
         config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.seed, config.stop
     )
-    generator = Generator(config.checkpoint, config.template)
+    generator = Generator(config.checkpoint, config.template, prompt_form=config.prompt_form)
     try:
         if requests is None:
             prompt = generator.encode_prompt(config.prompt or "", len(config.image))
@@ -227,6 +229,7 @@ def settings_of(generator: "Generator", requests: list[dict], options: "Sampling
     values = [
         generator.checkpoint,
         generator.template,
+        generator.prompt_form,
         generator.dtype,
         dataclasses.asdict(options),
         requests,

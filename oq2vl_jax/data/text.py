@@ -164,6 +164,26 @@ class TextCodec:
         runs = [[self.special.image] * num_visual_tokens if token is None else [token] for token in encoded]
         return [token for run in runs for token in run]
 
+    def published_prompt(self, turns: list[str], num_visual_tokens: int, system: str | None = None) -> list[int]:
+        """Tokens as the published code asks (get_prompt, generate_batch): the conversation of open_qwen2vl, human first
+        and last, tokenised in one go from image to image, blanks at its end removed, the token behind every image
+        dropped, and <s> put before the <s> that is there. Raises SampleError.
+        """
+        special = self.special
+        items: list[str | int | None] = [special.bos, special.turn_start, f"system\n{system or DEFAULT_SYSTEM}"]
+        items += [special.eos, "\n"]
+        for i, text in enumerate(turns):
+            pieces = split_at_images(text.strip())
+            if i % 2:
+                items += [*(pieces if text.strip() else [" "]), special.eos, "\n"]
+            else:
+                items += [special.turn_start, "user\n", *pieces, special.eos]
+                items.append("assistant\n" if i < len(turns) - 1 else "assistant")
+        tokens = self._encode_items(items)
+        kept = [token for i, token in enumerate(tokens) if i == 0 or token is None or tokens[i - 1] is not None]
+        runs = [[special.image] * num_visual_tokens if token is None else [token] for token in kept]
+        return [special.bos, *(token for run in runs for token in run)]
+
     def text_notes(self, sample: Sample) -> list[str]:
         """Names of what the text of a sample spells and does not mean: images and special tokens."""
         texts = [sample.text or "", *(text or "" for text in sample.elements or ())]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oq2vl_jax.bounds import Count, SmallCount
-from oq2vl_jax.config import Template
+from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
 
@@ -29,6 +29,9 @@ class EvalConfig:
     """How an answer is found: in a generated reply, or as the likeliest of the options."""
     template: Template | None = None
     """How questions are written; default: as the checkpoint's data was. Raw prompts (open_qwen2vl) are always plain."""
+    prompt_form: PromptForm = "training"
+    """published: questions as the code of the paper asks them in template open_qwen2vl; of no effect on the raw prompts
+    that its harness and profile open_qwen2vl use."""
     batch_size: SmallCount = 32
     limit: Count | None = None
     """Only so many items of each task, evenly spaced; named in the results."""

@@ -37,7 +37,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         files,
     ) in tasks.items():  # checked before the checkpoint is loaded; pictures are held of one task at a time
         read_items(name, files)
-    generator = Generator(config.checkpoint, config.template, config.dtype)
+    generator = Generator(config.checkpoint, config.template, config.dtype, config.prompt_form)
     results = {}
     for name, files in tasks.items():
         items = evenly_spaced(read_items(name, files), config.limit)
@@ -101,6 +101,7 @@ def run_settings(config: EvalConfig, generator: Generator, files: list[Path]) ->
         "profile": config.profile,
         "method": config.method,
         "template": generator.template,
+        "prompt_form": generator.prompt_form,
         "checkpoint": generator.checkpoint,
         "checkpoint_identity": hashlib.sha256(identity).hexdigest()[:16],
         "data_files": [file.name for file in files],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from oq2vl_jax.config import MeshConfig, ModelConfig
+from oq2vl_jax.config import MeshConfig, ModelConfig, PromptForm
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.data.text import IMAGE, TextCodec
 from oq2vl_jax.errors import UserError
@@ -62,11 +62,23 @@ def load_model(checkpoint: Path, mesh: Mesh) -> OpenQwen2VL:
 class Generator:
     """A checkpoint that answers prompts and scores options, on all devices."""
 
-    def __init__(self, checkpoint: str, template: str | None = None, dtype: str | None = None):
+    prompt_form: PromptForm = "training"
+
+    def __init__(
+        self,
+        checkpoint: str,
+        template: str | None = None,
+        dtype: str | None = None,
+        prompt_form: PromptForm = "training",
+    ):
         """dtype: of weights and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
         folder = open_checkpoint(checkpoint)
         description = load_description(folder)
         codec, mesh = TextCodec(str(folder / "tokenizer")), make_mesh(MeshConfig())
+        self.prompt_form = prompt_form
+        if prompt_form == "published" and (template or description.template) != "open_qwen2vl":
+            name = template or description.template
+            raise UserError(f"--prompt-form published is a form of the template open_qwen2vl; this is {name}.")
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         self._set_up(load_model(folder, mesh), description.model, template or description.template, codec, mesh, dtype)
         self.checkpoint = str(folder)
@@ -97,7 +109,10 @@ class Generator:
 
     def encode_turns(self, turns: list[str], system: str | None = None, template: str | None = None) -> list[int]:
         """Token ids of a conversation, human first and last; images stand where <image> does."""
-        return self.codec.prompt(turns, template or self.template, self.model_config.num_visual_tokens, system)
+        template, num_visual_tokens = template or self.template, self.model_config.num_visual_tokens
+        if self.prompt_form == "published" and template == "open_qwen2vl":
+            return self.codec.published_prompt(turns, num_visual_tokens, system)
+        return self.codec.prompt(turns, template, num_visual_tokens, system)
 
     def ask(self, prompt: str, images: Sequence[bytes], options: SamplingOptions) -> str:
         """The reply to one question about encoded images."""

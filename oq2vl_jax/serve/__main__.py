@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from oq2vl_jax.bounds import Between, Length, SmallCount, parse
-from oq2vl_jax.config import Template
+from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.errors import UserError, run_command
 
 MIB = 2**20
@@ -48,6 +48,8 @@ class ServeConfig:
     """Sites whose pages may ask from a browser, such as https://example.org; "*": any."""
     api_key: str | None = None
     """What clients must send as their API key; default: the variable OQ2VL_API_KEY, else none is asked for."""
+    prompt_form: PromptForm = "training"
+    """published: as the code of the paper asks its released weights (template open_qwen2vl alone)."""
     template: Template | None = None
     """How conversations are written; default: as the checkpoint's data was."""
 
@@ -87,7 +89,7 @@ def main() -> None:
     from oq2vl_jax.serve.engine import Engine
 
     check_port(config)
-    generator = Generator(config.checkpoint, config.template)
+    generator = Generator(config.checkpoint, config.template, prompt_form=config.prompt_form)
     engine = Engine(generator, config.batch_size, config.max_context, config.max_waiting)
     name, key = Path(config.checkpoint).name, config.api_key or os.environ.get("OQ2VL_API_KEY")
     admission = Admission.of(config.host, config.allow_host, config.allow_origin, key)

@@ -1,5 +1,8 @@
+import random
+
 import numpy as np
 import pytest
+import tokenizers
 
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.data.text import SampleError, TextCodec
@@ -145,3 +148,30 @@ def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path):
         TextCodec(str(tmp_path / "missing"))
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         TextCodec(str(tmp_path))
+
+
+def published_ids(plain, special, turns, system):
+    """Written out from the published code: the text of a conversation, blanks at its end removed, parted at <image>,
+    each part tokenised with special tokens understood; where the first begins with <s>, every part loses its first
+    token; <s> is put before all."""
+    text = f"<s><|im_start|>system\n{system}<|im_end|>\n"
+    for i, turn in enumerate(turns):
+        turn = turn.strip()
+        text += f"{turn or ' '}<|im_end|>\n" if i % 2 else f"<|im_start|>user\n{turn}<|im_end|>assistant\n"
+    parts = [plain.encode(part, add_special_tokens=False).ids for part in text.rstrip().split("<image>")]
+    ids = [special.bos, parts[0][0], *parts[0][1:]]
+    for part in parts[1:]:
+        ids += [special.image, *part[1:]]
+    return ids
+
+
+def test_the_published_form_of_a_prompt_has_their_ids(qwen_tokenizer_folder):
+    codec, rng = TextCodec(qwen_tokenizer_folder), random.Random(0)
+    plain = tokenizers.Tokenizer.from_str(codec._backend.to_str())
+    plain.encode_special_tokens = False  # special tokens in the text are understood
+    words = ("What", " is this", "?", "\n", "\n\n", " ", "<image>\n", "<image>", "Yes", "12", "café", "你好")
+    for _ in range(300):
+        turns = ["".join(rng.choices(words, k=rng.randrange(7))) for _ in range(2 * rng.randrange(3) + 1)]
+        turns = [turn.replace("<image>", "") if i % 2 else turn for i, turn in enumerate(turns)]
+        expected = published_ids(plain, codec.special, turns, "You are a helpful assistant.")
+        assert codec.published_prompt(turns, 1) == expected
