@@ -4,6 +4,8 @@ Files: POPE.tsv (VLMEvalKit), or parquet of lmms-lab/POPE, split test. A reply t
 "no" in precision, recall, F1 and yes-rate (VLMEvalKit's rule).
 """
 
+import dataclasses
+
 from oq2vl_jax.eval.answers import yes_or_no
 from oq2vl_jax.eval.benchmark import (
     ASK_SHORT,
@@ -19,6 +21,7 @@ from oq2vl_jax.eval.benchmark import (
     raw_prompt,
     without_markers,
 )
+from oq2vl_jax.eval.report import JOINED
 from oq2vl_jax.eval.tables import Table, check_columns, images_of, is_given
 
 
@@ -52,20 +55,44 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
     return Judgement(float(said == item.answer), said)
 
 
+def splits_of(item: Item) -> list[str]:
+    """POPE.tsv holds a question of several splits once, as "popular,random"."""
+    return item.categories.get("category", "").split(JOINED)
+
+
+def combine(items: list[Item], judgements: list[Judgement], profile: Profile) -> list[tuple[Item, float]]:
+    """Every row, or, in the published harness, every row once for each of its splits."""
+    if profile == "official":
+        return each_item(items, judgements, profile)
+    return [
+        (dataclasses.replace(item, categories={"category": split} if split else {}), judgement.score)
+        for item, judgement in zip(items, judgements, strict=True)
+        for split in splits_of(item)
+    ]
+
+
 def extra(items: list[Item], judgements: list[Judgement]) -> dict[str, float]:
-    """Over all rows together; "yes" is the positive answer."""
-    said_yes = [judgement.parsed == "yes" for judgement in judgements]
-    is_yes = [item.answer == "yes" for item in items]
+    """Over all rows together, VLMEvalKit's; "yes" is the positive answer. The published harness reports the mean of the
+    splits' F1."""
+    pairs = list(zip(items, judgements, strict=True))
+    splits = sorted({split for item in items for split in splits_of(item)})
+    f1s = [rates([pair for pair in pairs if split in splits_of(pair[0])])["f1"] for split in splits]
+    return rates(pairs) | {"f1_mean_of_splits": sum(f1s) / len(f1s)}
+
+
+def rates(pairs: list[tuple[Item, Judgement]]) -> dict[str, float]:
+    said_yes = [judgement.parsed == "yes" for _, judgement in pairs]
+    is_yes = [item.answer == "yes" for item, _ in pairs]
     hits = sum(said and true for said, true in zip(said_yes, is_yes, strict=True))
     precision, recall = hits / max(sum(said_yes), 1), hits / max(sum(is_yes), 1)
     return {
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_rate": sum(said_yes) / len(items),
+        "yes_rate": sum(said_yes) / len(pairs),
     }
 
 
 BENCHMARK = Benchmark(
-    "pope", ("POPE.tsv", "*POPE*/**/test-*.parquet", "*pope*.parquet"), read, prompt, judge, each_item, extra
+    "pope", ("POPE.tsv", "*POPE*/**/test-*.parquet", "*pope*.parquet"), read, prompt, judge, combine, extra
 )
