@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, parse
+from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, check_bounds, parse
 from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.data.paths import check_local, file_version, whole_output
 from oq2vl_jax.errors import UserError, run_command
@@ -137,6 +137,7 @@ def image_problem(path: str) -> str | None:
 
 
 def check(config: GenerateConfig) -> None:
+    check_bounds(config, as_flags=True)
     if (config.requests is None) == (config.prompt is None):
         raise UserError("give either --prompt (with --image) or --requests.")
     if config.requests is not None and config.out is None:

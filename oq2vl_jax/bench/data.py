@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from oq2vl_jax.bounds import Between, Count, SmallCount, Workers, WorkersOrZero
+from oq2vl_jax.bounds import Between, Count, SmallCount, Workers, WorkersOrZero, check_bounds
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
 
@@ -39,6 +39,7 @@ def measure(options: Data) -> list[dict[str, Any]]:
     """alone: batches taken as fast as they come; under a step: taken every step_seconds, while nothing else runs."""
     from oq2vl_jax.data.loader import make_loader
 
+    check_bounds(options, as_flags=True)
     config = load_config(options.config)
     changes = {"num_threads": options.num_threads, "num_workers": options.num_workers}
     changes = {name: value for name, value in changes.items() if value is not None}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from oq2vl_jax.bounds import CountOrZero, Length, SmallCount
+from oq2vl_jax.bounds import CountOrZero, Length, SmallCount, check_bounds
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.devices import NODE_DEVICES, Device, find_device
@@ -50,6 +50,7 @@ class Plan:
 
 def measure(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON object; see show for what is in it."""
+    check_bounds(plan, as_flags=True)
     device = None if plan.device == "cpu" else find_device(plan.device)
     config = load_config(plan.config)
     largest = max(plan.scaling or (plan.num_devices,))

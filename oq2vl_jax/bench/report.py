@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from oq2vl_jax.bench.parts import plans, steps
 from oq2vl_jax.bench.report_page import write_page
 from oq2vl_jax.bench.report_runner import Item, Runner, run_item
-from oq2vl_jax.bounds import Between
+from oq2vl_jax.bounds import Between, check_bounds
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.data.paths import check_out, write_text
 from oq2vl_jax.errors import UserError
@@ -60,6 +60,7 @@ class Report:
 
 def measure(options: Report) -> dict[str, Any]:
     """The report's record: {"identity", "commit", "items": {name: {"status", "why", "figures", ..}}}."""
+    check_bounds(options, as_flags=True)
     groups = chosen_groups(options)
     folder = Path(options.out)
     check_out(options.out)

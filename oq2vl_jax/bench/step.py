@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from oq2vl_jax.bounds import Count, CountOrZero, Seed, SmallCount
+from oq2vl_jax.bounds import Count, CountOrZero, Seed, SmallCount, check_bounds
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.runtime import set_environment
@@ -44,6 +44,7 @@ class Step:
 
 def measure(options: Step) -> dict[str, Any]:
     """Every figure of the docstring, with what it was measured on."""
+    check_bounds(options, as_flags=True)
     set_environment()
     config = configured(options)
     from oq2vl_jax.bench.compiled import compile_step

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from oq2vl_jax.bounds import Count, Seed, parse
+from oq2vl_jax.bounds import Count, Seed, check_bounds, parse
 from oq2vl_jax.errors import UserError, run_command
 
 STYLE = """<style>
@@ -45,6 +45,7 @@ def inspect_rows(command: InspectCommand) -> str:
     from oq2vl_jax.data.tasks import read_settings
     from oq2vl_jax.data.text import TextCodec
 
+    check_bounds(command, as_flags=True)
     if not Path(command.out).absolute().parent.is_dir():
         raise UserError(f"--out {command.out}: its folder does not exist.")
     files = find_files(command.rows)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from oq2vl_jax.bounds import Count, SmallCount
+from oq2vl_jax.bounds import Count, SmallCount, check_bounds
 from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
@@ -45,6 +45,7 @@ class EvalConfig:
 
 def check(config: EvalConfig) -> None:
     """Raises UserError for what can be wrong before anything is loaded."""
+    check_bounds(config, as_flags=True)
     if not config.task_names:
         raise UserError("--tasks is empty.")
     for name in config.task_names:

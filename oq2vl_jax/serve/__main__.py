@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from oq2vl_jax.bounds import Between, Length, SmallCount, parse
+from oq2vl_jax.bounds import Between, Length, SmallCount, check_bounds, parse
 from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.errors import UserError, run_command
 
@@ -55,6 +55,7 @@ class ServeConfig:
 
 
 def check(config: ServeConfig) -> None:
+    check_bounds(config, as_flags=True)
     if config.allow_files is not None and not Path(config.allow_files).is_dir():
         raise UserError(f"--allow-files {config.allow_files}: no such folder.")
 

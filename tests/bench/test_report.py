@@ -198,8 +198,8 @@ def test_a_report_of_something_else_is_not_touched(quick_report, monkeypatch, tm
     [
         ({"only": "b,x"}, "expected some of a,b,c"),
         ({"only": ""}, "expected some of a,b,c"),
-        ({"minutes": 0.0}, "--minutes must be more than 0"),
-        ({"minutes": float("nan")}, "--minutes must be more than 0"),
+        ({"minutes": 0.0}, "--minutes must be above 0"),
+        ({"minutes": float("nan")}, "--minutes must be above 0"),
         ({"config": "configs/none.py"}, "no such config file"),
         ({"out": " "}, "--out is empty"),
     ],

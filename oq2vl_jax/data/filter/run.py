@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from oq2vl_jax.bounds import CountOrZero
+from oq2vl_jax.bounds import CountOrZero, check_bounds
 from oq2vl_jax.data.paths import check_has_polars, expand_paths
 
 
@@ -36,6 +36,7 @@ def run_filter(command: FilterCommand) -> dict:
     from oq2vl_jax.data.filter.report import choose_pictures, make_report, write_page
 
     paths.check_out(command.out)
+    check_bounds(command, as_flags=True)
     selection = load_filter(command.rules)
     metadata, scores = input_files(command)
     shards = expand_paths("--shards", command.shards) if command.shards else []
