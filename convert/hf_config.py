@@ -264,19 +264,22 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
         "image_token_id": model.image_token_id,  # transformers' newer name of image_token_index
         EXTRA_KEY: {"template": template, "rope_inv_freq": model.decoder.rope_inv_freq},
     }
-    if why_not_native(model):
-        values |= {
-            "model_type": POOLED_MODEL_TYPE,
-            "architectures": ["OpenQwen2VLForConditionalGeneration"],
-            "num_visual_tokens": model.num_visual_tokens,
-            "rope_inv_freq": model.decoder.rope_inv_freq,
-            "auto_map": {
-                "AutoConfig": "modeling_open_qwen2vl.OpenQwen2VLConfig",
-                "AutoModel": "modeling_open_qwen2vl.OpenQwen2VLModel",
-                "AutoModelForImageTextToText": "modeling_open_qwen2vl.OpenQwen2VLForConditionalGeneration",
-            },
-        }
-    return values
+    return values | (pooled_values(model) if why_not_native(model) else {})
+
+
+def pooled_values(model: ModelConfig) -> dict[str, Any]:
+    """What config.json says of a model that needs modeling_open_qwen2vl.py."""
+    return {
+        "model_type": POOLED_MODEL_TYPE,
+        "architectures": ["OpenQwen2VLForConditionalGeneration"],
+        "num_visual_tokens": model.num_visual_tokens,
+        "rope_inv_freq": model.decoder.rope_inv_freq,
+        "auto_map": {
+            "AutoConfig": "modeling_open_qwen2vl.OpenQwen2VLConfig",
+            "AutoModel": "modeling_open_qwen2vl.OpenQwen2VLModel",
+            "AutoModelForImageTextToText": "modeling_open_qwen2vl.OpenQwen2VLForConditionalGeneration",
+        },
+    }
 
 
 def why_not_native(model: ModelConfig) -> str | None:

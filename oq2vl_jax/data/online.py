@@ -22,7 +22,7 @@ import numpy as np
 
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data import paths
-from oq2vl_jax.data.batch import Batch
+from oq2vl_jax.data.batch import NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.documents import Limits, make_document
 from oq2vl_jax.data.images import ImageError
 from oq2vl_jax.data.instructions import entry_offsets, is_instructions, parse_entry, read_range
@@ -33,7 +33,6 @@ from oq2vl_jax.data.tars import key_offsets, read_key
 from oq2vl_jax.data.text import SampleError, TextCodec
 from oq2vl_jax.errors import UserError
 
-NUM_PREFETCHED_BATCHES = 2
 MAX_SKIPPED_IN_A_ROW = 10_000
 """So many samples without a document in between are a mistake in the configuration."""
 

@@ -46,13 +46,22 @@ def test_a_template_writes_the_tokens_of_the_codec(vocabulary, template, request
     codec, tokenizer = TextCodec(folder), AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|endofchunk|>", "<s>"], special_tokens=True)
     jinja, rng = chat_template(template, codec), random.Random(0)
+    num_compared = 0
     for _ in range(NUM_CONVERSATIONS // 2):
         messages = conversation(rng)
         turns, system, _ = read_messages(messages, None)
-        if template == "open_qwen2vl_released" and any(turn.strip()[:1].isalpha() for turn in turns[1::2]):
-            continue  # tokenised together with the word "assistant" before it, where there are merges
+        has_merges = vocabulary == "qwen_tokenizer_folder"
+        if (
+            has_merges
+            and template == "open_qwen2vl_released"
+            and any(turn.strip()[:1].isalpha() for turn in turns[1::2])
+        ):
+            continue  # tokenised together with the word "assistant" before it
+        num_compared += 1
         written = tokenizer.apply_chat_template(
             messages, chat_template=jinja, tokenize=False, add_generation_prompt=True
         )
         found = tokenizer.encode(written, add_special_tokens=False)
         assert found == codec.prompt(turns, template, 1, system), messages
+    print(f"{num_compared} compared")
+    assert num_compared > 200
