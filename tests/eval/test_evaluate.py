@@ -40,7 +40,7 @@ def test_tasks_of_every_kind_give_results_predictions_and_a_page(checkpoint, dat
         assert result["accuracy"] == pytest.approx(sum(p["score"] for p in predictions) / len(predictions))
         page = (tmp_path / "out" / name / "mistakes.html").read_text()
         assert "data:image/jpeg;base64" in page
-    assert set(results["pope"]["metrics"]) == {"precision", "recall", "f1", "yes_rate"}
+    assert set(results["pope"]["metrics"]) == {"precision", "recall", "f1", "f1_mean_of_splits", "yes_rate"}
     assert results["mmmu"]["by_category"]["category"].keys() == {"Art_Theory", "Math"}
 
 
