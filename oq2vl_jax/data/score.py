@@ -38,6 +38,8 @@ class ScoreConfig:
     """Of mlm-filter."""
     criteria: str | None = None
     """JSON file {metric: text with {caption}}, what the mlm-filter model was trained with. Default: our own wording."""
+    profile: Literal["own", "mlm_filter"] = "own"
+    """How the mlm-filter model is asked and read; mlm_filter: as by the published scorer, which needs --criteria."""
     broken_shards: Literal["stop", "keep"] = "stop"
     """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
     execution: Execution = Execution(num_workers=1)
@@ -49,10 +51,17 @@ def score_shards(config: ScoreConfig) -> dict | None:
 
     paths.check_has_polars("oq2vl_jax.data.score")
     files = paths.expand_paths("--shards", config.shards)
+    if config.profile == "mlm_filter" and (config.model != "mlm-filter" or config.criteria is None):
+        raise UserError(
+            "--profile mlm_filter asks as the published scorer does: it needs --model mlm-filter and --criteria, "
+            "the texts that its weights were trained with."
+        )
     settings: dict[str, Any] = {"model": config.model, "checkpoint": checkpoint_identity(config.checkpoint)}
     settings["batch_size"] = config.batch_size  # the last bits of a score can depend on it
     if config.model == "mlm-filter":
         settings |= {"metrics": list(config.metrics), "criteria": criteria_identity(config)}
+        if config.profile != "own":  # scores of earlier versions are of this profile
+            settings["profile"] = config.profile
     job = Job(
         out=config.out,
         name="",
@@ -94,15 +103,15 @@ def criteria_identity(config: ScoreConfig) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def load_scorer(model: str, checkpoint: str, batch_size: int, criteria: str | None, metrics: tuple[str, ...]):
+def load_scorer(config: ScoreConfig):
     """One model per process."""
-    if model == "clip":
+    if config.model == "clip":
         from oq2vl_jax.scoring.clip import ClipScorer
 
-        return ClipScorer(checkpoint, batch_size)
+        return ClipScorer(config.checkpoint, config.batch_size)
     from oq2vl_jax.scoring.mlm_filter import MLMFilterScorer
 
-    return MLMFilterScorer(checkpoint, batch_size, criteria, metrics)
+    return MLMFilterScorer(config.checkpoint, config.batch_size, config.criteria, config.metrics, config.profile)
 
 
 def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> dict:
@@ -114,7 +123,7 @@ def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> di
     from oq2vl_jax.data.tars import CutOffError
     from oq2vl_jax.data.text import SampleError
 
-    scorer = load_scorer(config.model, config.checkpoint, config.batch_size, config.criteria, config.metrics)
+    scorer = load_scorer(config)
     rows: list[dict] = []
     waiting: list[tuple[dict, Any]] = []
     skipped = Counter()

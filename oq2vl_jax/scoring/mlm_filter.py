@@ -2,32 +2,57 @@
 and writes an integer 0-100 for each of four metrics, greedily.
 
 The criteria text belongs to the weights. Ours (criteria.json) is the default; pass the one a model was trained with.
-The prompt ends with a space, as the published scorer's does; it allows two new tokens, which makes a literal 100 a 10,
-so three are allowed here. A reply that is no integer 0-100 scores null and is counted.
+Two profiles say how it is asked and how the reply is read:
+  own         the checkpoint's template, then a space; three new tokens, so that 100 can be written
+  mlm_filter  the published scorer for Qwen2.5 (github.com/Victorwz/MLM_Filter, conversation qwen_instruct): a system
+              message without a full stop, no line break behind <|im_end|>, at most 2,040 tokens with the image as one,
+              then a space; two new tokens, so that 100 reads 10; "85," is 85
+A reply that is no integer 0-100 scores null and is counted.
 """
 
 import re
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.data.text import IMAGE, IMAGE_IN_TEXT, TextCodec
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions
 
 METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
 DEFAULT_CRITERIA = Path(__file__).parent / "criteria.json"
-MAX_NEW_TOKENS = 3
 MAX_CAPTION_CHARACTERS = 4000
-"""The rest of a longer caption is not read."""
+"""The rest of a longer caption is not read (profile own)."""
+PUBLISHED_SYSTEM = "You are a helpful assistant"
+PUBLISHED_MAX_TOKENS = 2040
+Profile = Literal["own", "mlm_filter"]
+
+
+class Question(NamedTuple):
+    """One metric of one sample. sample: its place in the batch."""
+
+    prompt: list[int]
+    image: bytes
+    sample: int
+    metric: str
 
 
 class MLMFilterScorer:
     """Asks the model for every metric of every sample."""
 
-    def __init__(self, checkpoint: str, batch_size: int, criteria: str | None, metrics: tuple[str, ...]):
+    def __init__(
+        self,
+        checkpoint: str,
+        batch_size: int,
+        criteria: str | None,
+        metrics: tuple[str, ...],
+        profile: Profile = "own",
+    ):
         """Raises UserError for a checkpoint or criteria file that does not fit."""
+        self.profile: Profile = profile
         self.criteria = read_criteria(criteria or str(DEFAULT_CRITERIA), metrics)
         self.columns = tuple(self.criteria)
         self.generator = Generator(checkpoint)
@@ -37,25 +62,45 @@ class MLMFilterScorer:
         """(encoded image, a prompt for each metric). Raises ImageError, and SampleError for a caption without UTF-8."""
         assert sample.text is not None
         decode_image(sample.images[0], self.generator.model_config.vision.image_size)
-        caption = sample.text.strip()[:MAX_CAPTION_CHARACTERS].replace("<image>", "<image-placeholder>")
-        space = self.generator.codec.encode(" ")
-        texts = [text.replace("{caption}", caption) for text in self.criteria.values()]
-        return sample.images[0], [self.generator.encode_prompt(text, 1) + space for text in texts]
+        caption = sample.text.replace(IMAGE, IMAGE_IN_TEXT)
+        if self.profile == "own":
+            caption = sample.text.strip()[:MAX_CAPTION_CHARACTERS].replace(IMAGE, IMAGE_IN_TEXT)
+        return sample.images[0], [self._prompt(text.replace("{caption}", caption)) for text in self.criteria.values()]
+
+    def _prompt(self, text: str) -> list[int]:
+        codec = self.generator.codec
+        if self.profile == "mlm_filter":
+            return published_prompt(codec, text, self.generator.model_config.num_visual_tokens)
+        return self.generator.encode_prompt(text, 1) + codec.encode(" ")
 
     def score(self, prepared: list[tuple[bytes, list[list[int]]]]) -> list[dict[str, int | None]]:
         """At most batch_size samples. Questions are asked in batches of one shape, sorted by length."""
-        questions = [(prompt, image, i, name) for i, (image, prompts) in enumerate(prepared)
-                     for name, prompt in zip(self.columns, prompts, strict=True)]  # fmt: skip
-        questions.sort(key=lambda question: len(question[0]))
+        options = SamplingOptions(2 if self.profile == "mlm_filter" else 3)
+        parse = parse_published_score if self.profile == "mlm_filter" else parse_score
+        questions = [Question(prompt, image, i, metric) for i, (image, prompts) in enumerate(prepared)
+                     for metric, prompt in zip(self.columns, prompts, strict=True)]  # fmt: skip
+        questions.sort(key=lambda question: len(question.prompt))
         scores: list[dict[str, int | None]] = [{} for _ in prepared]
         for start in range(0, len(questions), self.batch_size):
             batch = questions[start : start + self.batch_size]
             filled = batch + [batch[-1]] * (self.batch_size - len(batch))
-            requests = [Request(prompt, [image]) for prompt, image, _, _ in filled]
-            replies = self.generator.generate(requests, SamplingOptions(MAX_NEW_TOKENS))
-            for (_, _, i, name), reply in zip(batch, replies, strict=False):
-                scores[i][name] = parse_score(reply.text)
+            requests = [Request(question.prompt, [question.image]) for question in filled]
+            replies = self.generator.generate(requests, options)
+            for question, reply in zip(batch, replies, strict=False):
+                scores[question.sample][question.metric] = parse(reply.text)
         return scores
+
+
+def published_prompt(codec: TextCodec, text: str, num_visual_tokens: int) -> list[int]:
+    """Tokens as the published scorer asks. What the text spells of special tokens stays text here, and does not there.
+    Raises SampleError.
+    """
+    special = codec.special
+    head = [special.turn_start, *codec.encode(f"system\n{PUBLISHED_SYSTEM}"), special.eos]
+    head += [special.turn_start, *codec.encode("user\n")]
+    tail = [*codec.encode(f"\n{text}"), special.eos, special.turn_start, *codec.encode("assistant\n")]
+    tail = tail[: PUBLISHED_MAX_TOKENS - len(head) - 1]
+    return [*head, *[special.image] * num_visual_tokens, *tail, *codec.encode(" ")]
 
 
 def read_criteria(path: str, metrics: tuple[str, ...]) -> dict[str, str]:
@@ -73,3 +118,12 @@ def parse_score(reply: str) -> int | None:
     """The integer 0-100 that a reply begins with, and consists of; None for anything else."""
     match = re.fullmatch(r"([0-9]{1,3})\.?", reply.strip())
     return int(match[1]) if match and int(match[1]) <= 100 else None
+
+
+def parse_published_score(reply: str) -> int | None:
+    """As the published filter reads a score: the integer in the first line, less commas, then semicolons, around it."""
+    try:
+        score = int(reply.split("\n")[0].strip(",").strip(";"))
+    except ValueError:
+        return None
+    return score if 0 <= score <= 100 else None

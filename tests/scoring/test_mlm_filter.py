@@ -13,11 +13,19 @@ from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, 
 from oq2vl_jax.data.score import ScoreConfig, score_shards
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.data.tasks import Execution
+from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.generator import Request
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.scoring.mlm_filter import METRICS, MLMFilterScorer, parse_score, read_criteria
+from oq2vl_jax.scoring.mlm_filter import (
+    METRICS,
+    MLMFilterScorer,
+    parse_published_score,
+    parse_score,
+    published_prompt,
+    read_criteria,
+)
 from oq2vl_jax.train.checkpoint import named_arrays
 from tests.data.conftest import caption_sample, png
 
@@ -52,6 +60,64 @@ def checkpoint(tmp_path_factory, byte_tokenizer_folder):
 )  # fmt: skip
 def test_a_reply_is_an_integer_from_0_to_100_or_no_score(reply, score):
     assert parse_score(reply) == score
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("85,", 85),
+        ("8;", 8),
+        ("85\nas", 85),
+        (" 7 ", 7),
+        ("100", 100),
+        ("101", None),
+        ("85.", None),
+        ("", None),
+        ("-5", None),
+    ],
+)
+def test_a_reply_as_the_published_filter_reads_it(reply, score):
+    assert parse_published_score(reply) == score
+
+
+def reference_prompt(tokenizer, text):
+    """Theirs as transformers tokenises it: the conversation as one text, cut at the image."""
+    conversation = (
+        "<|im_start|>system\nYou are a helpful assistant<|im_end|><|im_start|>user\n"
+        f"<image>\n{text}<|im_end|><|im_start|>assistant\n"
+    )
+    before, after = (tokenizer(chunk).input_ids for chunk in conversation.split("<image>"))
+    return [*[*before, None, *after][:2040], tokenizer(" ").input_ids[-1]]
+
+
+def test_the_published_prompt_is_theirs_token_for_token(checkpoint, qwen_tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    theirs, codec = AutoTokenizer.from_pretrained(qwen_tokenizer_folder), TextCodec(qwen_tokenizer_folder)
+    rng, words = np.random.default_rng(0), ["a", " dog", "\n", "  ", "é", "你好", "85", ".", "\tx", " <b>", "'s"]
+    for length in [0, 1, 5, 3000, *rng.integers(1, 200, 200)]:
+        text = "".join(rng.choice(words, length)) + " Rate it."
+        prompt = published_prompt(codec, text, num_visual_tokens=3)
+        image = codec.special.image
+        expected = [x for token in reference_prompt(theirs, text) for x in ([image] * 3 if token is None else [token])]
+        assert prompt == expected
+
+
+def test_the_published_profile_needs_its_criteria(checkpoint, tmp_path, write_shard):
+    shard = write_shard(tmp_path / "0.tar", [caption_sample(0, text="a dog ")])
+    config = ScoreConfig(shard, str(tmp_path / "out"), "mlm-filter", checkpoint, 4, profile="mlm_filter")
+    with pytest.raises(UserError, match="needs --model mlm-filter and --criteria"):
+        score_shards(config)
+    criteria = tmp_path / "criteria.json"
+    criteria.write_text(json.dumps({"semantic_understanding": "Text Caption: {caption}"}))
+    metrics = ("semantic_understanding",)
+    config = dataclasses.replace(config, criteria=str(criteria), metrics=metrics, execution=Execution(1))
+    assert score_shards(config)["profile"] == "mlm_filter"
+    scorer = MLMFilterScorer(checkpoint, 1, str(criteria), metrics, "mlm_filter")
+    image, (prompt,) = scorer.prepare(Sample("", [png(20, 30, seed=0)], text="a dog "))
+    assert prompt == published_prompt(scorer.generator.codec, "Text Caption: a dog ", MODEL.num_visual_tokens)
+    reply = scorer.generator.generate([Request(prompt, [image])], SamplingOptions(2))[0].text
+    assert scorer.score([(image, [prompt])]) == [{metrics[0]: parse_published_score(reply)}]
 
 
 def test_batched_scores_are_those_asked_one_by_one(checkpoint, tmp_path):
