@@ -17,6 +17,12 @@ ADDED_TOKENS = (
 
 PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 
+PRINTED_AS_THEMSELVES = {*range(33, 127), *range(161, 173), *range(174, 256)}
+"""Bytes that byte-level BPE writes as the character of that number; the others stand at 256 and on, in order."""
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTED_AS_THEMSELVES} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - PRINTED_AS_THEMSELVES))
+}
+
 BYTE_RANKS = {bytes([byte]): byte for byte in range(256)}
 
 

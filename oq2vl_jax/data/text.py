@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from oq2vl_jax.data.bpe import BYTE_OF_CHARACTER
 from oq2vl_jax.data.rows import Document
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.data.tokenizer import BOS, END_OF_CHUNK, EOS, IMAGE_PAD, PAD, TURN_START, load_tokenizer
@@ -115,6 +116,16 @@ class TextCodec:
     def decode_exact(self, tokens: list[int]) -> str:
         """With special tokens as they are written."""
         return self._backend.decode(tokens, skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which can be a part of a character; none for an id without a token."""
+        name = self._backend.id_to_token(token) or ""
+        if name in self._added_tokens:
+            return name.encode()
+        try:
+            return bytes(BYTE_OF_CHARACTER[character] for character in name)
+        except KeyError:  # a vocabulary that is not byte-level
+            return name.encode()
 
     def save(self, folder: Path) -> None:
         """The files of the tokenizer, to a folder that exists."""

@@ -50,6 +50,15 @@ class DecodeState(NamedTuple):
     cache: KVCache
 
 
+class TokenScores(NamedTuple):
+    """Log-probabilities under the model, before temperature, top-k and top-p, of the tokens that were chosen and of the
+    K most likely ones, best first."""
+
+    chosen: Float[Array, "B steps"]
+    top: Float[Array, "B steps K"]
+    top_tokens: Int[Array, "B steps K"]
+
+
 def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
     """The weights as decoding reads them, the decoder's matrices in `dtype`. The stacked layers are let go."""
     layers = tuple(with_transposed_kernels(fused(layer)) for layer in model.decoder.unstacked_layers())
@@ -114,7 +123,21 @@ def start(
     return DecodeState(token, lengths, jnp.isin(token, stop_tokens), cache)
 
 
-@partial(jax.jit, static_argnames=("num_steps", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames="num_top")
+def first_scores(logits: Float[Array, "B V"], token: Int[Array, "B"], num_top: int) -> TokenScores:
+    """Of the first new tokens."""
+    return TokenScores(*(x[:, None] for x in score_tokens(logits, token, num_top)))
+
+
+def score_tokens(logits: Float[Array, "B V"], token: Int[Array, "B"], num_top: int) -> TokenScores:
+    """Of one token a row; the axis of steps is not there."""
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    top, top_tokens = jax.lax.top_k(scores, min(num_top, scores.shape[-1]))
+    chosen = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
+    return TokenScores(chosen, top, top_tokens.astype(jnp.int32))
+
+
+@partial(jax.jit, static_argnames=("num_steps", "dtype", "num_top"), donate_argnames="state")
 def decode(
     weights: Weights,
     state: DecodeState,
@@ -122,27 +145,39 @@ def decode(
     stop_tokens: Int[Array, "stops"],
     num_steps: int,
     dtype: str = "float32",
-) -> tuple[DecodeState, Int[Array, "B num_steps"]]:
-    """num_steps more tokens of each row, its stop token included, NOTHING after it; ends early when all are done."""
+    num_top: int = 0,
+) -> tuple[DecodeState, Int[Array, "B num_steps"], TokenScores | None]:
+    """num_steps more tokens of each row, its stop token included, NOTHING after it; ends early when all are done.
+
+    num_top: above 0, the scores of the tokens with this many alternatives.
+    """
     batch = state.token.shape[0]
 
     def is_running(carry):
-        step, state, _ = carry
+        step, state, _, _ = carry
         return (step < num_steps) & ~state.is_done.all()
 
     def step_once(carry):
-        step, state, output = carry
+        step, state, output, scores = carry
         x = weights.model.decoder.embed(state.token[:, None], jnp.dtype(dtype))
         hidden, cache = weights.model.decoder.extend(weights.layers, x, state.position[:, None], state.cache)
         position = state.position + 1
-        token = choose(weights.model.logits(hidden)[:, 0], sampling, position)
+        logits = weights.model.logits(hidden)[:, 0]
+        token = choose(logits, sampling, position)
         output = output.at[:, step].set(jnp.where(state.is_done, NOTHING, token))
+        if scores is not None:
+            of_step = score_tokens(logits, token, num_top)
+            scores = jax.tree.map(lambda whole, new: whole.at[:, step].set(new), scores, of_step)
         is_done = state.is_done | jnp.isin(token, stop_tokens)
-        return step + 1, DecodeState(token, position, is_done, cache), output
+        return step + 1, DecodeState(token, position, is_done, cache), output, scores
 
     output = jnp.full((batch, num_steps), NOTHING, jnp.int32)
-    _, state, output = jax.lax.while_loop(is_running, step_once, (0, state, output))
-    return state, output
+    scores = None
+    if num_top:
+        top = (batch, num_steps, min(num_top, weights.model.config.decoder.vocab_size))
+        scores = TokenScores(jnp.zeros((batch, num_steps)), jnp.zeros(top), jnp.zeros(top, jnp.int32))
+    _, state, output, scores = jax.lax.while_loop(is_running, step_once, (0, state, output, scores))
+    return state, output, scores
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -19,8 +19,10 @@ from oq2vl_jax.eval.decoding import (
     NOTHING,
     DecodeState,
     Sampling,
+    TokenScores,
     decode,
     encode_images,
+    first_scores,
     prefill,
     score_options,
     start,
@@ -212,22 +214,25 @@ class Generator:
         kinds = (np.float32, np.float32, np.int32, np.int32)
         return Sampling(*(self._rows(np.full(num_rows, c, kind)) for c, kind in zip(columns, kinds, strict=True)))
 
-    def start(self, requests: Sequence[Request], options: SamplingOptions, num_slots: int | None = None) -> DecodeState:
-        """The state after the prompts, with the first new token of each row chosen."""
+    def start(
+        self, requests: Sequence[Request], options: SamplingOptions, num_slots: int | None = None, num_top: int = 0
+    ) -> tuple[DecodeState, TokenScores | None]:
+        """The state after the prompts, with the first new token of each row chosen, and its scores if num_top > 0."""
         logits, cache, lengths = self.prefill(requests, options.max_new_tokens, num_slots)
-        return start(logits, cache, lengths, self.sampling(options, len(lengths)), self.stop_tokens)
+        state = start(logits, cache, lengths, self.sampling(options, len(lengths)), self.stop_tokens)
+        return state, first_scores(logits, state.token, num_top) if num_top else None
 
     def _decode(
         self, requests: Sequence[Request], options: SamplingOptions, steps_per_call: int
     ) -> Iterator[list[list[int]]]:
         """New tokens of each row, call by call, stop tokens included."""
-        state = self.start(requests, options)
+        state, _ = self.start(requests, options)
         sampling = self.sampling(options, len(state.token))
         yield [[token] for token in np.asarray(state.token).tolist()]
         left = options.max_new_tokens - 1
         while left > 0 and not bool(state.is_done.all()):
             num_steps = min(left, steps_per_call)
-            state, output = decode(self.weights, state, sampling, self.stop_tokens, num_steps, self.dtype)
+            state, output, _ = decode(self.weights, state, sampling, self.stop_tokens, num_steps, self.dtype)
             yield [[token for token in row if token != NOTHING] for row in np.asarray(output).tolist()]
             left -= num_steps
 

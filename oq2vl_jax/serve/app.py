@@ -8,7 +8,7 @@ OpenAI's form. docs/server.md has the fields and the bounds.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from oq2vl_jax.eval.reply import Reply
 from oq2vl_jax.serve import chat
 from oq2vl_jax.serve.answers import error_body, error_response, event
 from oq2vl_jax.serve.chat import ChatRequest, RequestError
-from oq2vl_jax.serve.engine import SHUTTING_DOWN, Engine, EngineFullError, EngineStoppedError, Event, Job
+from oq2vl_jax.serve.engine import SHUTTING_DOWN, Engine, EngineFullError, EngineStoppedError, Event, Job, TokenScore
 from oq2vl_jax.serve.gate import Admission, Gate
 from oq2vl_jax.serve.metrics import Metrics
 
@@ -190,7 +190,11 @@ class Server:
                 return error_response(found.error, found.status)
             if replies.are_whole:
                 self._count(parsed, replies.done)
-                return JSONResponse(chat.completion(parsed, replies.done, chat.new_identity()))
+                logprobs = [self._logprobs(parsed, replies.scores[i]) for i in range(len(parsed.options))]
+                return JSONResponse(chat.completion(parsed, replies.done, chat.new_identity(), logprobs))
+
+    def _logprobs(self, parsed: ChatRequest, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        return chat.logprobs_of(parsed, scores, self.engine.generator.codec)
 
     async def _stream(self, parsed: ChatRequest, replies: "Replies") -> AsyncIterator[str]:
         """Server-sent events. A client that goes away ends this generator, and with it the jobs."""
@@ -200,13 +204,14 @@ class Server:
                 yield event(chat.chunk(parsed, identity, {"role": "assistant", "content": ""}, index=i))
             while not replies.are_whole:
                 i, found = await replies.next()
+                logprobs = self._logprobs(parsed, found.scores) if found.scores else None
                 if found.piece:
-                    yield event(chat.chunk(parsed, identity, {"content": found.piece}, index=i))
+                    yield event(chat.chunk(parsed, identity, {"content": found.piece}, index=i, logprobs=logprobs))
                 if found.error is not None:
                     yield event(error_body(found.error, found.status))
                     return
                 if found.reply is not None:
-                    yield event(chat.chunk(parsed, identity, {}, found.reply.finish_reason, i))
+                    yield event(chat.chunk(parsed, identity, {}, found.reply.finish_reason, i, logprobs))
             self._count(parsed, replies.done)
             if parsed.includes_usage:
                 yield event(chat.usage_chunk(parsed, identity, sum(len(reply.tokens) for reply in replies.done)))
@@ -230,7 +235,9 @@ class Replies:
         self._loop = asyncio.get_running_loop()
         self._found: dict[int, Reply] = {}
         self._num_ended = 0
-        self._jobs = [Job(parsed.request, o, self._listener(i)) for i, o in enumerate(parsed.options)]
+        wants_scores = parsed.top_logprobs is not None
+        self._jobs = [Job(parsed.request, o, self._listener(i), wants_scores) for i, o in enumerate(parsed.options)]
+        self.scores: list[list[TokenScore]] = [[] for _ in self._jobs]
         engine.submit(*self._jobs)
 
     def _listener(self, i: int) -> Callable[[Event], None]:
@@ -249,6 +256,7 @@ class Replies:
     async def next(self) -> tuple[int, Event]:
         """(number of the choice, what happened to it)."""
         i, found = await self._events.get()
+        self.scores[i] += found.scores
         if found.reply is not None:
             self._found[i] = found.reply
         return i, found

@@ -1,7 +1,7 @@
 """The OpenAI chat-completions format: a request's JSON to a prompt with images, a reply to JSON.
 
 What is understood: messages (system, user, assistant; text and image_url parts), max_tokens or max_completion_tokens,
-temperature (default 0, not 1: the reply of an evaluation), top_p, top_k, seed, stop, n, stream, stream_options. What
+temperature (default 0, not 1: the reply of an evaluation), top_p, top_k, seed, stop, n, logprobs, stream. What
 would change a reply and is not done is refused by name; other fields are ignored, as clients send many. docs/server.md
 has them field by field, and the bounds.
 """
@@ -14,14 +14,16 @@ import random
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from oq2vl_jax.data.images import ImageError, check_image
-from oq2vl_jax.data.text import IMAGE, IMAGE_IN_TEXT
+from oq2vl_jax.data.text import IMAGE, IMAGE_IN_TEXT, TextCodec
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import Reply, SamplingOptions
+from oq2vl_jax.serve.engine import NUM_TOP, TokenScore
 
 DEFAULT_NEW_TOKENS = 512
 MAX_IMAGES = 32
@@ -37,7 +39,7 @@ MAX_FILE_BYTES = 20 * 2**20
 MAX_CHOICES = 8
 BLANKS = str.maketrans("", "", " \t\n\r\f")
 REFUSED_FIELDS = (
-    "tools", "functions", "logprobs", "top_logprobs", "audio", "prediction", "web_search_options", "best_of",
+    "tools", "functions", "audio", "prediction", "web_search_options", "best_of",
     "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias", "min_p", "min_tokens", "ignore_eos",
     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "suffix", "echo",
     "use_beam_search", "length_penalty", "stop_token_ids", "bad_words", "prompt_logprobs",
@@ -62,6 +64,8 @@ class ChatRequest(NamedTuple):
     model: str
     is_stream: bool
     includes_usage: bool
+    top_logprobs: int | None = None
+    """Alternatives to a token that are named; None: no log-probabilities at all."""
 
 
 def parse_request(
@@ -93,6 +97,7 @@ def parse_request(
         model_name,
         bool(fields.get("stream")),
         isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
+        read_top_logprobs(fields),
     )
 
 
@@ -154,6 +159,19 @@ def read_options(fields: dict[str, Any], room: int) -> SamplingOptions:
         )
     except ValueError as error:  # UserError among them
         raise RequestError(str(error)) from error
+
+
+def read_top_logprobs(fields: dict[str, Any]) -> int | None:
+    top = fields.get("top_logprobs")
+    if not fields.get("logprobs"):
+        if top:
+            raise RequestError("top_logprobs needs logprobs: true", parameter="top_logprobs")
+        return None
+    if fields["logprobs"] is not True:
+        raise RequestError("logprobs must be true or false", parameter="logprobs")
+    if top is not None and (type(top) is not int or not 0 <= top <= NUM_TOP):
+        raise RequestError(f"top_logprobs must be 0 to {NUM_TOP}", parameter="top_logprobs")
+    return top or 0
 
 
 def with_seeds(options: SamplingOptions, count: int) -> list[SamplingOptions]:
@@ -300,12 +318,14 @@ def read_local_image(url: str, where: str, files_root: Path | None) -> bytes:
     raise RequestError(f"{where}: no such file below the folder that is served")
 
 
-def completion(chat: ChatRequest, replies: list[Reply], identity: str) -> dict[str, Any]:
-    """The answer to a request that does not stream."""
+def completion(
+    chat: ChatRequest, replies: list[Reply], identity: str, logprobs: Sequence[dict[str, Any] | None]
+) -> dict[str, Any]:
+    """The answer to a request that does not stream. logprobs: of each reply."""
     choices = [
         {
-            "index": i, "message": {"role": "assistant", "content": reply.text, "refusal": None}, "logprobs": None,
-            "finish_reason": reply.finish_reason,
+            "index": i, "message": {"role": "assistant", "content": reply.text, "refusal": None},
+            "logprobs": logprobs[i], "finish_reason": reply.finish_reason,
         }
         for i, reply in enumerate(replies)
     ]  # fmt: skip
@@ -313,11 +333,33 @@ def completion(chat: ChatRequest, replies: list[Reply], identity: str) -> dict[s
     return {**head(chat, identity, "chat.completion"), "choices": choices, "usage": usage(chat, num_tokens)}
 
 
+def logprobs_of(chat: ChatRequest, scores: Sequence[TokenScore], codec: TextCodec) -> dict[str, Any] | None:
+    """A choice's logprobs object; None where none were asked for."""
+    num_top = chat.top_logprobs
+    if num_top is None:
+        return None
+
+    def named(token: int, score: float) -> dict[str, Any]:
+        written = codec.token_bytes(token)
+        return {"token": written.decode(errors="replace"), "logprob": score, "bytes": list(written)}
+
+    content = [
+        {**named(found.token, found.score), "top_logprobs": [named(*pair) for pair in found.top[:num_top]]}
+        for found in scores
+    ]
+    return {"content": content, "refusal": None}
+
+
 def chunk(
-    chat: ChatRequest, identity: str, delta: dict[str, str], finish_reason: str | None = None, index: int = 0
+    chat: ChatRequest,
+    identity: str,
+    delta: dict[str, str],
+    finish_reason: str | None = None,
+    index: int = 0,
+    logprobs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One event of a stream."""
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
     return {**head(chat, identity, "chat.completion.chunk"), "choices": [choice]}
 
 

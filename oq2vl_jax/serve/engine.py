@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from oq2vl_jax.eval.decoding import NOTHING, DecodeState, Sampling, decode, insert_row
+from oq2vl_jax.eval.decoding import NOTHING, DecodeState, Sampling, TokenScores, decode, insert_row
 from oq2vl_jax.eval.generator import STEPS_PER_PIECE, Generator, Request
 from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
 from oq2vl_jax.model.qwen2 import init_cache
@@ -23,10 +23,26 @@ from oq2vl_jax.model.qwen2 import init_cache
 SHUTTING_DOWN = "the server is shutting down; ask another or later"
 
 
+NUM_TOP = 20
+"""Alternatives of a token that are scored where a running request asks for any; OpenAI's most."""
+
+
+class TokenScore(NamedTuple):
+    """log-probability of a token of a reply, and of the NUM_TOP most likely ones in its place, best first."""
+
+    token: int
+    score: float
+    top: list[tuple[int, float]]
+
+
 class Event(NamedTuple):
-    """What a job's listener gets: pieces of text, then a reply or an error with its HTTP status."""
+    """What a job's listener gets: pieces of text, then a reply or an error with its HTTP status.
+
+    scores: of the tokens taken since the last event, where the job asked for them.
+    """
 
     piece: str = ""
+    scores: tuple[TokenScore, ...] = ()
     reply: Reply | None = None
     error: str | None = None
     status: int = 500
@@ -35,8 +51,12 @@ class Event(NamedTuple):
 class Job:
     """One reply on its way. `listen` is called from the engine's thread and must not block."""
 
-    def __init__(self, request: Request, options: SamplingOptions, listen: Callable[[Event], None]):
-        self.request, self.options, self.listen = request, options, listen
+    def __init__(
+        self, request: Request, options: SamplingOptions, listen: Callable[[Event], None], wants_scores: bool = False
+    ):
+        self.request, self.options, self.listen, self.wants_scores = request, options, listen, wants_scores
+        self.scores: list[TokenScore] = []
+        """Not handed out yet."""
         self.is_cancelled = False
         self.text: ReplyText | None = None
 
@@ -138,14 +158,15 @@ class Engine:
             row = self._jobs.index(None)
             self._jobs[row] = job
             try:
-                first = self.generator.start([job.request], job.options, num_slots=self.max_context)
+                num_top = NUM_TOP if job.wants_scores else 0
+                first, scores = self.generator.start([job.request], job.options, self.max_context, num_top)
             except ValueError as problem:  # ImageError, UserError: of this request alone
                 self._jobs[row] = None
                 job.listen(Event(error=str(problem), status=400))
                 continue
             state = insert_row(state, first, jnp.int32(row))
             job.text = ReplyText(self.generator.codec, self.generator.stops, job.options)
-            self._take(row, np.asarray(first.token).tolist())
+            self._take(row, np.asarray(first.token).tolist(), scores, 0)
         return state
 
     def _decode_piece(self, state: DecodeState) -> DecodeState:
@@ -156,29 +177,35 @@ class Engine:
         is_free = np.array([job is None for job in self._jobs])
         state = state._replace(is_done=jnp.asarray(is_free))
         generator = self.generator
-        state, output = decode(
-            generator.weights, state, sampling, generator.stop_tokens, STEPS_PER_PIECE, generator.dtype
+        num_top = NUM_TOP if any(job and job.wants_scores for job in self._jobs) else 0
+        state, output, scores = decode(
+            generator.weights, state, sampling, generator.stop_tokens, STEPS_PER_PIECE, generator.dtype, num_top
         )
+        scores = scores and TokenScores(*map(np.asarray, scores))
         for row, tokens in enumerate(np.asarray(output).tolist()):
             if self._jobs[row] is not None:
-                self._take(row, [token for token in tokens if token != NOTHING])
+                self._take(row, [token for token in tokens if token != NOTHING], scores, row)
         return state
 
-    def _take(self, row: int, tokens: list[int]) -> None:
-        """New tokens of a row to its listener; the row is freed when the reply has ended."""
+    def _take(self, row: int, tokens: list[int], scores: TokenScores | None, place: int) -> None:
+        """New tokens of a row to its listener; the row is freed when the reply has ended. place: its row in scores."""
         job = self._jobs[row]
         assert job is not None
         assert job.text is not None
         if job.is_cancelled:
             self._jobs[row] = None
             return
+        num_before = len(job.text.tokens)
         job.text.add(tokens)
+        if job.wants_scores and scores is not None:
+            job.scores += token_scores(job.text.tokens[num_before:], TokenScores(*(x[place] for x in scores)))
         piece = job.text.new_piece()
         if piece:
-            job.listen(Event(piece=piece))
+            job.listen(Event(piece=piece, scores=tuple(job.scores)))
+            job.scores = []
         if job.text.is_done:
             self._jobs[row] = None
-            job.listen(Event(reply=job.text.reply()))
+            job.listen(Event(reply=job.text.reply(), scores=tuple(job.scores)))
 
     def _fail_all(self, message: str, status: int = 500) -> None:
         failed = [job for job in self._jobs if job is not None]
@@ -196,3 +223,12 @@ class Engine:
         cache = init_cache(config, self.num_rows, self.max_context, self.generator.dtype)
         tokens, positions = jnp.zeros(self.num_rows, jnp.int32), jnp.zeros(self.num_rows, jnp.int32)
         return DecodeState(tokens, positions, jnp.ones(self.num_rows, bool), cache)
+
+
+def token_scores(tokens: list[int], scores: TokenScores) -> list[TokenScore]:
+    """scores: of one row, the first of its steps those of the tokens."""
+    chosen, top, top_tokens = (np.asarray(x)[: len(tokens)].tolist() for x in scores)
+    return [
+        TokenScore(token, score, list(zip(names, values, strict=True)))
+        for token, score, names, values in zip(tokens, chosen, top_tokens, top, strict=True)
+    ]

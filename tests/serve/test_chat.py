@@ -5,16 +5,10 @@ import json
 
 import pytest
 
-from oq2vl_jax.eval.generator import Generator
 from oq2vl_jax.serve.chat import RequestError, parse_request
 from tests.data.conftest import png
 
 CONTEXT = 256
-
-
-@pytest.fixture(scope="module")
-def generator(checkpoint):
-    return Generator(checkpoint)
 
 
 def data_url(data, kind="png"):

@@ -3,16 +3,13 @@
 import asyncio
 import json
 import resource
-import socket
 import threading
 
 import httpx
 import pytest
-import uvicorn
 
-from oq2vl_jax.eval.generator import Generator, Request
+from oq2vl_jax.eval.generator import Request
 from oq2vl_jax.eval.reply import SamplingOptions
-from oq2vl_jax.serve.app import Server
 from oq2vl_jax.serve.engine import Engine
 from tests.data.conftest import png
 from tests.serve.test_chat import data_url, picture, user
@@ -22,29 +19,6 @@ JSON = {"content-type": "application/json"}
 NEW_TOKENS = 12
 MIB = 2**20
 MAX_GROWTH_MIB = 700  # measured 160; 64 bodies of 30 MiB would be 1,900
-
-
-@pytest.fixture(scope="module")
-def generator(checkpoint):
-    return Generator(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def url(generator):
-    engine = Engine(generator, num_rows=8, max_context=128, max_waiting=200)
-    app = Server(engine, "tiny", 20 * MIB, 256 * MIB, None).app()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        threading.Event().wait(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(20)
-    assert not engine.is_alive
 
 
 def question(i):

