@@ -44,7 +44,7 @@ def ask(config: AskHFConfig) -> str:
         model = AutoModelForImageTextToText.from_pretrained(
             config.model, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
-        processor = AutoProcessor.from_pretrained(config.model)
+        processor = AutoProcessor.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{config.model}: {str(error).strip().splitlines()[0]}") from error
     content = [{"type": "image"}] * len(config.image) + [{"type": "text", "text": config.prompt}]

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = "."
-processor = AutoProcessor.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder{remote})
 model = AutoModelForImageTextToText.from_pretrained(folder{remote}).eval()
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)

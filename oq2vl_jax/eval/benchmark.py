@@ -42,13 +42,14 @@ class RowError(ValueError):
 
 class Prompt(NamedTuple):
     """text: with <image> where the pictures stand. options: score these instead of writing a reply. is_raw: a plain
-    completion, whatever the checkpoint's template."""
+    completion, whatever the checkpoint's template. images: in the order of their places, where it is not the item's."""
 
     text: str
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     is_raw: bool = False
+    images: tuple[bytes, ...] | None = None
 
 
 class Judgement(NamedTuple):

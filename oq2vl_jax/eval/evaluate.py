@@ -193,7 +193,8 @@ def plan(
 
 def request_of(generator: Generator, prompt: Prompt, item: Item) -> Request:
     template = "plain" if prompt.is_raw else None
-    return Request(generator.encode_turns([prompt.text], template=template), item.images)
+    images = item.images if prompt.images is None else list(prompt.images)
+    return Request(generator.encode_turns([prompt.text], template=template), images)
 
 
 def ask(generator: Generator, prompts: list[Prompt], requests: list[Request], config: EvalConfig) -> list[str]:

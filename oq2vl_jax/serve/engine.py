@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -181,7 +182,7 @@ class Engine:
         state, output, scores = decode(
             generator.weights, state, sampling, generator.stop_tokens, STEPS_PER_PIECE, generator.dtype, num_top
         )
-        scores = scores and TokenScores(*map(np.asarray, scores))
+        scores = scores and jax.device_get(scores)
         for row, tokens in enumerate(np.asarray(output).tolist()):
             if self._jobs[row] is not None:
                 self._take(row, [token for token in tokens if token != NOTHING], scores, row)

@@ -83,6 +83,21 @@ def test_mmmu_pictures_stand_where_the_text_names_them(folders):
     assert read(folders["tsv"], "mmmu")[0].choices["B"] == "two <image>"
 
 
+def test_the_published_harness_fills_mmmus_places_in_the_order_of_the_pictures():
+    pictures = [b"1", b"2", b"3"]
+    question, images, is_placed = mmmu.place_images(
+        "Is <image 2> or <image 1>?", choices := {"A": "<image 2>"}, pictures
+    )
+    assert (images, is_placed) == ([b"2", b"1", b"2"], True)
+    facts = {"has_placed_pictures": True, "numbered": pictures[:2], "subfield": "Art_Theory"}
+    asked = mmmu.prompt(Item("a", question, images, "A", choices, facts), "open_qwen2vl")
+    assert asked.text == (
+        "The following are multiple choice questions about  Art Theory.\n\nIs <image>\n or <image>\n?\nA. <image>\n\n"
+        "Answer with the option's letter from the given choices directly.\nAnswer:"
+    )
+    assert asked.images == (b"1", b"2", b"1"), "two pictures, three places"
+
+
 def test_an_mmmu_reply_that_names_nothing_gets_the_same_random_letter_every_time():
     item = Item("validation_Art_1", "?", [b""], "A", {"A": "x", "B": "y", "C": "z", "D": "w"})
     judged = [mmmu.judge(item, "I cannot tell", "official") for _ in range(3)]

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 def load(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
 def ask(model, processor, requests):

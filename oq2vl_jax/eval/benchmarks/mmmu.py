@@ -6,6 +6,7 @@ the same every time, and counted as unparsed.
 """
 
 import dataclasses
+import itertools
 import random
 import re
 from typing import Any
@@ -31,6 +32,9 @@ from oq2vl_jax.eval.benchmark import (
 from oq2vl_jax.eval.choices import parse_mmmu_choice
 from oq2vl_jax.eval.tables import Table, check_columns, images_of, is_given, literal_list
 
+PUBLISHED_MAX_PICTURES = 5
+"""The published harness reads five of the seven, and puts them into the places in their order, whatever number these
+have, and from the first again where there are more places."""
 MARKER = re.compile(r"<image (\d)>")
 
 
@@ -46,9 +50,10 @@ def read_tsv_rows(table: Table) -> list[Item]:
             continue
         choices = choices_of(row, {letter: letter for letter in LETTERS[:9]})
         answer = str(row["answer"]) if choices else [str(text) for text in literal_list(row["answer"])]
-        question, images, is_placed = place_images(str(row["question"]), choices, images_of(row["image"]))
+        numbered = images_of(row["image"])
+        question, images, is_placed = place_images(str(row["question"]), choices, numbered)
         categories = {"category": str(row["category"])} if is_given(row.get("category")) else {}
-        facts = {"has_placed_pictures": is_placed}
+        facts: dict[str, Any] = {"has_placed_pictures": is_placed, "numbered": numbered}
         items.append(Item(str(row["index"]), question, images, answer, choices, facts, categories))
     return items
 
@@ -64,7 +69,7 @@ def read_parquet_rows(table: Table) -> list[Item]:
         numbered = [image for i in range(1, 8) for image in images_of(row.get(f"image_{i}"))]
         question, images, is_placed = place_images(str(row["question"]), choices, numbered)
         subject = re.sub(r"^\w+?_(.*)_\d+$", r"\1", str(row["id"]))
-        facts: dict[str, Any] = {"has_placed_pictures": is_placed}
+        facts: dict[str, Any] = {"has_placed_pictures": is_placed, "numbered": numbered}
         facts |= {"subfield": str(row["subfield"])} if is_given(row.get("subfield")) else {}
         items.append(Item(str(row["id"]), question, images, answer, choices, facts, {"category": subject}))
     return items
@@ -95,7 +100,10 @@ def prompt(item: Item, profile: Profile) -> Prompt:
         item = dataclasses.replace(item, question=f"{IMAGE}\n" * len(item.images) + item.question)
     subject = item.facts.get("subfield", item.categories.get("category", "")).replace("_", " ")
     head = f"The following are multiple choice questions about  {subject}.\n\n"
-    return raw_prompt(item, head + item.question, instruction)
+    asked = raw_prompt(item, head + item.question, instruction)
+    numbered = item.facts.get("numbered", item.images)[:PUBLISHED_MAX_PICTURES]
+    in_order = itertools.islice(itertools.cycle(numbered), asked.text.count(IMAGE))
+    return asked._replace(images=tuple(in_order))
 
 
 def judge(item: Item, reply: str, profile: Profile) -> Judgement:
