@@ -1,6 +1,6 @@
 """Jinja chat templates that write a conversation token for token as data/text.py does with the server's reading of it.
 
-Content is a string or a list of {"type": "image"} and {"type": "text", "text": ...}. As in serve/chat.py, a line break
+Content is a string or a list of {"type": "image"} and {"type": "text", "text": ...}. As in serve/body.py, a line break
 stands behind every image, messages of one role in a row are one turn, blanks around a turn go, and a text that spells
 <image> is text. The loop over message.content is no macro: vLLM looks for it to tell whether a template takes images.
 

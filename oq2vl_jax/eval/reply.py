@@ -7,6 +7,8 @@ from oq2vl_jax.bounds import CountOrZero, Length, Seed, Temperature, TopP, check
 from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 
+NUM_TOP = 20
+"""Alternatives to a token that can be asked for with its log-probability; OpenAI's most."""
 BROKEN_CHARACTER = "\ufffd"
 """What the decoder writes for a character whose bytes are not all there yet."""
 

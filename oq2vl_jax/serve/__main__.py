@@ -10,6 +10,7 @@ clients.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,8 @@ from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.errors import UserError, run_command
 
 MIB = 2**20
+SWITCH_INTERVAL = 0.0005
+"""Seconds until a thread that waits for the interpreter gets it; with Python's 0.005 replies wait beside uploads."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def main() -> None:
     name, key = Path(config.checkpoint).name, config.api_key or os.environ.get("OQ2VL_API_KEY")
     admission = Admission.of(config.host, config.allow_host, config.allow_origin, key)
     server = Server(engine, name, config.max_body_mib * MIB, config.max_held_mib * MIB, config.allow_files, admission)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     print(f"serving {generator.checkpoint} at http://{config.host}:{config.port}", flush=True)
     run_server(server.app(), config.host, config.port, engine.drain)
 

@@ -1,10 +1,21 @@
-"""Answers in OpenAI's form: error objects and server-sent events."""
+"""Answers in OpenAI's form: errors and server-sent events."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
+
+
+class RequestError(Exception):
+    """What a client did wrong: one sentence, the HTTP status, and OpenAI's code and parameter where there is one."""
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None, parameter: str | None = None):
+        super().__init__(message, status, code, parameter)  # all of it, for the way between processes
+        self.status, self.code, self.parameter = status, code, parameter
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def error_body(

@@ -1,8 +1,8 @@
 """The web application: /v1/chat/completions, /v1/models, /health, /metrics, /version and a page to try it.
 
-Bodies are read up to a limit, in a limited time, and all bodies held at once up to another; parsing, tokenising and
-image checks run in two threads, so that a large request does not keep the loop; what clients get wrong is a sentence in
-OpenAI's form. docs/server.md has the fields and the bounds.
+Bodies are received up to a limit, in a limited time, and all bodies held at once up to another. They are read and
+tokenised in two threads, large ones in other processes, so that nobody else waits for it; what clients get wrong is a
+sentence in OpenAI's form. docs/server.md has the fields and the bounds.
 """
 
 import asyncio
@@ -25,11 +25,14 @@ from starlette.routing import Route
 
 from oq2vl_jax.eval.reply import Reply
 from oq2vl_jax.serve import chat
-from oq2vl_jax.serve.answers import error_body, error_response, event
-from oq2vl_jax.serve.chat import ChatRequest, RequestError
-from oq2vl_jax.serve.engine import SHUTTING_DOWN, Engine, EngineFullError, EngineStoppedError, Event, Job, TokenScore
+from oq2vl_jax.serve.answers import RequestError, error_body, error_response, event
+from oq2vl_jax.serve.body import Limits, read_body
+from oq2vl_jax.serve.body_readers import BodyReaders, ReceivedBody
+from oq2vl_jax.serve.chat import ChatRequest
+from oq2vl_jax.serve.engine import SHUTTING_DOWN, Engine, EngineFullError, EngineStoppedError, TokenScore
 from oq2vl_jax.serve.gate import Admission, Gate
 from oq2vl_jax.serve.metrics import Metrics
+from oq2vl_jax.serve.replies import Held, HeldBytes, Replies
 
 PAGE = Path(__file__).parent / "page.html"
 NUM_PARSING_THREADS = 2
@@ -55,9 +58,11 @@ class Server:
         self.engine, self.model_name, self.admission = engine, model_name, admission
         self.max_body_bytes, self.max_held_bytes = max_body_bytes, max_held_bytes
         self.files_root = Path(files_root) if files_root else None
-        self.held_bytes = 0
+        self._held = HeldBytes()
         self.metrics, self._created = Metrics(engine), int(time.time())
         self._parsers = anyio.CapacityLimiter(NUM_PARSING_THREADS)
+        self._limits = Limits(engine.max_context, self.files_root, model_name)
+        self._readers = BodyReaders()
 
     def app(self) -> Starlette:
         @contextlib.asynccontextmanager
@@ -65,6 +70,7 @@ class Server:
             self.engine.start()
             yield
             await anyio.to_thread.run_sync(self.engine.close)
+            self._readers.close()
 
         routes = [
             Route("/v1/chat/completions", self.complete, methods=["POST"]),
@@ -118,7 +124,7 @@ class Server:
         return response
 
     async def _complete(self, request: Request) -> Response:
-        held = Held(self)
+        held = self._held.of_request()
         try:
             parsed = await self._parse(request, held)
             replies = Replies(self.engine, parsed, held)
@@ -139,22 +145,18 @@ class Server:
         finally:
             replies.close()
 
-    async def _parse(self, request: Request, held: "Held") -> ChatRequest:
+    async def _parse(self, request: Request, held: Held) -> ChatRequest:
         """Raises RequestError. A body counts as held until it is parsed, its pictures until they are answered."""
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self.max_body_bytes:
             raise RequestError(f"the body has {int(declared):,} bytes, at most {self.max_body_bytes:,} are taken", 413)
         try:
-            body = await self._receive(request, held)
-            parsed = await anyio.to_thread.run_sync(
-                chat.parse_request,
-                body,
-                self.engine.generator,
-                self.engine.max_context,
-                self.files_root,
-                self.model_name,
-                limiter=self._parsers,
-            )
+            with ReceivedBody() as body:
+                await self._receive(request, held, body)
+                parsed = await anyio.to_thread.run_sync(self._read, body, limiter=self._parsers)
+        except OSError as error:
+            held.release()
+            raise RequestError(f"no room for a large request ({error.strerror}); try again later", 503) from error
         except BaseException:
             held.release()
             raise
@@ -162,22 +164,26 @@ class Server:
         held.add(sum(map(len, parsed.request.images)))
         return parsed
 
-    async def _receive(self, request: Request, held: "Held") -> bytes:
-        body = bytearray()
+    def _read(self, body: ReceivedBody) -> ChatRequest:
+        """In a thread. Raises RequestError."""
+        file = body.file
+        found = self._readers.read(file, self._limits) if file else read_body(bytes(body.start), self._limits)
+        return chat.to_request(found, self.engine.generator, self.engine.max_context, self.model_name)
+
+    async def _receive(self, request: Request, held: Held, body: ReceivedBody) -> None:
         try:
             with anyio.fail_after(SECONDS_TO_SEND):
                 async for part in request.stream():
                     held.add(len(part))
                     if held.num_bytes > self.max_body_bytes:
                         raise RequestError(f"the body has more than {self.max_body_bytes:,} bytes", 413)
-                    if self.held_bytes > self.max_held_bytes:
+                    if self._held.total > self.max_held_bytes:
                         raise RequestError("the server holds too many large requests; try again later", 503)
-                    body += part
+                    body.add(part)
         except TimeoutError as error:
             raise RequestError(f"the body did not arrive within {SECONDS_TO_SEND} s", 408) from error
-        return bytes(body)
 
-    async def _whole(self, request: Request, parsed: ChatRequest, replies: "Replies") -> Response:
+    async def _whole(self, request: Request, parsed: ChatRequest, replies: Replies) -> Response:
         """Waits for the replies, and for the client to go away."""
         while True:
             try:
@@ -196,7 +202,7 @@ class Server:
     def _logprobs(self, parsed: ChatRequest, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         return chat.logprobs_of(parsed, scores, self.engine.generator.codec)
 
-    async def _stream(self, parsed: ChatRequest, replies: "Replies") -> AsyncIterator[str]:
+    async def _stream(self, parsed: ChatRequest, replies: Replies) -> AsyncIterator[str]:
         """Server-sent events. A client that goes away ends this generator, and with it the jobs."""
         identity, start = chat.new_identity(), time.monotonic()
         try:
@@ -223,72 +229,6 @@ class Server:
     def _count(self, parsed: ChatRequest, replies: list[Reply]) -> None:
         self.metrics.prompt_tokens.inc(len(parsed.request.prompt))
         self.metrics.reply_tokens.inc(sum(len(reply.tokens) for reply in replies))
-
-
-class Replies:
-    """The choices of one request on their way: one job each, their events in one queue."""
-
-    def __init__(self, engine: Engine, parsed: ChatRequest, held: "Held"):
-        """Raises EngineFullError, EngineStoppedError."""
-        self._engine, self._held = engine, held
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-        self._found: dict[int, Reply] = {}
-        self._num_ended = 0
-        wants_scores = parsed.top_logprobs is not None
-        self._jobs = [Job(parsed.request, o, self._listener(i), wants_scores) for i, o in enumerate(parsed.options)]
-        self.scores: list[list[TokenScore]] = [[] for _ in self._jobs]
-        engine.submit(*self._jobs)
-
-    def _listener(self, i: int) -> Callable[[Event], None]:
-        def listen(found: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed
-                self._loop.call_soon_threadsafe(self._deliver, i, found)
-
-        return listen
-
-    def _deliver(self, i: int, found: Event) -> None:
-        self._events.put_nowait((i, found))
-        self._num_ended += found.reply is not None or found.error is not None
-        if self._num_ended == len(self._jobs):  # also where nobody reads the events any more
-            self._held.release()
-
-    async def next(self) -> tuple[int, Event]:
-        """(number of the choice, what happened to it)."""
-        i, found = await self._events.get()
-        self.scores[i] += found.scores
-        if found.reply is not None:
-            self._found[i] = found.reply
-        return i, found
-
-    @property
-    def are_whole(self) -> bool:
-        return len(self._found) == len(self._jobs)
-
-    @property
-    def done(self) -> list[Reply]:
-        return [self._found[i] for i in sorted(self._found)]
-
-    def close(self) -> None:
-        """Of no effect on replies that have ended."""
-        for job in self._jobs:
-            self._engine.cancel(job)
-        self._held.release()
-
-
-class Held:
-    """Bytes of one request that count against the server's limit until they are released."""
-
-    def __init__(self, server: Server):
-        self._server, self.num_bytes = server, 0
-
-    def add(self, num_bytes: int) -> None:
-        self.num_bytes += num_bytes
-        self._server.held_bytes += num_bytes
-
-    def release(self) -> None:
-        self._server.held_bytes -= self.num_bytes
-        self.num_bytes = 0
 
 
 async def not_served(request: Request, problem: Exception) -> Response:

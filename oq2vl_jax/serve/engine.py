@@ -18,14 +18,10 @@ import numpy as np
 
 from oq2vl_jax.eval.decoding import NOTHING, DecodeState, Sampling, TokenScores, decode, insert_row
 from oq2vl_jax.eval.generator import STEPS_PER_PIECE, Generator, Request
-from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
+from oq2vl_jax.eval.reply import NUM_TOP, Reply, ReplyText, SamplingOptions
 from oq2vl_jax.model.qwen2 import init_cache
 
 SHUTTING_DOWN = "the server is shutting down; ask another or later"
-
-
-NUM_TOP = 20
-"""Alternatives of a token that are scored where a running request asks for any; OpenAI's most."""
 
 
 class TokenScore(NamedTuple):

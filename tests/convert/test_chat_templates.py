@@ -6,7 +6,7 @@ import pytest
 
 from convert.export_files.chat_templates import TEMPLATES, chat_template
 from oq2vl_jax.data.text import TextCodec
-from oq2vl_jax.serve.chat import read_messages
+from oq2vl_jax.serve.body import read_messages
 from tests.data.conftest import png
 from tests.serve.test_chat import picture
 

@@ -5,10 +5,16 @@ import json
 
 import pytest
 
-from oq2vl_jax.serve.chat import RequestError, parse_request
+from oq2vl_jax.serve.answers import RequestError
+from oq2vl_jax.serve.body import Limits, read_body
+from oq2vl_jax.serve.chat import to_request
 from tests.data.conftest import png
 
 CONTEXT = 256
+
+
+def parse_request(content, generator, max_context, files_root):
+    return to_request(read_body(content, Limits(max_context, files_root, "oq2vl_jax")), generator, max_context)
 
 
 def data_url(data, kind="png"):
@@ -58,7 +64,8 @@ HI = user("hi")
     ("content", "message"),
     [
         (b"{", "the body is not valid JSON"),
-        (b"[" * 100_000, "the body is not valid JSON"),
+        (b"[" * 10_000, "the body is not valid JSON"),
+        (b"[" * 100_000, "100,000 brackets and commas"),
         (b"[]", "must be a JSON object"),
         (b"{}", "messages must be a list"),
         (body([]), "messages must be a list"),

@@ -1,6 +1,7 @@
 """The command as a process: signals, half-sent requests, OpenAI's objects."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -37,9 +38,15 @@ def call(port, path, body=None, timeout=120):
 @pytest.fixture
 def server(checkpoint):
     """(process, port) of a server of two rows that takes long replies."""
+    with started(checkpoint, 2) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def started(checkpoint, num_rows):
     port = free_port()
     command = [sys.executable, "-m", "oq2vl_jax.serve", "--checkpoint", checkpoint, "--port", str(port),
-               "--batch-size", "2", "--max-context", "2048"]  # fmt: skip
+               "--batch-size", str(num_rows), "--max-context", "2048"]  # fmt: skip
     process = subprocess.Popen(command, env=ONE_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(240):
         try:
@@ -47,9 +54,11 @@ def server(checkpoint):
             break
         except OSError:
             time.sleep(0.25)
-    yield process, port
-    process.kill()
-    process.wait()
+    try:
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
 
 
 def question(num_tokens, **fields):

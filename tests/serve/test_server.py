@@ -10,6 +10,9 @@ import pytest
 
 from oq2vl_jax.eval.generator import Request
 from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.serve import body_readers
+from oq2vl_jax.serve.answers import RequestError
+from oq2vl_jax.serve.body import Limits
 from oq2vl_jax.serve.engine import Engine
 from tests.data.conftest import png
 from tests.serve.test_chat import data_url, picture, user
@@ -232,3 +235,34 @@ def test_a_failure_of_the_device_is_told_and_survived(generator, monkeypatch):
     engine.close()
     assert "failed" in next(event.error for event in events if event.error)
     assert events[-1].reply == generator.generate([request], SamplingOptions(6))[0]
+
+
+def test_a_large_body_is_read_in_another_process_and_answered_the_same(url, expected, tmp_path):
+    blanks = {**payload(4), "user": "x" * 3 * MIB}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=blanks, timeout=60).json()
+    assert answer["choices"][0]["message"]["content"] == expected[4].text
+    refused = httpx.post(f"{url}/v1/chat/completions", json={**blanks, "model": "other"}, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_large_body_that_finds_no_room_is_told_so(url, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(body_readers.tempfile, "NamedTemporaryFile", full)
+    answer = httpx.post(f"{url}/v1/chat/completions", json={**payload(4), "user": "x" * 3 * MIB}, timeout=60)
+    assert (answer.status_code, "No space left" in answer.text) == (503, True)
+
+
+def test_a_reader_that_is_killed_is_replaced(tmp_path):
+    readers, file = body_readers.BodyReaders(), tmp_path / "body"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    limits = Limits(128, None, "tiny")
+    assert readers.read(str(file), limits).turns == ["hi"]
+    for process in readers._pool._processes.values():
+        process.kill()
+        process.join()
+    with pytest.raises(RequestError, match="ended; send it again"):
+        readers.read(str(file), limits)
+    assert readers.read(str(file), limits).turns == ["hi"]
+    readers.close()
