@@ -148,6 +148,7 @@ for name in ("probe", "device", "exactness", "step"):
 """
 
 
+@pytest.mark.slow
 def test_parts_a_to_c_need_nothing_that_reads_data(tmp_path):
     """None in sys.modules makes an import fail."""
     (tmp_path / "parts").mkdir()

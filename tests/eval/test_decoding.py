@@ -89,7 +89,7 @@ def test_batched_is_one_by_one_whatever_else_is_in_the_batch(generator, requests
 
 def test_jitted_is_eager_is_sharded(generator, requests):
     """The generator runs on 8 simulated devices; the same without jit, and with everything on one of them."""
-    options = SamplingOptions(6)
+    options = SamplingOptions(3)
     sharded = generator.generate(requests[:2], options)
     assert generator.mesh.size == 8
     with jax.disable_jit():

@@ -16,7 +16,7 @@ import urllib.request
 import pytest
 import uvicorn
 
-ONE_DEVICE = os.environ | {"XLA_FLAGS": ""}
+ONE_DEVICE = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def free_port():
