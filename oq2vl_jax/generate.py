@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, check_bounds, parse
 from oq2vl_jax.config import PromptForm, Template
-from oq2vl_jax.data.paths import check_local, file_version, whole_output
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.paths import check_local, file_version, whole_output
 
 if TYPE_CHECKING:
     from oq2vl_jax.eval.generator import Generator

@@ -26,8 +26,8 @@ from oq2vl_jax.bench.report_page import write_page
 from oq2vl_jax.bench.report_runner import Item, Runner, run_item
 from oq2vl_jax.bounds import Between, check_bounds
 from oq2vl_jax.config_files import load_config
-from oq2vl_jax.data.paths import check_out, write_text
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.paths import check_out, write_text
 
 GROUPS = "abcdefgh"
 GPU_CONFIG, CPU_CONFIG = "configs/pretrain.py", "configs/bench_mid.py"

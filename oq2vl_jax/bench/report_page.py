@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from oq2vl_jax.bench.parts import plans, steps
-from oq2vl_jax.data.paths import write_text
+from oq2vl_jax.paths import write_text
 
 Figures = dict[str, Any]
 NUM_GAPS = 5

@@ -34,7 +34,7 @@ def measure(config: Rows) -> list[dict]:
     from oq2vl_jax.data.loader import RowDecoder
     from oq2vl_jax.data.pack import PackConfig, pack_shards
     from oq2vl_jax.data.rows import decode_row
-    from oq2vl_jax.data.tasks import Execution
+    from oq2vl_jax.jobs import Execution
 
     model = ModelConfig.open_qwen2vl_2b()
     data = DataConfig(sources=(), num_tokens=4096, max_images=28, template="plain", num_threads=1)

@@ -40,10 +40,10 @@ class InspectCommand:
 
 def inspect_rows(command: InspectCommand) -> str:
     """Writes the page and returns a line about the rows. Raises UserError for files that are no packed rows."""
-    from oq2vl_jax.data import paths
-    from oq2vl_jax.data.page import page
-    from oq2vl_jax.data.tasks import read_settings
+    from oq2vl_jax import paths
     from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.html import page
+    from oq2vl_jax.jobs import read_settings
 
     check_bounds(command, as_flags=True)
     if not Path(command.out).absolute().parent.is_dir():
@@ -111,7 +111,7 @@ def statistics(source, settings: dict, files: list[Path]) -> tuple[str, list[str
     """A line, and charts, over every row."""
     from oq2vl_jax.data.pack import LENGTH_BIN, histogram
     from oq2vl_jax.data.pack_report import numbers
-    from oq2vl_jax.data.page import bars
+    from oq2vl_jax.html import bars
 
     rows = (read_row(source, i, files) for i in range(len(source)))
     counts = [(len(row.tokens), int(row.is_labelled.sum()), len(row.images), row.lengths) for row in rows]
@@ -151,7 +151,7 @@ def document_pieces(
     tokens: np.ndarray, is_labelled: np.ndarray, images: Iterator[bytes], codec, visual_tokens: int
 ) -> Iterator[str]:
     """Runs of text with the same label, and an image for each run of its visual tokens."""
-    from oq2vl_jax.data.page import picture
+    from oq2vl_jax.html import picture
 
     is_image = tokens == codec.special.image
     changes = np.flatnonzero((is_image[1:] != is_image[:-1]) | (is_labelled[1:] != is_labelled[:-1])) + 1

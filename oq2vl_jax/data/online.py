@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from oq2vl_jax import paths
 from oq2vl_jax.config import DataConfig, ModelConfig
-from oq2vl_jax.data import paths
 from oq2vl_jax.data.batch import NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.documents import Limits, make_document
 from oq2vl_jax.data.images import ImageError

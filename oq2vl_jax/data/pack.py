@@ -2,7 +2,7 @@
 
 Input are tars, LLaVA-style instruction files, or the published packer's *_packed.json. One task is one tar, or so many
 entries of an instruction file: read, check every image, tokenise, place (data/packing.py), write
-rows-NNNNN.array_record and its report. data/tasks.py says how tasks are run, resumed and spread over machines.
+rows-NNNNN.array_record and its report. jobs.py says how tasks are run, resumed and spread over machines.
 OUT/manifest.json appears last, when everything is whole.
 """
 
@@ -14,8 +14,8 @@ from typing import Literal
 
 from oq2vl_jax.bounds import Count, Length, SmallCount, check_bounds, parse
 from oq2vl_jax.config import Template
-from oq2vl_jax.data.tasks import Execution, Job, make_tasks, read_settings, run_job, write_manifest
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.jobs import Execution, Job, make_tasks, read_settings, run_job, write_manifest
 
 LENGTH_BIN = 64
 """Tokens; width of the bins of the length histogram."""
@@ -67,7 +67,7 @@ class PackConfig:
 
 def pack_shards(config: PackConfig) -> dict | None:
     """Packs every shard and returns the manifest; None while other ranks are at work. Raises UserError."""
-    from oq2vl_jax.data import paths
+    from oq2vl_jax import paths
 
     check_config(config)
     files = paths.expand_paths("--shards", config.shards)
@@ -114,8 +114,8 @@ def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
 
 
 def check_config(config: PackConfig) -> None:
+    from oq2vl_jax import paths
     from oq2vl_jax.config import check_square
-    from oq2vl_jax.data import paths
 
     paths.check_out(config.out)
     check_bounds(config, as_flags=True)
@@ -126,7 +126,7 @@ def save_tokenizer(config: PackConfig) -> dict:
     """Writes OUT/tokenizer, as the model has to have it; returns its identity for the settings."""
     import tempfile
 
-    from oq2vl_jax.data import paths
+    from oq2vl_jax import paths
     from oq2vl_jax.data.text import TextCodec
     from oq2vl_jax.data.tokenizer import tokenizer_sha256
 
@@ -148,7 +148,7 @@ def save_tokenizer(config: PackConfig) -> dict:
 @functools.lru_cache(maxsize=1)
 def load_codec(folder: str, tokenizer_sha256: str):
     """The saved tokenizer, once per worker process; the hash is there to tell folders apart that were written anew."""
-    from oq2vl_jax.data import paths
+    from oq2vl_jax import paths
     from oq2vl_jax.data.text import TextCodec
 
     del tokenizer_sha256
@@ -157,11 +157,11 @@ def load_codec(folder: str, tokenizer_sha256: str):
 
 def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...], target: Path) -> dict:
     """Packs the documents of some files into the rows of `target`; returns the report."""
-    from oq2vl_jax.data import paths
-    from oq2vl_jax.data.digests import digest_of, sample_of_file
+    from oq2vl_jax import paths
     from oq2vl_jax.data.documents import Limits, read_documents
     from oq2vl_jax.data.packing import pack_rows
     from oq2vl_jax.data.rows import pack_documents, write_rows
+    from oq2vl_jax.digests import digest_of, sample_of_file
 
     limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens)
     codec = load_codec(paths.join(config.out, "tokenizer"), tokenizer_sha256)

@@ -1,7 +1,7 @@
 """The page of a packed folder: fill, images and documents per row, lengths, what was left out and what was odd."""
 
-from oq2vl_jax.data import paths
-from oq2vl_jax.data.page import bars, page, table
+from oq2vl_jax import paths
+from oq2vl_jax.html import bars, page, table
 
 
 def write_report(path: str, manifest: dict) -> None:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from oq2vl_jax.data.digests import digest_of, sample_of_file
+from oq2vl_jax.digests import digest_of, sample_of_file
 from oq2vl_jax.errors import UserError
 
 KEYS = {"files": list, "num_tokens": int, "max_images": int, "visual_tokens": int, "image_id": int, "pad_id": int,
@@ -86,7 +86,7 @@ def fingerprint(sources: tuple[str, ...]) -> str:
             content: Any = [[entry["rows"], entry["xxh3"]] for entry in manifest["files"]]
             content += [manifest[key] for key in KEYS if key != "files"]
         else:
-            from oq2vl_jax.data.tasks import read_settings
+            from oq2vl_jax.jobs import read_settings
 
             content = [[(entry["file"], entry["rows"]) for entry in manifest["files"]], read_settings(path)]
         digest.update(json.dumps(content, sort_keys=True).encode())

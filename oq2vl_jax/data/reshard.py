@@ -2,7 +2,7 @@
 
 One task reads `--tars-per-task` tars and writes one, NNNNNNNN.tar, in their order, the bytes of each member as they
 came. A sample whose id is in the set n times is written n times (KEY, KEY-1, ...); keys that two input tars share get
-such a number too. data/tasks.py says how tasks are run, resumed and spread over machines.
+such a number too. jobs.py says how tasks are run, resumed and spread over machines.
 """
 
 import functools
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from oq2vl_jax.bounds import Count, parse
-from oq2vl_jax.data.tasks import Execution, Job, make_tasks, run_job, write_manifest
 from oq2vl_jax.errors import run_command
+from oq2vl_jax.jobs import Execution, Job, make_tasks, run_job, write_manifest
 
 TOTALS = ("samples", "kept", "written")
 
@@ -39,7 +39,7 @@ class ReshardConfig:
 
 def reshard(config: ReshardConfig) -> dict | None:
     """Writes the tars and returns the manifest; None while other ranks are at work. Raises UserError."""
-    from oq2vl_jax.data import paths
+    from oq2vl_jax import paths
 
     files = paths.expand_paths("--shards", config.shards)
     uids = load_uids(config.uids)

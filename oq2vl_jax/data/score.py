@@ -3,7 +3,7 @@
     KEY, uid, one column a score (null where there is none), status ("scored", or why not)
 
 --model clip: clip_score, the cosine similarity of a CLIP that convert.from_clip brought in. --model mlm-filter: up to
-four integers 0-100 that a model of this project's own architecture writes. data/tasks.py says how tasks are run,
+four integers 0-100 that a model of this project's own architecture writes. jobs.py says how tasks are run,
 resumed and spread over machines; one process uses all devices it sees, so give each rank its own.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oq2vl_jax.bounds import SmallCount, parse
-from oq2vl_jax.data.tasks import Execution, Job, make_tasks, run_job, write_manifest
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.jobs import Execution, Job, make_tasks, run_job, write_manifest
 
 Metric = Literal["image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding"]
 
@@ -47,7 +47,7 @@ class ScoreConfig:
 
 def score_shards(config: ScoreConfig) -> dict | None:
     """Scores every shard and returns the manifest; None while other ranks are at work. Raises UserError."""
-    from oq2vl_jax.data import paths
+    from oq2vl_jax import paths
 
     paths.check_has_polars("oq2vl_jax.data.score")
     files = paths.expand_paths("--shards", config.shards)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from oq2vl_jax.data import paths
+from oq2vl_jax import paths
 from oq2vl_jax.data.images import ImageError, embedded_image, tiff_pages
 from oq2vl_jax.data.tars import Members, read_members
 from oq2vl_jax.data.uids import uid_of_key

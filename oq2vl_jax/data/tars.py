@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import BinaryIO, NamedTuple
 
-from oq2vl_jax.data import paths
+from oq2vl_jax import paths
 from oq2vl_jax.errors import UserError
 
 MAX_MEMBER_BYTES, MAX_SAMPLE_BYTES = 256 * 2**20, 512 * 2**20

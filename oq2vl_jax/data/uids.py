@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from oq2vl_jax.data import paths
+from oq2vl_jax import paths
 from oq2vl_jax.errors import UserError
 
 UID_DTYPE = np.dtype("u8,u8")

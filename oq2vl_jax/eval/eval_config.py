@@ -5,8 +5,8 @@ from typing import Literal
 
 from oq2vl_jax.bounds import Count, SmallCount, check_bounds
 from oq2vl_jax.config import PromptForm, Template
-from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
+from oq2vl_jax.paths import check_local
 
 TASKS = ("mmbench", "seedbench", "mmstar", "mathvista", "ai2d", "textvqa", "pope", "mmmu", "easy_vqa")
 

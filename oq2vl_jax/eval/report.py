@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from oq2vl_jax.data.page import page, picture, table
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement
+from oq2vl_jax.html import page, picture, table
 
 NUM_RESAMPLES = 2000
 JOINED = ","

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oq2vl_jax.data.parquet import reading_parquet
-from oq2vl_jax.data.paths import check_has_polars
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.paths import check_has_polars
 
 MAX_REFERENCE_CHARACTERS = 64
 """A shorter image cell of a TSV names the row that holds the image; VLMEvalKit's rule."""

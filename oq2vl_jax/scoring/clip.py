@@ -4,9 +4,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from oq2vl_jax import paths
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.config_files import from_dict
-from oq2vl_jax.data import paths
 from oq2vl_jax.data.images import open_rgb
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.errors import UserError

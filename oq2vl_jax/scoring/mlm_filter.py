@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from oq2vl_jax.data import paths
+from oq2vl_jax import paths
 from oq2vl_jax.data.images import decode_image
 from oq2vl_jax.data.shards import Sample
 from oq2vl_jax.data.text import IMAGE, IMAGE_IN_TEXT, TextCodec

@@ -25,8 +25,8 @@ from etils import epath
 
 from oq2vl_jax.config import CheckpointDescription, TrainConfig
 from oq2vl_jax.config_files import from_dict, to_json
-from oq2vl_jax.data.paths import check_local
 from oq2vl_jax.errors import UserError, hint
+from oq2vl_jax.paths import check_local
 from oq2vl_jax.train.digests import ITEM as DIGESTS
 from oq2vl_jax.train.digests import DigestsHandler, SaveDigests, check_digests
 from oq2vl_jax.train.failed_saves import HeldErrors

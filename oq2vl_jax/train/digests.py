@@ -18,7 +18,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from oq2vl_jax.data.digests import digest_of, digest_of_text
+from oq2vl_jax.digests import digest_of, digest_of_text
 from oq2vl_jax.errors import UserError
 
 ITEM, FILE, ALGORITHM = "digests", "digests.json", "xxh3_128"

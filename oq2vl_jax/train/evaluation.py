@@ -13,11 +13,11 @@ from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.data.batch import IGNORE
 from oq2vl_jax.data.loader import make_loader
 from oq2vl_jax.data.packed import PackedRows, check_files
-from oq2vl_jax.data.page import page, picture
 from oq2vl_jax.data.rows import PackedRow, decode_row
 from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.html import page, picture
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.gradients import total_loss
 from oq2vl_jax.train.sharding import row_sharding, to_global_batch

@@ -10,8 +10,8 @@ from oq2vl_jax.data.batch import IGNORE, Batch
 from oq2vl_jax.data.loader import make_loader, row_arrays
 from oq2vl_jax.data.pack import PackConfig, pack_shards
 from oq2vl_jax.data.rows import PackedRow, decode_row, encode_row
-from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.jobs import Execution
 from tests.data.conftest import caption_sample
 
 MODEL = ModelConfig(

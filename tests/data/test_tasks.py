@@ -15,9 +15,9 @@ import pytest
 
 from oq2vl_jax.data.pack import PackConfig, pack_shards
 from oq2vl_jax.data.reshard import ReshardConfig, reshard
-from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.data.uids import UidSet
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.jobs import Execution
 from tests.data.conftest import png
 
 NUM_SHARDS, SAMPLES_PER_SHARD, NUM_KILLS = 6, 30, 5

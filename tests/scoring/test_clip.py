@@ -12,8 +12,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from convert.from_clip import FromClipConfig, convert
 from oq2vl_jax.data.score import ScoreConfig, score_shards
 from oq2vl_jax.data.shards import Sample
-from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.jobs import Execution
 from oq2vl_jax.scoring.clip import ClipScorer, crop
 from tests.convert.conftest import randomize
 from tests.data.conftest import caption_sample, png

@@ -12,11 +12,11 @@ from convert.checkpoint_stream import LazyArray, save_checkpoint
 from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.data.score import ScoreConfig, score_shards
 from oq2vl_jax.data.shards import Sample
-from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.data.text import TextCodec
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.generator import Request
 from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.jobs import Execution
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.scoring.mlm_filter import (
     METRICS,

@@ -149,7 +149,7 @@ def two_shards(tmp_path, write_shard, byte_tokenizer_folder):
     """A packed folder of two files of rows."""
     from oq2vl_jax.data.pack import PackConfig, pack_shards
     from oq2vl_jax.data.synthetic import captioned_shapes
-    from oq2vl_jax.data.tasks import Execution
+    from oq2vl_jax.jobs import Execution
 
     for i in range(2):
         write_shard(tmp_path / f"{i}.tar", list(captioned_shapes(40, seed=i)))

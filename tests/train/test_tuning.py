@@ -12,8 +12,8 @@ import pytest
 from oq2vl_jax.config import DataConfig, EvaluationConfig, OptimizerConfig
 from oq2vl_jax.data.pack import PackConfig, pack_shards
 from oq2vl_jax.data.rows import PackedRow
-from oq2vl_jax.data.tasks import Execution
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.jobs import Execution
 from oq2vl_jax.train import trackers
 from oq2vl_jax.train.checkpoint import named_arrays
 from oq2vl_jax.train.evaluation import Evaluator, documents_of

@@ -16,7 +16,7 @@ from typing import Any
 
 from oq2vl_jax.bench.parts import decoding, device, exactness, learning, peers, plans, steps
 from oq2vl_jax.bench.parts.setting import Setting, Skipped
-from oq2vl_jax.data.paths import write_text
+from oq2vl_jax.paths import write_text
 from oq2vl_jax.runtime import set_environment
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {

@@ -7,9 +7,9 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
+from oq2vl_jax import paths
 from oq2vl_jax.bounds import Between
 from oq2vl_jax.config_files import from_dict
-from oq2vl_jax.data import paths
 from oq2vl_jax.data.filter.expression import Expression, Leaf, evaluate, leaves, parse
 from oq2vl_jax.data.filter.pool import Pool
 from oq2vl_jax.data.filter.rules import Basic, Rule, make_rule

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oq2vl_jax.data import paths
+from oq2vl_jax import paths
 from oq2vl_jax.data.filter.expression import Leaf
 from oq2vl_jax.data.filter.rules import Rule
 from oq2vl_jax.data.parquet import reading_parquet

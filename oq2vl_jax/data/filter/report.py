@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oq2vl_jax.data import paths
+from oq2vl_jax import paths
 from oq2vl_jax.data.filter.apply import Result, Selection
 from oq2vl_jax.data.filter.expression import leaves, takes_away
 from oq2vl_jax.data.filter.pool import Pool
-from oq2vl_jax.data.page import bars, page, picture, table
 from oq2vl_jax.data.shards import Sample, read_samples
 from oq2vl_jax.data.tars import CutOffError
 from oq2vl_jax.data.uids import UidSet, parse_uid
+from oq2vl_jax.html import bars, page, picture, table
 
 NUM_BINS = 40
 LOOKED_AT_PER_PICTURE = 20

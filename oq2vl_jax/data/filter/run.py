@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import tyro
 
 from oq2vl_jax.bounds import CountOrZero, check_bounds
-from oq2vl_jax.data.paths import check_has_polars, expand_paths
+from oq2vl_jax.paths import check_has_polars, expand_paths
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FilterCommand:
 def run_filter(command: FilterCommand) -> dict:
     """Writes the files of --out; returns the report."""
     check_has_polars("oq2vl_jax.data.filter")
-    from oq2vl_jax.data import paths
+    from oq2vl_jax import paths
     from oq2vl_jax.data.filter.apply import apply_rules, load_filter
     from oq2vl_jax.data.filter.pool import read_pool
     from oq2vl_jax.data.filter.report import choose_pictures, make_report, write_page

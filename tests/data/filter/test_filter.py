@@ -202,7 +202,7 @@ def test_img2dataset_shards_without_uids_go_by_their_keys(tmp_path, write_shard)
     """From metadata with keys to tars: filter, then reshard."""
     from oq2vl_jax.data.reshard import ReshardConfig, reshard
     from oq2vl_jax.data.tars import read_members
-    from oq2vl_jax.data.tasks import Execution
+    from oq2vl_jax.jobs import Execution
 
     keys = [f"{i:09d}" for i in range(20)]
     texts = ["a photograph of a house" if i % 3 else "house" for i in range(20)]

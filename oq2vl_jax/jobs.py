@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from oq2vl_jax import paths
 from oq2vl_jax.bounds import Between, Count, CountOrZero, Workers, check_bounds
-from oq2vl_jax.data import paths
 from oq2vl_jax.errors import UserError
 
 Gpus = Annotated[float, Between(0.0, 1024.0)]
