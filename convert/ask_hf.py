@@ -66,7 +66,7 @@ def ask_checkpoint(config: AskHFConfig) -> str:
 
 
 def check_images(paths: tuple[str, ...]) -> None:
-    from oq2vl_jax.data.images import ImageError, check_image
+    from oq2vl_jax.data.samples.images import ImageError, check_image
 
     for path in paths:
         if not Path(path).is_file():

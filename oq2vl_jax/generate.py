@@ -125,7 +125,7 @@ def read_requests(path: str) -> list[dict]:
 
 @functools.lru_cache(maxsize=100_000)
 def image_problem(path: str) -> str | None:
-    from oq2vl_jax.data.images import ImageError, check_image
+    from oq2vl_jax.data.samples.images import ImageError, check_image
 
     if not Path(path).is_file():
         return f"no image {path}"
@@ -172,7 +172,7 @@ def main() -> None:
 
     config = parse(GenerateConfig, prog="python -m oq2vl_jax.generate")
     check(config)
-    from oq2vl_jax.data.images import ImageError
+    from oq2vl_jax.data.samples.images import ImageError
 
     requests = read_requests(config.requests) if config.requests else None
     from oq2vl_jax.eval.generator import Generator, Request

@@ -6,7 +6,7 @@ import io
 import itertools
 from collections.abc import Iterable, Mapping
 
-from oq2vl_jax.data.images import ImageError, open_rgb
+from oq2vl_jax.data.samples.images import ImageError, open_rgb
 
 STYLE = """
  body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1120px; margin: 36px auto; padding: 0 20px; }

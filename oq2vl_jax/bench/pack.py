@@ -141,7 +141,7 @@ def check_image_bytes(shards: list[str], folder: Path) -> None:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     from oq2vl_jax.data.rows import decode_row
-    from oq2vl_jax.data.tars import read_members
+    from oq2vl_jax.data.samples.tars import read_members
 
     files = sorted(str(file) for file in (folder / "ours").glob("*.array_record"))
     for shard, file in zip(shards, files, strict=True):

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from oq2vl_jax.data.images import ImageError, check_image
-from oq2vl_jax.data.instructions import is_instructions, read_instructions
 from oq2vl_jax.data.rows import Document
-from oq2vl_jax.data.shards import Sample, read_samples
-from oq2vl_jax.data.tars import CutOffError
+from oq2vl_jax.data.samples.images import ImageError, check_image
+from oq2vl_jax.data.samples.instructions import is_instructions, read_instructions
+from oq2vl_jax.data.samples.shards import Sample, read_samples
+from oq2vl_jax.data.samples.tars import CutOffError
 from oq2vl_jax.data.text import SampleError, TextCodec
 
 MAX_INTERLEAVED_IMAGES = 9

@@ -24,12 +24,12 @@ from oq2vl_jax import paths
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.batch import NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.documents import Limits, make_document
-from oq2vl_jax.data.images import ImageError
-from oq2vl_jax.data.instructions import entry_offsets, is_instructions, parse_entry, read_range
 from oq2vl_jax.data.packing import pack_rows
 from oq2vl_jax.data.rows import Document, PackedRow, pack_documents
-from oq2vl_jax.data.shards import Sample, sample_of
-from oq2vl_jax.data.tars import key_offsets, read_key
+from oq2vl_jax.data.samples.images import ImageError
+from oq2vl_jax.data.samples.instructions import entry_offsets, is_instructions, parse_entry, read_range
+from oq2vl_jax.data.samples.shards import Sample, sample_of
+from oq2vl_jax.data.samples.tars import key_offsets, read_key
 from oq2vl_jax.data.text import SampleError, TextCodec
 from oq2vl_jax.errors import UserError
 

@@ -96,14 +96,14 @@ def pack_shards(config: PackConfig) -> dict | None:
 
 
 def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
-    from oq2vl_jax.data.instructions import is_instructions, picture_versions
+    from oq2vl_jax.data.samples.instructions import is_instructions, picture_versions
 
     return picture_versions([file for file in inputs if is_instructions(file)], images)
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
     """(inputs, inputs per task): the files, or the ranges of instruction files. Raises UserError for a mixture."""
-    from oq2vl_jax.data.instructions import is_instructions, split_into_ranges
+    from oq2vl_jax.data.samples.instructions import is_instructions, split_into_ranges
 
     of_instructions = [is_instructions(file) for file in files]
     if not any(of_instructions):

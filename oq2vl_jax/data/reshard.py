@@ -81,7 +81,7 @@ def load_uids(path: str):
 
 def reshard_files(config: ReshardConfig, files: tuple[str, ...], target: Path) -> dict:
     """Writes the wanted samples of some tars to `target`; returns the report."""
-    from oq2vl_jax.data.tars import CutOffError, read_members
+    from oq2vl_jax.data.samples.tars import CutOffError, read_members
 
     uids = load_uids(config.uids)
     counts, skipped = Counter(), Counter()
@@ -116,7 +116,7 @@ def write_members(tar: tarfile.TarFile, key: str, files: dict[str, bytes]) -> No
 
 def number_of_copies(members, uids) -> tuple[int, str | None]:
     """(how often the sample is wanted, why it cannot be used). A sample outside the set is no problem."""
-    from oq2vl_jax.data.shards import uid_of
+    from oq2vl_jax.data.samples.shards import uid_of
     from oq2vl_jax.data.uids import parse_uid
 
     if members.problem:

@@ -118,9 +118,9 @@ def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> di
     """Writes the parquet of one tar; returns the report."""
     import polars as pl
 
-    from oq2vl_jax.data.images import ImageError
-    from oq2vl_jax.data.shards import read_samples
-    from oq2vl_jax.data.tars import CutOffError
+    from oq2vl_jax.data.samples.images import ImageError
+    from oq2vl_jax.data.samples.shards import read_samples
+    from oq2vl_jax.data.samples.tars import CutOffError
     from oq2vl_jax.data.text import SampleError
 
     scorer = load_scorer(config)

@@ -19,7 +19,7 @@ import numpy as np
 
 from oq2vl_jax.data.bpe import BYTE_OF_CHARACTER
 from oq2vl_jax.data.rows import Document
-from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.tokenizer import BOS, END_OF_CHUNK, EOS, IMAGE_PAD, PAD, TURN_START, load_tokenizer
 from oq2vl_jax.errors import UserError
 

@@ -165,7 +165,7 @@ def write_metadata(folder: Path) -> None:
     import polars as pl
     from PIL import Image
 
-    from oq2vl_jax.data.shards import read_samples
+    from oq2vl_jax.data.samples.shards import read_samples
 
     for tar in sorted(folder.glob("*.tar")):
         rows = []

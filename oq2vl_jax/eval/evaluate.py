@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from oq2vl_jax.data.images import ImageError, check_image
+from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt, RowError, check_answers
 from oq2vl_jax.eval.benchmarks import BENCHMARKS

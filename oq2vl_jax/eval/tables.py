@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oq2vl_jax.data.parquet import reading_parquet
+from oq2vl_jax.data.samples.parquet import reading_parquet
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import check_has_polars
 

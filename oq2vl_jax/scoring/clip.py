@@ -7,8 +7,8 @@ from PIL import Image
 from oq2vl_jax import paths
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.config_files import from_dict
-from oq2vl_jax.data.images import open_rgb
-from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.data.samples.images import open_rgb
+from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip import Clip
 from oq2vl_jax.model.clip_config import ClipDescription

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from oq2vl_jax.data.images import ImageError, check_image
+from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.serve.answers import RequestError
 
 MAX_FILE_BYTES = 20 * 2**20

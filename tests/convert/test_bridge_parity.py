@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from convert import from_hf, from_prismatic, to_hf
 from oq2vl_jax.config import MeshConfig
-from oq2vl_jax.data.images import decode_image
+from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.eval.generator import Generator, Request, load_model
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.generate import read_images

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from oq2vl_jax.data.documents import read_documents
-from oq2vl_jax.data.images import ImageError, check_image, decode_image
-from oq2vl_jax.data.shards import read_samples
-from oq2vl_jax.data.tars import CutOffError, read_members
+from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
+from oq2vl_jax.data.samples.shards import read_samples
+from oq2vl_jax.data.samples.tars import CutOffError, read_members
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import LIMITS, caption_members, embedded, encoded, png, tar_of
 
@@ -101,7 +101,7 @@ def test_a_header_that_lies_about_its_size_ends_the_shard_with_a_sentence(tmp_pa
 
 
 def test_a_member_too_large_to_hold_is_refused_from_its_header(tmp_path, monkeypatch):
-    from oq2vl_jax.data import tars
+    from oq2vl_jax.data.samples import tars
 
     monkeypatch.setattr(tars, "MAX_MEMBER_BYTES", 1000)
     members = list(read_members(tar_of(tmp_path / "0.tar", caption_members(0))))

@@ -5,9 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from oq2vl_jax.data import instructions
-from oq2vl_jax.data.instructions import entry_offsets, is_instructions, parse_entry, read_range, split_into_ranges
 from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.samples import instructions
+from oq2vl_jax.data.samples.instructions import (
+    entry_offsets,
+    is_instructions,
+    parse_entry,
+    read_range,
+    split_into_ranges,
+)
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from tests.data.conftest import png

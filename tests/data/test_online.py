@@ -8,7 +8,7 @@ import pytest
 
 from oq2vl_jax.config import DataConfig
 from oq2vl_jax.data.online import OnlineLoader, SampleSource, prepare_tokenizer
-from oq2vl_jax.data.tars import read_members
+from oq2vl_jax.data.samples.tars import read_members
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import conversation_sample, png
 from tests.data.test_instructions import conversation

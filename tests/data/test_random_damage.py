@@ -13,9 +13,9 @@ from PIL import Image
 from oq2vl_jax.data.documents import read_documents
 from oq2vl_jax.data.filter.apply import apply_rules, load_filter
 from oq2vl_jax.data.filter.pool import read_pool
-from oq2vl_jax.data.images import ImageError, check_image, decode_image
-from oq2vl_jax.data.parquet import in_own_process, reading_parquet
-from oq2vl_jax.data.tars import CutOffError
+from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
+from oq2vl_jax.data.samples.parquet import in_own_process, reading_parquet
+from oq2vl_jax.data.samples.tars import CutOffError
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.tables import read_parquet
 from tests.data.test_odd_files import LIMITS, caption_members, tar_of

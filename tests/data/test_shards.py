@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from oq2vl_jax.data.documents import make_document, read_documents
-from oq2vl_jax.data.images import decode_image
-from oq2vl_jax.data.shards import read_samples
-from oq2vl_jax.data.tars import read_members
+from oq2vl_jax.data.samples.images import decode_image
+from oq2vl_jax.data.samples.shards import read_samples
+from oq2vl_jax.data.samples.tars import read_members
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import LIMITS, embedded, encoded, png, tar_of
 

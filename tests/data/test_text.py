@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from oq2vl_jax.data.shards import Sample
+from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text import SampleError, TextCodec
 from oq2vl_jax.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from oq2vl_jax.config import MeshConfig
-from oq2vl_jax.data.images import decode_image
+from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.eval.decoding import Sampling, choose
 from oq2vl_jax.eval.generator import Generator, Request, load_model
 from oq2vl_jax.eval.reply import SamplingOptions

@@ -10,7 +10,7 @@ OUT/uids.npy (DataComp's sorted u8,u8), OUT/report.json and OUT/report.html; rul
 
 from oq2vl_jax.bounds import parse
 from oq2vl_jax.data.filter.run import FilterCommand, input_files, run_filter
-from oq2vl_jax.data.parquet import in_own_process
+from oq2vl_jax.data.samples.parquet import in_own_process
 from oq2vl_jax.errors import run_command
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from oq2vl_jax import paths
 from oq2vl_jax.data.filter.expression import Leaf
 from oq2vl_jax.data.filter.rules import Rule
-from oq2vl_jax.data.parquet import reading_parquet
+from oq2vl_jax.data.samples.parquet import reading_parquet
 from oq2vl_jax.data.uids import UidSet, mixed
 from oq2vl_jax.errors import UserError, hint
 

@@ -14,8 +14,8 @@ from oq2vl_jax import paths
 from oq2vl_jax.data.filter.apply import Result, Selection
 from oq2vl_jax.data.filter.expression import leaves, takes_away
 from oq2vl_jax.data.filter.pool import Pool
-from oq2vl_jax.data.shards import Sample, read_samples
-from oq2vl_jax.data.tars import CutOffError
+from oq2vl_jax.data.samples.shards import Sample, read_samples
+from oq2vl_jax.data.samples.tars import CutOffError
 from oq2vl_jax.data.uids import UidSet, parse_uid
 from oq2vl_jax.html import bars, page, picture, table
 

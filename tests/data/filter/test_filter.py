@@ -201,7 +201,7 @@ def test_metadata_that_does_not_fit_is_explained(tmp_path):
 def test_img2dataset_shards_without_uids_go_by_their_keys(tmp_path, write_shard):
     """From metadata with keys to tars: filter, then reshard."""
     from oq2vl_jax.data.reshard import ReshardConfig, reshard
-    from oq2vl_jax.data.tars import read_members
+    from oq2vl_jax.data.samples.tars import read_members
     from oq2vl_jax.jobs import Execution
 
     keys = [f"{i:09d}" for i in range(20)]

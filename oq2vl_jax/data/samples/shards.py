@@ -4,7 +4,7 @@
     conversation  KEY.json with "conversations" (LLaVA) + KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... in the order of numbers
     interleaved   KEY.json with "texts" (null where an image stands) and the parallel "image_info" of {"image_base64"}
                   or null (OBELICS, MMC4); or KEY.tiff, one page for each null of "texts" (MINT)
-    *.json        data/instructions.py reads lists of conversations; an object here is
+    *.json        data/samples/instructions.py reads lists of conversations; an object here is
                   a row of the published packer: {"data": [{"texts", "image_info", "key", "uid"}, ...]}
 
 Whatever cannot be used is a Sample with a `problem`, never a sample less.
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.images import ImageError, embedded_image, tiff_pages
-from oq2vl_jax.data.tars import Members, read_members
+from oq2vl_jax.data.samples.images import ImageError, embedded_image, tiff_pages
+from oq2vl_jax.data.samples.tars import Members, read_members
 from oq2vl_jax.data.uids import uid_of_key
 from oq2vl_jax.errors import UserError
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.shards import Sample, printable
+from oq2vl_jax.data.samples.shards import Sample, printable
 from oq2vl_jax.data.uids import uid_of_key
 from oq2vl_jax.errors import UserError
 
