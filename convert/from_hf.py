@@ -61,7 +61,7 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
     from convert.import_weights import Import, parameter_shapes
     from convert.tensor_files import Renamed, SafetensorsSource
     from oq2vl_jax.config import CheckpointDescription, ModelConfig
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.codec import TextCodec
 
     encoder, sizes = read_vision_config(vision), read_decoder_config(decoder)
     if config.activation:
@@ -81,7 +81,7 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
     from convert.import_weights import Import, parameter_shapes
     from convert.tensor_files import Renamed, SafetensorsSource
     from oq2vl_jax.config import CheckpointDescription
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.codec import TextCodec
 
     model, template, num_vision_blocks = read_llava_config(folder)
     codec = TextCodec(str(folder))

@@ -45,7 +45,7 @@ def convert(config: FromPrismaticConfig) -> str:
     from convert.prismatic import decoder_on_the_hub, read_run
     from convert.tensor_files import TorchSource
     from oq2vl_jax.config import CheckpointDescription
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.codec import TextCodec
 
     check_is_free(Path(config.out))
     run_dir = Path(config.run_dir)

@@ -85,8 +85,8 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     from convert.export_files.model_card import model_card
     from convert.export_tokenizer import complete_tokenizer
     from convert.hf_config import MEAN, STD, to_llava_config, why_not_native
-    from oq2vl_jax.data.text import TextCodec
-    from oq2vl_jax.data.tokenizer import IMAGE_PAD
+    from oq2vl_jax.data.text.codec import TextCodec
+    from oq2vl_jax.data.text.tokenizer import IMAGE_PAD
     from oq2vl_jax.train.checkpoint import load_train_config
 
     model, codec = description.model, TextCodec(str(checkpoint / "tokenizer"))

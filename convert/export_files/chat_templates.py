@@ -1,11 +1,11 @@
-"""Jinja chat templates that write a conversation token for token as data/text.py does with the server's reading of it.
+"""Jinja chat templates that write a conversation token for token as data/text/codec.py does.
 
 Content is a string or a list of {"type": "image"} and {"type": "text", "text": ...}. As in serve/body.py, a line break
 stands behind every image, messages of one role in a row are one turn, blanks around a turn go, and a text that spells
 <image> is text. The loop over message.content is no macro: vLLM looks for it to tell whether a template takes images.
 
-Three differences are left. Text that spells a special token, such as <|im_end|>, stays text in data/text.py and becomes
-the token in a Hugging Face tokenizer. And open_qwen2vl drops the token behind an image of the first turn, as the
+Three differences are left. Text that spells a special token, such as <|im_end|>, stays text in data/text/codec.py and
+becomes the token in a Hugging Face tokenizer. And open_qwen2vl drops the token behind an image of the first turn, as the
 published code does: a template drops the characters of that token, which depend on the tokenizer (FIRST below); they
 are known for line breaks and blanks up to MAX_BLANKS characters. open_qwen2vl_released puts nothing between "assistant"
 and an answer: an answer that begins with a letter is tokenised together with that word by Hugging Face's tokenizer.
@@ -14,7 +14,7 @@ and an answer: an answer that begins with a letter is tokenised together with th
 import itertools
 import json
 
-from oq2vl_jax.data.text import DEFAULT_SYSTEM, TextCodec
+from oq2vl_jax.data.text.codec import DEFAULT_SYSTEM, TextCodec
 
 MAX_BLANKS = 5
 MAX_LINE_BREAKS = 32

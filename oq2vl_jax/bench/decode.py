@@ -117,7 +117,7 @@ def write_random_checkpoint(folder: Path, decoder: DecoderConfig, seed: int) -> 
     import numpy as np
 
     from convert.checkpoint_stream import LazyArray, save_checkpoint
-    from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
+    from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
     from oq2vl_jax.train.checkpoint import named_arrays
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from oq2vl_jax.bench.photo_shards import write_photo_shards
 from oq2vl_jax.bounds import Seed, SmallCount, Workers
-from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.errors import UserError
 
 NUM_TOKENS, VISUAL_TOKENS = 4096, 144

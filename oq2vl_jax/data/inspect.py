@@ -41,7 +41,7 @@ class InspectCommand:
 def inspect_rows(command: InspectCommand) -> str:
     """Writes the page and returns a line about the rows. Raises UserError for files that are no packed rows."""
     from oq2vl_jax import paths
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.codec import TextCodec
     from oq2vl_jax.html import page
     from oq2vl_jax.jobs import read_settings
 

@@ -30,7 +30,7 @@ from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.instructions import entry_offsets, is_instructions, parse_entry, read_range
 from oq2vl_jax.data.samples.shards import Sample, sample_of
 from oq2vl_jax.data.samples.tars import key_offsets, read_key
-from oq2vl_jax.data.text import SampleError, TextCodec
+from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 10_000

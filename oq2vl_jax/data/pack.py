@@ -127,8 +127,8 @@ def save_tokenizer(config: PackConfig) -> dict:
     import tempfile
 
     from oq2vl_jax import paths
-    from oq2vl_jax.data.text import TextCodec
-    from oq2vl_jax.data.tokenizer import tokenizer_sha256
+    from oq2vl_jax.data.text.codec import TextCodec
+    from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 
     codec = TextCodec.load(config.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +149,7 @@ def save_tokenizer(config: PackConfig) -> dict:
 def load_codec(folder: str, tokenizer_sha256: str):
     """The saved tokenizer, once per worker process; the hash is there to tell folders apart that were written anew."""
     from oq2vl_jax import paths
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.codec import TextCodec
 
     del tokenizer_sha256
     return TextCodec.from_saved(paths.read_text(paths.join(folder, "tokenizer.json")), folder)

@@ -121,7 +121,7 @@ def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> di
     from oq2vl_jax.data.samples.images import ImageError
     from oq2vl_jax.data.samples.shards import read_samples
     from oq2vl_jax.data.samples.tars import CutOffError
-    from oq2vl_jax.data.text import SampleError
+    from oq2vl_jax.data.text.codec import SampleError
 
     scorer = load_scorer(config)
     rows: list[dict] = []

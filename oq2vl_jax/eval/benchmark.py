@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from oq2vl_jax.data.text import IMAGE
+from oq2vl_jax.data.text.codec import IMAGE
 from oq2vl_jax.eval.tables import Table, is_given
 
 Profile = Literal["official", "open_qwen2vl"]

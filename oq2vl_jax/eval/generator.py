@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from oq2vl_jax.config import MeshConfig, ModelConfig, PromptForm
 from oq2vl_jax.data.samples.images import decode_image
-from oq2vl_jax.data.text import IMAGE, TextCodec
+from oq2vl_jax.data.text.codec import IMAGE, TextCodec
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.decoding import (
     NOTHING,

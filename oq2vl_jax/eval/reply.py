@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from oq2vl_jax.bounds import CountOrZero, Length, Seed, Temperature, TopP, check_bounds
-from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.errors import UserError
 
 NUM_TOP = 20

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import Reply, SamplingOptions
 from oq2vl_jax.serve.answers import RequestError

@@ -18,7 +18,7 @@ from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.config_files import to_json
 from oq2vl_jax.data.loader import make_loader
 from oq2vl_jax.data.packed import check_files, fingerprint
-from oq2vl_jax.data.tokenizer import tokenizer_sha256
+from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
 from oq2vl_jax.train.attention_choice import checked_attention

@@ -1,11 +1,11 @@
-"""Generated conversations as clients send them: the export's template against the server's reading and data/text.py."""
+"""Generated conversations as clients send them: the export's template against data/text/codec.py."""
 
 import random
 
 import pytest
 
 from convert.export_files.chat_templates import TEMPLATES, chat_template
-from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.serve.body import read_messages
 from tests.data.conftest import png
 from tests.serve.test_chat import picture

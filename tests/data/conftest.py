@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from oq2vl_jax.data.documents import Limits
-from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
 
 
 def png(width=24, height=20, seed=0, image_format="PNG"):

@@ -225,8 +225,8 @@ def test_messages_end_in_one_full_stop():
 def test_a_tokenizer_is_what_its_tokenizer_json_says(tmp_path):
     import tokenizers
 
-    from oq2vl_jax.data.bpe import BYTE_RANKS, save_bpe_tokenizer
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
+    from oq2vl_jax.data.text.codec import TextCodec
 
     save_bpe_tokenizer({**BYTE_RANKS, b"20": 256, b"23": 257, b"2023": 258}, str(tmp_path))
     file, settings = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"

@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 
 from oq2vl_jax.data.samples.shards import Sample
-from oq2vl_jax.data.text import SampleError, TextCodec
+from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.errors import UserError
 
 M = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.generator import Generator, bucket
 from oq2vl_jax.eval.reply import ReplyText, SamplingOptions

@@ -12,7 +12,7 @@ from convert.checkpoint_stream import LazyArray, save_checkpoint
 from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.score import ScoreConfig, score_shards
-from oq2vl_jax.data.text import TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.generator import Request
 from oq2vl_jax.eval.reply import SamplingOptions

