@@ -310,7 +310,7 @@ OPERATIONAL_FIELDS = (
     "trackers",
 )  # fmt: skip
 """May change between a run and its resumption: they decide how, not what, is computed. Of data.sources the rows must
-stay the same, which the checkpoint's loader state says (data/packed.py)."""
+stay the same, which the checkpoint's loader state says (data/packing/packed.py)."""
 
 
 def check_square(name: str, number: int) -> None:

@@ -140,7 +140,7 @@ def check_image_bytes(shards: list[str], folder: Path) -> None:
     """Every image in our rows is the input's, byte for byte."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    from oq2vl_jax.data.rows import decode_row
+    from oq2vl_jax.data.packing.rows import decode_row
     from oq2vl_jax.data.samples.tars import read_members
 
     files = sorted(str(file) for file in (folder / "ours").glob("*.array_record"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from oq2vl_jax.bounds import Count, Seed
-from oq2vl_jax.data.packing import pack_rows
+from oq2vl_jax.data.packing.bins import pack_rows
 from oq2vl_jax.memory import check_fits, host_bytes
 
 NUM_TOKENS, MAX_IMAGES = 4096, 28

@@ -33,7 +33,7 @@ def measure(config: Rows) -> list[dict]:
 
     from oq2vl_jax.data.loader import RowDecoder
     from oq2vl_jax.data.pack import PackConfig, pack_shards
-    from oq2vl_jax.data.rows import decode_row
+    from oq2vl_jax.data.packing.rows import decode_row
     from oq2vl_jax.jobs import Execution
 
     model = ModelConfig.open_qwen2vl_2b()

@@ -4,7 +4,7 @@ The lengths are modelled on LLaVA-665k (no copy of it was to be had): 40k of 665
 file has 1.03 GB, some 250 text tokens an entry, and a picture takes 729 tokens. Four ways to make batches of the same
 entries:
 
-    packed         rows of 4,096 tokens, documents that do not see each other (data/packing.py)
+    packed         rows of 4,096 tokens, documents that do not see each other (data/packing/bins.py)
     sorted         batches of 128, with or without pictures, sorted by length, padded in device batches: as published
     random         the same without sorting
     full length    every entry padded to the longest, the way of static shapes
@@ -93,7 +93,7 @@ def lognormal(rng: np.random.Generator, mean: float, sigma: float, count: int) -
 
 def packed(config: Tuning, lengths: np.ndarray, images: np.ndarray) -> list[tuple[int, int, int]]:
     """(rows, tokens, image slots a row) of each batch."""
-    from oq2vl_jax.data.packing import pack_rows
+    from oq2vl_jax.data.packing.bins import pack_rows
 
     return [(1, config.num_tokens, config.max_images)] * len(
         pack_rows(lengths, images, config.num_tokens, config.max_images)

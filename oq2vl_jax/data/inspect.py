@@ -96,7 +96,7 @@ def open_rows(files: list[Path]):
 
 
 def read_row(source, index: int, files: list[Path]):
-    from oq2vl_jax.data.rows import decode_row
+    from oq2vl_jax.data.packing.rows import decode_row
 
     try:
         row = decode_row(source[index])
@@ -110,7 +110,7 @@ def read_row(source, index: int, files: list[Path]):
 def statistics(source, settings: dict, files: list[Path]) -> tuple[str, list[str]]:
     """A line, and charts, over every row."""
     from oq2vl_jax.data.pack import LENGTH_BIN, histogram
-    from oq2vl_jax.data.pack_report import numbers
+    from oq2vl_jax.data.packing.report import numbers
     from oq2vl_jax.html import bars
 
     rows = (read_row(source, i, files) for i in range(len(source)))

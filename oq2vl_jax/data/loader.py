@@ -15,8 +15,8 @@ import numpy as np
 
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.batch import IGNORE, NUM_PREFETCHED_BATCHES, Batch
-from oq2vl_jax.data.packed import PackedRows, read_manifest
-from oq2vl_jax.data.rows import PackedRow, decode_row
+from oq2vl_jax.data.packing.packed import PackedRows, read_manifest
+from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.samples.images import ImageError, decode_image
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError

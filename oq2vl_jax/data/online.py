@@ -1,6 +1,6 @@
 """Packing while training: raw samples to rows, without a packed folder on disk. Restored exactly.
 
-    samples, shuffled ─► documents ─► windows of 512 ─► pack_rows (data/packing.py) ─► rows, shuffled ─► batches
+    samples, shuffled ─► documents ─► windows of 512 ─► pack_rows (data/packing/bins.py) ─► rows, shuffled ─► batches
 
 Any sample is read by its place in its file, so the order is a function of the seed alone, and the state is two
 integers: samples read up to this window, and rows of the window given out. Deviation from Grain's own best-fit packing:
@@ -23,9 +23,9 @@ import numpy as np
 from oq2vl_jax import paths
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.batch import NUM_PREFETCHED_BATCHES, Batch
-from oq2vl_jax.data.documents import Limits, make_document
-from oq2vl_jax.data.packing import pack_rows
-from oq2vl_jax.data.rows import Document, PackedRow, pack_documents
+from oq2vl_jax.data.packing.bins import pack_rows
+from oq2vl_jax.data.packing.documents import Limits, make_document
+from oq2vl_jax.data.packing.rows import Document, PackedRow, pack_documents
 from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.instructions import entry_offsets, is_instructions, parse_entry, read_range
 from oq2vl_jax.data.samples.shards import Sample, sample_of

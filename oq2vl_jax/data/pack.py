@@ -1,7 +1,7 @@
 """python -m oq2vl_jax.data.pack: tars and other files of samples to packed ArrayRecord rows.
 
 Input are tars, LLaVA-style instruction files, or the published packer's *_packed.json. One task is one tar, or so many
-entries of an instruction file: read, check every image, tokenise, place (data/packing.py), write
+entries of an instruction file: read, check every image, tokenise, place (data/packing/bins.py), write
 rows-NNNNN.array_record and its report. jobs.py says how tasks are run, resumed and spread over machines.
 OUT/manifest.json appears last, when everything is whole.
 """
@@ -58,7 +58,7 @@ class PackConfig:
     @property
     def settings(self) -> dict:
         """What the written bytes depend on, next to the input."""
-        from oq2vl_jax.data.rows import FORMAT_VERSION
+        from oq2vl_jax.data.packing.rows import FORMAT_VERSION
 
         names = ("num_tokens", "max_images", "visual_tokens", "template", "files_per_task")
         named = {name: getattr(self, name) for name in names}
@@ -88,7 +88,7 @@ def pack_shards(config: PackConfig) -> dict | None:
         return None
     manifest = make_manifest(settings, reports)
     if config.report:
-        from oq2vl_jax.data.pack_report import write_report
+        from oq2vl_jax.data.packing.report import write_report
 
         write_report(paths.join(config.out, "report.html"), manifest)
     write_manifest(job, manifest)
@@ -158,9 +158,9 @@ def load_codec(folder: str, tokenizer_sha256: str):
 def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...], target: Path) -> dict:
     """Packs the documents of some files into the rows of `target`; returns the report."""
     from oq2vl_jax import paths
-    from oq2vl_jax.data.documents import Limits, read_documents
-    from oq2vl_jax.data.packing import pack_rows
-    from oq2vl_jax.data.rows import pack_documents, write_rows
+    from oq2vl_jax.data.packing.bins import pack_rows
+    from oq2vl_jax.data.packing.documents import Limits, read_documents
+    from oq2vl_jax.data.packing.rows import pack_documents, write_rows
     from oq2vl_jax.digests import digest_of, sample_of_file
 
     limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens)

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.data.batch import IGNORE
 from oq2vl_jax.data.loader import make_loader
-from oq2vl_jax.data.packed import PackedRows, check_files
-from oq2vl_jax.data.rows import PackedRow, decode_row
+from oq2vl_jax.data.packing.packed import PackedRows, check_files
+from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions

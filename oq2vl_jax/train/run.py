@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.config_files import to_json
 from oq2vl_jax.data.loader import make_loader
-from oq2vl_jax.data.packed import check_files, fingerprint
+from oq2vl_jax.data.packing.packed import check_files, fingerprint
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
@@ -175,7 +175,7 @@ def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
     """The data configuration, with data.synthetic_documents made and packed if it asks for them."""
     if not config.data.synthetic_documents:
         return config.data
-    from oq2vl_jax.data.synthetic import make_synthetic_source
+    from oq2vl_jax.data.packing.synthetic import make_synthetic_source
 
     if is_first_process():
         make_synthetic_source(run_dir / "data", config)

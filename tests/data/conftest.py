@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oq2vl_jax.data.documents import Limits
+from oq2vl_jax.data.packing.documents import Limits
 from oq2vl_jax.data.text.codec import TextCodec
 
 

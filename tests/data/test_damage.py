@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oq2vl_jax.data.documents import read_documents
+from oq2vl_jax.data.packing.documents import read_documents
 from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
 from oq2vl_jax.data.samples.shards import read_samples
 from oq2vl_jax.data.samples.tars import CutOffError, read_members

@@ -9,7 +9,7 @@ from oq2vl_jax.config import DataConfig, DecoderConfig, ModelConfig, VisionConfi
 from oq2vl_jax.data.batch import IGNORE, Batch
 from oq2vl_jax.data.loader import make_loader, row_arrays
 from oq2vl_jax.data.pack import PackConfig, pack_shards
-from oq2vl_jax.data.rows import PackedRow, decode_row, encode_row
+from oq2vl_jax.data.packing.rows import PackedRow, decode_row, encode_row
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from tests.data.conftest import caption_sample
@@ -168,7 +168,7 @@ def test_a_row_whose_image_does_not_decode_names_the_sample(tmp_path, packed):
 
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    from oq2vl_jax.data.rows import WRITER_OPTIONS
+    from oq2vl_jax.data.packing.rows import WRITER_OPTIONS
 
     broken = tmp_path / "broken"
     shutil.copytree(packed[0], broken)

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.documents import read_documents
 from oq2vl_jax.data.online import SampleSource
+from oq2vl_jax.data.packing.documents import read_documents
 from oq2vl_jax.data.reshard import ReshardConfig, reshard
 from oq2vl_jax.data.samples import images, instructions, tars
 from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image

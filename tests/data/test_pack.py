@@ -7,7 +7,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from oq2vl_jax.data.pack import PackConfig, pack_shards
-from oq2vl_jax.data.rows import decode_row
+from oq2vl_jax.data.packing.rows import decode_row
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.tars import read_members
 from oq2vl_jax.errors import UserError

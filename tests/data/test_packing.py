@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.bench.packing import document_lengths
-from oq2vl_jax.data import packing
-from oq2vl_jax.data.packing import pack_rows
+from oq2vl_jax.data.packing import bins
+from oq2vl_jax.data.packing.bins import pack_rows
 
 MIN_DOCUMENTS_PER_SECOND = 100_000  # of CPU time; measured 400k-800k
 
@@ -26,7 +26,7 @@ def one_by_one(tokens, images, num_tokens, max_images):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_without_the_choice_at_the_end_rows_are_those_of_first_fit_decreasing(seed, monkeypatch):
-    monkeypatch.setattr(packing, "NEAR_END", 0)
+    monkeypatch.setattr(bins, "NEAR_END", 0)
     rng = np.random.default_rng(seed)
     count = rng.integers(1, 300)
     tokens, images = rng.integers(1, 50, count), rng.integers(0, 4, count)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from convert import to_hf
-from oq2vl_jax.data.packed import PackedRows, check_files, fingerprint, read_manifest
+from oq2vl_jax.data.packing.packed import PackedRows, check_files, fingerprint, read_manifest
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.generator import Generator
 from oq2vl_jax.train.checkpoint import ITEMS, find_checkpoint, open_checkpoint
@@ -148,7 +148,7 @@ def test_damage_to_packed_rows_is_one_sentence(name, way, copied, clean):
 def two_shards(tmp_path, write_shard, byte_tokenizer_folder):
     """A packed folder of two files of rows."""
     from oq2vl_jax.data.pack import PackConfig, pack_shards
-    from oq2vl_jax.data.synthetic import captioned_shapes
+    from oq2vl_jax.data.packing.synthetic import captioned_shapes
     from oq2vl_jax.jobs import Execution
 
     for i in range(2):

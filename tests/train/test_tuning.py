@@ -11,7 +11,7 @@ import pytest
 
 from oq2vl_jax.config import DataConfig, EvaluationConfig, OptimizerConfig
 from oq2vl_jax.data.pack import PackConfig, pack_shards
-from oq2vl_jax.data.rows import PackedRow
+from oq2vl_jax.data.packing.rows import PackedRow
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from oq2vl_jax.train import trackers

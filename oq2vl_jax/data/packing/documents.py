@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from oq2vl_jax.data.rows import Document
+from oq2vl_jax.data.packing.rows import Document
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.instructions import is_instructions, read_instructions
 from oq2vl_jax.data.samples.shards import Sample, read_samples
