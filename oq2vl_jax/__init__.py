@@ -9,7 +9,7 @@ How data flows, one line per arrow:
     Sample            --data/text-->       Document   token ids, which of them are labelled, encoded images
     Documents         --data/packing-->    rows       under a token budget and an image budget
     rows              --data/pack-->       ArrayRecord shards and a manifest, written once, offline
-    ArrayRecord       --data/loader-->     Batch      uint8 images, tokens, labels, positions, segment ids
+    ArrayRecord       --data/loading-->    Batch      uint8 images, tokens, labels, positions, segment ids
     Batch, TrainState --train/step-->      TrainState parameters and optimizer state, sharded over the mesh
     TrainState        --train/checkpoint-> an Orbax step folder with loader state, config and tokenizer
     Orbax step        --generate-->        answers

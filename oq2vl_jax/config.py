@@ -170,7 +170,7 @@ class DataConfig:
     are asked. The published code does neither; the packer's notes count such pictures."""
     packing: Literal["offline", "online"] = "offline"
     """offline: sources are folders of oq2vl_jax.data.pack. online: sources are tars or instruction files, packed while
-    training (data/online.py); one process only."""
+    training (data/loading/online.py); one process only."""
     images: str | None = None
     """online: folder of the pictures that instruction files name."""
     tokenizer: str | None = None

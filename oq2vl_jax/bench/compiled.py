@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from oq2vl_jax.bench.program import COLLECTIVES, Instruction, array_bytes, computations, executions
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.batch import Batch
+from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.devices import NODE_DEVICES, Device
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.gradients import compute_copy

@@ -37,7 +37,7 @@ class Data:
 
 def measure(options: Data) -> list[dict[str, Any]]:
     """alone: batches taken as fast as they come; under a step: taken every step_seconds, while nothing else runs."""
-    from oq2vl_jax.data.loader import make_loader
+    from oq2vl_jax.data.loading.loader import make_loader
 
     check_bounds(options, as_flags=True)
     config = load_config(options.config)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.train.flops import text_tokens
 
 SIGMA = 0.6

@@ -160,7 +160,7 @@ def train_config(config: Tuning, rows: int, num_tokens: int, slots: int) -> Trai
 
 
 def make_batch(config: Tuning, rows: int, num_tokens: int, slots: int):
-    from oq2vl_jax.data.batch import IGNORE, Batch
+    from oq2vl_jax.data.loading.batch import IGNORE, Batch
 
     rng = np.random.default_rng(config.seed)
     document = min(num_tokens, num_tokens // slots) if slots > 1 else num_tokens

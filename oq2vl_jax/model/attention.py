@@ -20,8 +20,8 @@ Implementations (config.TrainConfig.attention), of which train/attention_choice.
     kernel   Pallas-Triton: tiles outside a document are never computed (attention_kernel.py). "kernel_interpreted" is
              the same kernel run by the interpreter of Pallas, for tests without a GPU
 
-The faster two know the mask as the first token of each token's document and rely on data/batch.py: a document is one
-run of a row, its positions ascend by one.
+blocked and kernel take the mask as starts[b, t], the index where token t's document begins. They rely on
+data/loading/batch.py: a document is one run of a row, and its positions ascend by one.
 """
 
 from typing import NamedTuple

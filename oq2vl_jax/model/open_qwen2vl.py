@@ -40,7 +40,7 @@ class OpenQwen2VL(nnx.Module):
         positions: Int[Array, "B T"],
         compute: Compute = Compute(),
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of packed rows; fields as in data/batch.py, computed in compute.dtype."""
+        """Final hidden states of packed rows; fields as in data/loading/batch.py, computed in compute.dtype."""
         return self.decoder(self.embed(tokens, images, compute), segment_ids, positions, compute)
 
     def embed(

@@ -103,7 +103,7 @@ def check_memory(config: TrainConfig, mesh: Any) -> None:
     """
     import jax
 
-    from oq2vl_jax.data.batch import NUM_PREFETCHED_BATCHES
+    from oq2vl_jax.data.loading.batch import NUM_PREFETCHED_BATCHES
     from oq2vl_jax.train.sharding import bytes_per_device
     from oq2vl_jax.train.step import shapes_with, state_shardings
 

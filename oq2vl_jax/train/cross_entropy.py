@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from oq2vl_jax.data.batch import IGNORE
+from oq2vl_jax.data.loading.batch import IGNORE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from oq2vl_jax.config import DataConfig, TrainConfig
-from oq2vl_jax.data.batch import IGNORE
-from oq2vl_jax.data.loader import make_loader
+from oq2vl_jax.data.loading.batch import IGNORE
+from oq2vl_jax.data.loading.loader import make_loader
 from oq2vl_jax.data.packing.packed import PackedRows, check_files
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.text.codec import TextCodec

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.model.layers import Compute, stacked
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import fused, unfused

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.devices import Device, device_of_kind
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.flops import Work, model_flops

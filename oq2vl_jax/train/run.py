@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.config_files import to_json
-from oq2vl_jax.data.loader import make_loader
+from oq2vl_jax.data.loading.loader import make_loader
 from oq2vl_jax.data.packing.packed import check_files, fingerprint
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
@@ -125,7 +125,7 @@ def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
     """(loader, tokenizer folder, identity of the data) of packed folders, or of raw samples packed on the fly."""
     data = with_synthetic_source(config, run_dir)
     if data.packing == "online":
-        from oq2vl_jax.data.online import OnlineLoader, online_fingerprint, prepare_tokenizer
+        from oq2vl_jax.data.loading.online import OnlineLoader, online_fingerprint, prepare_tokenizer
 
         if jax.process_count() > 1:
             raise UserError("data.packing = online runs in one process; pack with oq2vl_jax.data.pack for several.")

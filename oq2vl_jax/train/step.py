@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.batch import Batch
+from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.gradients import loss_and_gradients
 from oq2vl_jax.train.optimizer import make_optimizer, make_schedule, merge_parts, split_trainable

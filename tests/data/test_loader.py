@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.config import DataConfig, DecoderConfig, ModelConfig, VisionConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
-from oq2vl_jax.data.loader import make_loader, row_arrays
+from oq2vl_jax.data.loading.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.loader import make_loader, row_arrays
 from oq2vl_jax.data.pack import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row, encode_row
 from oq2vl_jax.errors import UserError

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.online import SampleSource
+from oq2vl_jax.data.loading.online import SampleSource
 from oq2vl_jax.data.packing.documents import read_documents
 from oq2vl_jax.data.reshard import ReshardConfig, reshard
 from oq2vl_jax.data.samples import images, instructions, tars

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.config import DataConfig
-from oq2vl_jax.data.online import OnlineLoader, SampleSource, prepare_tokenizer
+from oq2vl_jax.data.loading.online import OnlineLoader, SampleSource, prepare_tokenizer
 from oq2vl_jax.data.samples.tars import read_members
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import conversation_sample, png
@@ -107,7 +107,7 @@ def test_a_mistake_in_the_sources_is_one_sentence(make_loader, folder, write_sha
 
 
 def test_sources_without_a_usable_sample_end_with_a_sentence(make_loader, folder, monkeypatch):
-    from oq2vl_jax.data import online
+    from oq2vl_jax.data.loading import online
 
     monkeypatch.setattr(online, "MAX_SKIPPED_IN_A_ROW", 100)
     entries = [{"id": f"{i}", "image": "3.png", "conversations": conversation("<image>", "x")} for i in range(5)]

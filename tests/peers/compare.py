@@ -148,7 +148,7 @@ def expected_losses(config, mesh, rows, model) -> dict:
     import jax
     import numpy as np
 
-    from oq2vl_jax.data.batch import IGNORE
+    from oq2vl_jax.data.loading.batch import IGNORE
     from oq2vl_jax.train.gradients import total_loss
     from oq2vl_jax.train.sharding import to_global_batch
 

@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from convert.weight_map import weights_of
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.batch import IGNORE, Batch
 
 LOSS_CHUNK = 512
 

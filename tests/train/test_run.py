@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainableConfig
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train import gradients
 from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, named_arrays

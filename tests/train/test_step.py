@@ -9,7 +9,7 @@ import pytest
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
 from oq2vl_jax.config import ExecutionConfig, MeshConfig, TrainableConfig
-from oq2vl_jax.data.batch import IGNORE
+from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.model import open_qwen2vl
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.checkpoint import named_arrays

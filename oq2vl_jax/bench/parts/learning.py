@@ -14,7 +14,7 @@ import numpy as np
 from oq2vl_jax.bench.parts.setting import Setting, as_floats
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config
-from oq2vl_jax.data.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.batch import IGNORE, Batch
 
 COLOURS = ((220, 40, 40), (40, 160, 60), (40, 60, 220), (230, 200, 40))
 NUM_SHAPES = 3

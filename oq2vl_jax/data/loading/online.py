@@ -22,7 +22,7 @@ import numpy as np
 
 from oq2vl_jax import paths
 from oq2vl_jax.config import DataConfig, ModelConfig
-from oq2vl_jax.data.batch import NUM_PREFETCHED_BATCHES, Batch
+from oq2vl_jax.data.loading.batch import NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.packing.bins import pack_rows
 from oq2vl_jax.data.packing.documents import Limits, make_document
 from oq2vl_jax.data.packing.rows import Document, PackedRow, pack_documents
@@ -153,7 +153,7 @@ class OnlineLoader:
     """Endless batches packed on the fly; the same face as the loader of packed rows."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, batch_size: int, seed: int, tokenizer: Path):
-        from oq2vl_jax.data.loader import RowDecoder, threads_of
+        from oq2vl_jax.data.loading.loader import RowDecoder, threads_of
 
         codec = TextCodec.load(str(tokenizer))
         if codec.special.image != model.image_token_id or codec.vocab_size > model.decoder.vocab_size:

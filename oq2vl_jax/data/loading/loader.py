@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from oq2vl_jax.config import DataConfig, ModelConfig
-from oq2vl_jax.data.batch import IGNORE, NUM_PREFETCHED_BATCHES, Batch
+from oq2vl_jax.data.loading.batch import IGNORE, NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.packing.packed import PackedRows, read_manifest
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.samples.images import ImageError, decode_image
@@ -130,7 +130,7 @@ def decoding_pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def row_arrays(row: PackedRow, data: DataConfig, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, labels, positions, segment_ids of one row, each int32 [num_tokens]; see data/batch.py for a drawing."""
+    """tokens, labels, positions, segment_ids of one row, each int32 [num_tokens]; batch.py has a drawing."""
     num_real, lengths = len(row.tokens), np.array(row.lengths)
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     positions = np.arange(num_real) - np.repeat(np.cumsum(lengths) - lengths, lengths)
