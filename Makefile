@@ -10,9 +10,9 @@ MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.m
 demo: export GLIBC_TUNABLES := $(MALLOC)
 demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.demo.easy_vqa --out $(DEMO)/data
-	$(BIN)/python -m oq2vl_jax.data.filter configs/filter_easy_vqa.toml --metadata '$(DEMO)/data/captions/*.parquet' \
+	$(BIN)/python -m oq2vl_jax.curate.filter configs/filter_easy_vqa.toml --metadata '$(DEMO)/data/captions/*.parquet' \
 	    --shards '$(DEMO)/data/captions/*.tar' --out $(DEMO)/filter
-	$(BIN)/python -m oq2vl_jax.data.reshard --shards '$(DEMO)/data/captions/*.tar' --uids $(DEMO)/filter/uids.npy \
+	$(BIN)/python -m oq2vl_jax.curate.reshard --shards '$(DEMO)/data/captions/*.tar' --uids $(DEMO)/filter/uids.npy \
 	    --out $(DEMO)/data/filtered
 	$(BIN)/python -m oq2vl_jax.data.pack --shards '$(DEMO)/data/filtered/*.tar' --out $(DEMO)/packed/captions \
 	    --tokenizer $(DEMO)/data/tokenizer --num-tokens 256 --max-images 10 --visual-tokens 16 --template plain

@@ -1,4 +1,4 @@
-"""python -m convert.from_clip: a Hugging Face CLIP to a checkpoint that oq2vl_jax.data.score scores with.
+"""python -m convert.from_clip: a Hugging Face CLIP to a checkpoint that oq2vl_jax.curate.score scores with.
 
 python -m convert.from_clip openai/clip-vit-large-patch14 --out checkpoints/clip_l14
 """

@@ -2,9 +2,9 @@
 
 How data flows, one line per arrow:
 
-    WebDataset .tar   --data/score-->      scores     one parquet per tar; optional, as the next two are
-    scores, metadata  --data/filter-->     uid set    samples that an expression over rules keeps, and a report
-    uid set, .tar     --data/reshard-->    .tar       the kept samples, their bytes as they came
+    WebDataset .tar   --curate/score-->      scores     one parquet per tar; optional, as the next two are
+    scores, metadata  --curate/filter-->     uid set    samples that an expression over rules keeps, and a report
+    uid set, .tar     --curate/reshard-->    .tar       the kept samples, their bytes as they came
     WebDataset .tar   --data/samples-->    Sample     bytes and text of one key
     Sample            --data/text-->       Document   token ids, which of them are labelled, encoded images
     Documents         --data/packing-->    rows       under a token budget and an image budget

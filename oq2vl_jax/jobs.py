@@ -51,7 +51,7 @@ class Execution:
     ray_address: str = "auto"
     """"auto" joins the cluster of this machine, "local" starts one."""
     gpus_per_task: Gpus = 0
-    """What a task asks Ray for beside one CPU; 1 for oq2vl_jax.data.score."""
+    """What a task asks Ray for beside one CPU; 1 for oq2vl_jax.curate.score."""
 
     def __post_init__(self):
         check_bounds(self, as_flags=True)

@@ -8,7 +8,8 @@ Three differences are left. Text that spells a special token, such as <|im_end|>
 becomes the token in a Hugging Face tokenizer. And open_qwen2vl drops the token behind an image of the first turn, as
 the published code does: a template drops the characters of that token, which depend on the tokenizer (FIRST below);
 they are known for line breaks and blanks up to MAX_BLANKS characters. open_qwen2vl_released puts nothing between
-"assistant" and an answer: an answer that begins with a letter is tokenised together with that word by Hugging Face's tokenizer.
+"assistant" and an answer: an answer that begins with a letter is tokenised together with that word by Hugging Face's
+tokenizer.
 """
 
 import itertools

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from oq2vl_jax.data.filter.apply import apply_rules, load_filter
-from oq2vl_jax.data.filter.pool import read_pool
+from oq2vl_jax.curate.filter.apply import apply_rules, load_filter
+from oq2vl_jax.curate.filter.pool import read_pool
 from oq2vl_jax.data.packing.documents import read_documents
 from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
 from oq2vl_jax.data.samples.parquet import in_own_process, reading_parquet

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oq2vl_jax.curate.reshard import ReshardConfig, reshard
+from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.pack import PackConfig, pack_shards
-from oq2vl_jax.data.reshard import ReshardConfig, reshard
-from oq2vl_jax.data.uids import UidSet
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from tests.data.conftest import png
@@ -105,7 +105,7 @@ def test_killed_at_random_moments_and_started_again_ends_in_the_same_bytes(
     commands = {
         "rows": ["oq2vl_jax.data.pack", "--tokenizer", byte_tokenizer_folder, "--num-tokens", "96",
                  "--max-images", "3", "--visual-tokens", "4"],
-        "tars": ["oq2vl_jax.data.reshard", "--uids", f"{shards}/uids.npy", "--tars-per-task", "2"],
+        "tars": ["oq2vl_jax.curate.reshard", "--uids", f"{shards}/uids.npy", "--tars-per-task", "2"],
     }  # fmt: skip
     for name, arguments in commands.items():
         command = [sys.executable, "-m", *arguments, "--shards", f"{shards}/*.tar", "--out", str(tmp_path / name)]
@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_looks_whole(
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     packing = ["--tokenizer", byte_tokenizer_folder, "--num-tokens", "96", "--max-images", "3", "--visual-tokens", "4"]
     selecting = ["--uids", f"{shards}/uids.npy", "--tars-per-task", "2"]
-    commands = {"oq2vl_jax.data.pack": (packing, "rows"), "oq2vl_jax.data.reshard": (selecting, "tars")}
+    commands = {"oq2vl_jax.data.pack": (packing, "rows"), "oq2vl_jax.curate.reshard": (selecting, "tars")}
     for module, (options, out) in commands.items():
         arguments = [*options, "--out", str(tmp_path / out), "--shards", f"{shards}/*.tar", "--num-workers", "1"]
         code = f"{limited}sys.argv = {['x', *arguments]!r}; runpy.run_module({module!r}, run_name='__main__')"
@@ -234,7 +234,7 @@ def test_an_output_that_was_cut_off_later_is_made_again(shards, tmp_path, byte_t
 
 
 def test_an_input_replaced_while_its_task_ran_is_read_again(shards, tmp_path, monkeypatch):
-    from oq2vl_jax.data import reshard as module
+    from oq2vl_jax.curate import reshard as module
 
     (tmp_path / "0.tar").write_bytes((shards / "00000.tar").read_bytes())
     config = ReshardConfig(f"{tmp_path}/0.tar", f"{shards}/uids.npy", f"{tmp_path}/out", execution=Execution(1))

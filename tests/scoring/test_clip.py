@@ -10,11 +10,11 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from convert.from_clip import FromClipConfig, convert
+from oq2vl_jax.curate.clip_scorer import ClipScorer, crop
+from oq2vl_jax.curate.score import ScoreConfig, score_shards
 from oq2vl_jax.data.samples.shards import Sample
-from oq2vl_jax.data.score import ScoreConfig, score_shards
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
-from oq2vl_jax.scoring.clip import ClipScorer, crop
 from tests.convert.conftest import randomize
 from tests.data.conftest import caption_sample, png
 

@@ -10,15 +10,7 @@ import pytest
 
 from convert.checkpoint_stream import LazyArray, save_checkpoint
 from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
-from oq2vl_jax.data.samples.shards import Sample
-from oq2vl_jax.data.score import ScoreConfig, score_shards
-from oq2vl_jax.data.text.codec import TextCodec
-from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.generator import Request
-from oq2vl_jax.eval.reply import SamplingOptions
-from oq2vl_jax.jobs import Execution
-from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.scoring.mlm_filter import (
+from oq2vl_jax.curate.mlm_filter import (
     METRICS,
     MLMFilterScorer,
     parse_published_score,
@@ -26,6 +18,14 @@ from oq2vl_jax.scoring.mlm_filter import (
     published_prompt,
     read_criteria,
 )
+from oq2vl_jax.curate.score import ScoreConfig, score_shards
+from oq2vl_jax.data.samples.shards import Sample
+from oq2vl_jax.data.text.codec import TextCodec
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.eval.generator import Request
+from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.jobs import Execution
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.train.checkpoint import named_arrays
 from tests.data.conftest import caption_sample, png
 

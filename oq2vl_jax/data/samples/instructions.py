@@ -19,8 +19,8 @@ from typing import BinaryIO
 import numpy as np
 
 from oq2vl_jax import paths
+from oq2vl_jax.data.samples.ids import uid_of_key
 from oq2vl_jax.data.samples.shards import Sample, printable
-from oq2vl_jax.data.uids import uid_of_key
 from oq2vl_jax.errors import UserError
 
 READ_BYTES = 2**20

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from oq2vl_jax import paths
+from oq2vl_jax.data.samples.ids import uid_of_key
 from oq2vl_jax.data.samples.images import ImageError, embedded_image, tiff_pages
 from oq2vl_jax.data.samples.tars import Members, read_members
-from oq2vl_jax.data.uids import uid_of_key
 from oq2vl_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")

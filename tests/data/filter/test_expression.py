@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from oq2vl_jax.data.filter.expression import Leaf, evaluate, leaves, parse, takes_away
-from oq2vl_jax.data.filter.rules import make_rule
+from oq2vl_jax.curate.filter.expression import Leaf, evaluate, leaves, parse, takes_away
+from oq2vl_jax.curate.filter.rules import make_rule
 from oq2vl_jax.errors import UserError
 
 UNIVERSE = range(8)

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from oq2vl_jax.data.filter.run import FilterCommand, run_filter
+from oq2vl_jax.curate.filter.run import FilterCommand, run_filter
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import caption_sample
 
@@ -200,7 +200,7 @@ def test_metadata_that_does_not_fit_is_explained(tmp_path):
 
 def test_img2dataset_shards_without_uids_go_by_their_keys(tmp_path, write_shard):
     """From metadata with keys to tars: filter, then reshard."""
-    from oq2vl_jax.data.reshard import ReshardConfig, reshard
+    from oq2vl_jax.curate.reshard import ReshardConfig, reshard
     from oq2vl_jax.data.samples.tars import read_members
     from oq2vl_jax.jobs import Execution
 

@@ -5,7 +5,6 @@ A set may hold an id several times; a sample is then wanted that many times.
 
 import functools
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from oq2vl_jax import paths
 from oq2vl_jax.errors import UserError
 
 UID_DTYPE = np.dtype("u8,u8")
-HEX_DIGITS = "[0-9a-fA-F]{32}"
 MAX_PER_BUCKET = 64
 """Random ids put about one into each bucket of the index."""
 
@@ -47,7 +45,7 @@ class UidSet:
             raise UserError(f"{path}: no such file; a uid set (.npy of dtype u8,u8) is expected.") from error
         except (ValueError, EOFError, MemoryError) as error:
             raise UserError(
-                f"{path}: not a whole .npy file; a uid set of dtype u8,u8 is expected, as oq2vl_jax.data.filter writes."
+                f"{path}: not a whole .npy file; a uid set of dtype u8,u8 is expected, as curate.filter writes."
             ) from error
         if not isinstance(uids, np.ndarray):
             raise UserError(f"{path}: an archive of arrays; a uid set is one array (np.save).")
@@ -116,28 +114,6 @@ class UidSet:
         """How many times an id is in the set."""
         start, end = (np.searchsorted(self.high, np.uint64(high), side) for side in ("left", "right"))
         return int((self.low[start:end] == np.uint64(low)).sum())
-
-
-def parse_uid(text: object) -> tuple[int, int] | None:
-    """32 hex digits to (high, low); None for anything else."""
-    if not isinstance(text, str) or not re.fullmatch(HEX_DIGITS, text):
-        return None
-    return int(text[:16], 16), int(text[16:], 16)
-
-
-def uid_of_key(key: str) -> str | None:
-    """An id for samples that have none but a number, as img2dataset's keys are; None for other keys. The number is
-    its low half, and mixed its high half, for sets are fast where that is random."""
-    if not re.fullmatch("[0-9]{1,18}", key):
-        return None
-    return f"{int(mixed(np.array([int(key)], np.uint64))[0]):016x}{int(key):016x}"
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): 64 bits that look random, the same on every machine."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _is_sorted(high: np.ndarray, low: np.ndarray) -> bool:

@@ -10,10 +10,11 @@ import numpy as np
 from oq2vl_jax import paths
 from oq2vl_jax.bounds import Between
 from oq2vl_jax.config_files import from_dict
-from oq2vl_jax.data.filter.expression import Expression, Leaf, evaluate, leaves, parse
-from oq2vl_jax.data.filter.pool import Pool
-from oq2vl_jax.data.filter.rules import Basic, Rule, make_rule
-from oq2vl_jax.data.uids import UidSet, mixed
+from oq2vl_jax.curate.filter.expression import Expression, Leaf, evaluate, leaves, parse
+from oq2vl_jax.curate.filter.pool import Pool
+from oq2vl_jax.curate.filter.rules import Basic, Rule, make_rule
+from oq2vl_jax.curate.uids import UidSet
+from oq2vl_jax.data.samples.ids import mixed
 from oq2vl_jax.errors import UserError
 
 

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.filter.expression import Leaf
-from oq2vl_jax.data.filter.rules import Rule
+from oq2vl_jax.curate.filter.expression import Leaf
+from oq2vl_jax.curate.filter.rules import Rule
+from oq2vl_jax.curate.uids import UidSet
+from oq2vl_jax.data.samples.ids import mixed
 from oq2vl_jax.data.samples.parquet import reading_parquet
-from oq2vl_jax.data.uids import UidSet, mixed
 from oq2vl_jax.errors import UserError, hint
 
 FILES_PER_BATCH = 64

@@ -1,4 +1,4 @@
-"""python -m oq2vl_jax.data.score: captioned tars to one parquet of scores per tar.
+"""python -m oq2vl_jax.curate.score: captioned tars to one parquet of scores per tar.
 
     KEY, uid, one column a score (null where there is none), status ("scored", or why not)
 
@@ -49,7 +49,7 @@ def score_shards(config: ScoreConfig) -> dict | None:
     """Scores every shard and returns the manifest; None while other ranks are at work. Raises UserError."""
     from oq2vl_jax import paths
 
-    paths.check_has_polars("oq2vl_jax.data.score")
+    paths.check_has_polars("oq2vl_jax.curate.score")
     files = paths.expand_paths("--shards", config.shards)
     if config.profile == "mlm_filter" and (config.model != "mlm-filter" or config.criteria is None):
         raise UserError(
@@ -96,7 +96,7 @@ def checkpoint_identity(path: str) -> str:
 def criteria_identity(config: ScoreConfig) -> str:
     import hashlib
 
-    from oq2vl_jax.scoring.mlm_filter import DEFAULT_CRITERIA, read_criteria
+    from oq2vl_jax.curate.mlm_filter import DEFAULT_CRITERIA, read_criteria
 
     texts = read_criteria(config.criteria or str(DEFAULT_CRITERIA), config.metrics)
     return hashlib.sha256(repr(texts).encode()).hexdigest()
@@ -106,10 +106,10 @@ def criteria_identity(config: ScoreConfig) -> str:
 def load_scorer(config: ScoreConfig):
     """One model per process."""
     if config.model == "clip":
-        from oq2vl_jax.scoring.clip import ClipScorer
+        from oq2vl_jax.curate.clip_scorer import ClipScorer
 
         return ClipScorer(config.checkpoint, config.batch_size)
-    from oq2vl_jax.scoring.mlm_filter import MLMFilterScorer
+    from oq2vl_jax.curate.mlm_filter import MLMFilterScorer
 
     return MLMFilterScorer(config.checkpoint, config.batch_size, config.criteria, config.metrics, config.profile)
 
@@ -167,7 +167,7 @@ def main() -> None:
 
     from oq2vl_jax.data.pack import counted
 
-    config = parse(ScoreConfig, prog="python -m oq2vl_jax.data.score", config=(tyro.conf.OmitArgPrefixes,))
+    config = parse(ScoreConfig, prog="python -m oq2vl_jax.curate.score", config=(tyro.conf.OmitArgPrefixes,))
     manifest = score_shards(config)
     if manifest is not None:
         print(

@@ -1,4 +1,4 @@
-"""python -m oq2vl_jax.data.reshard: the samples of a uid set, from tars to new tars.
+"""python -m oq2vl_jax.curate.reshard: the samples of a uid set, from tars to new tars.
 
 One task reads `--tars-per-task` tars and writes one, NNNNNNNN.tar, in their order, the bytes of each member as they
 came. A sample whose id is in the set n times is written n times (KEY, KEY-1, ...); keys that two input tars share get
@@ -27,7 +27,7 @@ class ReshardConfig:
     shards: str
     """Tars whose KEY.json holds "uid": 'DIR/{00000000..00000009}.tar', a glob, or one path."""
     uids: str
-    """Uid set, a sorted .npy of dtype u8,u8, as oq2vl_jax.data.filter writes it."""
+    """Uid set, a sorted .npy of dtype u8,u8, as oq2vl_jax.curate.filter writes it."""
     out: str
     """Folder for the new tars and manifest.json."""
     tars_per_task: Count = 1
@@ -74,7 +74,7 @@ def reshard(config: ReshardConfig) -> dict | None:
 @functools.lru_cache(maxsize=1)
 def load_uids(path: str):
     """One set per worker process."""
-    from oq2vl_jax.data.uids import UidSet
+    from oq2vl_jax.curate.uids import UidSet
 
     return UidSet.load(path)
 
@@ -116,8 +116,8 @@ def write_members(tar: tarfile.TarFile, key: str, files: dict[str, bytes]) -> No
 
 def number_of_copies(members, uids) -> tuple[int, str | None]:
     """(how often the sample is wanted, why it cannot be used). A sample outside the set is no problem."""
+    from oq2vl_jax.data.samples.ids import parse_uid
     from oq2vl_jax.data.samples.shards import uid_of
-    from oq2vl_jax.data.uids import parse_uid
 
     if members.problem:
         return 0, members.problem
@@ -140,7 +140,7 @@ def main() -> None:
 
     from oq2vl_jax.data.pack import counted
 
-    config = parse(ReshardConfig, prog="python -m oq2vl_jax.data.reshard", config=(tyro.conf.OmitArgPrefixes,))
+    config = parse(ReshardConfig, prog="python -m oq2vl_jax.curate.reshard", config=(tyro.conf.OmitArgPrefixes,))
     manifest = reshard(config)
     if manifest is not None:
         print(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oq2vl_jax.bounds import CountOrZero, Positive
-from oq2vl_jax.data.filter.expression import Leaf
+from oq2vl_jax.curate.filter.expression import Leaf
 from oq2vl_jax.errors import UserError, hint
 
 CLIP_COLUMNS = {

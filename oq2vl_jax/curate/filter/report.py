@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.filter.apply import Result, Selection
-from oq2vl_jax.data.filter.expression import leaves, takes_away
-from oq2vl_jax.data.filter.pool import Pool
+from oq2vl_jax.curate.filter.apply import Result, Selection
+from oq2vl_jax.curate.filter.expression import leaves, takes_away
+from oq2vl_jax.curate.filter.pool import Pool
+from oq2vl_jax.curate.uids import UidSet
+from oq2vl_jax.data.samples.ids import parse_uid
 from oq2vl_jax.data.samples.shards import Sample, read_samples
 from oq2vl_jax.data.samples.tars import CutOffError
-from oq2vl_jax.data.uids import UidSet, parse_uid
 from oq2vl_jax.html import bars, page, picture, table
 
 NUM_BINS = 40

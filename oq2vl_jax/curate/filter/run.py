@@ -20,7 +20,7 @@ class FilterCommand:
     out: str
     """Folder for uids.npy, report.json and report.html."""
     scores: tuple[str, ...] = ()
-    """Parquet files with uid and scores, as oq2vl_jax.data.score writes them."""
+    """Parquet files with uid and scores, as oq2vl_jax.curate.score writes them."""
     shards: str | None = None
     """Tars to take pictures of kept and rejected samples from, for the report."""
     num_pictures: CountOrZero = 24
@@ -29,11 +29,11 @@ class FilterCommand:
 
 def run_filter(command: FilterCommand) -> dict:
     """Writes the files of --out; returns the report."""
-    check_has_polars("oq2vl_jax.data.filter")
+    check_has_polars("oq2vl_jax.curate.filter")
     from oq2vl_jax import paths
-    from oq2vl_jax.data.filter.apply import apply_rules, load_filter
-    from oq2vl_jax.data.filter.pool import read_pool
-    from oq2vl_jax.data.filter.report import choose_pictures, make_report, write_page
+    from oq2vl_jax.curate.filter.apply import apply_rules, load_filter
+    from oq2vl_jax.curate.filter.pool import read_pool
+    from oq2vl_jax.curate.filter.report import choose_pictures, make_report, write_page
 
     paths.check_out(command.out)
     check_bounds(command, as_flags=True)

@@ -1,4 +1,4 @@
-"""python -m oq2vl_jax.data.filter RULES.toml: metadata and scores to a set of sample ids and a report.
+"""python -m oq2vl_jax.curate.filter RULES.toml: metadata and scores to a set of sample ids and a report.
 
 RULES.toml:    expression = "clip_l14_top(0.3) & basic | mlm(semantic_understanding >= 85) | uids(dfn.npy)"
                seed = 0                  # for ties of exact top fractions
@@ -9,13 +9,13 @@ OUT/uids.npy (DataComp's sorted u8,u8), OUT/report.json and OUT/report.html; rul
 """
 
 from oq2vl_jax.bounds import parse
-from oq2vl_jax.data.filter.run import FilterCommand, input_files, run_filter
+from oq2vl_jax.curate.filter.run import FilterCommand, input_files, run_filter
 from oq2vl_jax.data.samples.parquet import in_own_process
 from oq2vl_jax.errors import run_command
 
 
 def main() -> None:
-    command = parse(FilterCommand, prog="python -m oq2vl_jax.data.filter")
+    command = parse(FilterCommand, prog="python -m oq2vl_jax.curate.filter")
     report = in_own_process(run_filter, command, lambda: [file for files in input_files(command) for file in files])
     print(
         f"{report['kept']:,} of {report['samples']:,} samples kept ({report['kept'] / max(report['samples'], 1):.1%}), "

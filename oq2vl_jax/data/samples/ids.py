@@ -1,0 +1,29 @@
+"""Ids of samples: 32 hex digits, as DataComp has them."""
+
+import re
+
+import numpy as np
+
+HEX_DIGITS = "[0-9a-fA-F]{32}"
+
+
+def parse_uid(text: object) -> tuple[int, int] | None:
+    """32 hex digits to (high, low); None for anything else."""
+    if not isinstance(text, str) or not re.fullmatch(HEX_DIGITS, text):
+        return None
+    return int(text[:16], 16), int(text[16:], 16)
+
+
+def uid_of_key(key: str) -> str | None:
+    """An id for samples that have none but a number, as img2dataset's keys are; None for other keys. The number is
+    its low half, and mixed its high half, for sets are fast where that is random."""
+    if not re.fullmatch("[0-9]{1,18}", key):
+        return None
+    return f"{int(mixed(np.array([int(key)], np.uint64))[0]):016x}{int(key):016x}"
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al. 2014): 64 bits that look random, the same on every machine."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
