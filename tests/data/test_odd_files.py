@@ -193,7 +193,7 @@ def test_a_pipe_is_refused_at_once(tmp_path):
 
 
 def test_sizes_that_are_no_numbers_pass_no_rule(tmp_path):
-    from tests.data.filter.test_datacomp import run
+    from tests.curate.filter.test_datacomp import run
 
     sizes = [float("nan"), 300.0, float("nan")]
     pl.DataFrame({"uid": [f"{i:032x}" for i in range(3)], "original_width": sizes, "original_height": sizes[::-1]}
