@@ -18,12 +18,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
+from oq2vl_jax.checkpoint import FilesHandler, SaveFiles, step_folder
+from oq2vl_jax.checkpoint_digests import DigestsHandler, SaveDigests
 from oq2vl_jax.config import CheckpointDescription
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.paths import check_local
-from oq2vl_jax.train.checkpoint import FilesHandler, SaveFiles, step_folder
-from oq2vl_jax.train.digests import DigestsHandler, SaveDigests
 
 
 class LazyArray:

@@ -43,7 +43,7 @@ def convert(config: FromClipConfig) -> str:
     from convert.tensor_files import SafetensorsSource
     from oq2vl_jax.model.clip import Clip
     from oq2vl_jax.model.clip_config import ClipDescription
-    from oq2vl_jax.train.checkpoint import named_arrays
+    from oq2vl_jax.trees import named_arrays
 
     check_is_free(Path(config.out))
     folder = local_folder(config.model)

@@ -125,7 +125,7 @@ def fresh_projector(model, seed: int) -> dict:
     import numpy as np
 
     from oq2vl_jax.model.projector import Projector
-    from oq2vl_jax.train.checkpoint import named_arrays
+    from oq2vl_jax.trees import named_arrays
 
     arrays = named_arrays(Projector(jax.random.key(seed), model))
     return {f"projector.{name}": np.asarray(array) for name, array in arrays.items()}

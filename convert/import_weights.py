@@ -13,7 +13,7 @@ from convert.weight_map import LAYOUTS, Weight, their_shape, unused_vision, weig
 from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.trees import named_arrays
 
 MAX_PROBLEMS_SHOWN = 6
 ROWS_COMPARED_AT_ONCE = 8192

@@ -39,7 +39,7 @@ def export(config: ToHFConfig) -> str:
     """Writes the folder and returns a line about it."""
     from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
     from convert.hf_config import why_not_native
-    from oq2vl_jax.train.checkpoint import load_description, open_checkpoint
+    from oq2vl_jax.checkpoint import load_description, open_checkpoint
 
     check_is_free(Path(config.out))
     checkpoint = open_checkpoint(config.checkpoint)
@@ -85,9 +85,9 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     from convert.export_files.model_card import model_card
     from convert.export_tokenizer import complete_tokenizer
     from convert.hf_config import MEAN, STD, to_llava_config, why_not_native
+    from oq2vl_jax.checkpoint import load_train_config
     from oq2vl_jax.data.text.codec import TextCodec
     from oq2vl_jax.data.text.tokenizer import IMAGE_PAD
-    from oq2vl_jax.train.checkpoint import load_train_config
 
     model, codec = description.model, TextCodec(str(checkpoint / "tokenizer"))
     special = codec.special

@@ -40,7 +40,7 @@ def export(config: ToPrismaticConfig) -> str:
     from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
     from convert.export_weights import exported_tensors, vision_filler
     from convert.prismatic import LATEST, differences_from_published, run_config
-    from oq2vl_jax.train.checkpoint import load_description, open_checkpoint
+    from oq2vl_jax.checkpoint import load_description, open_checkpoint
 
     check_is_free(Path(config.out))
     checkpoint = open_checkpoint(config.checkpoint)

@@ -11,7 +11,7 @@ How data flows, one line per arrow:
     rows              --data/pack-->       ArrayRecord shards and a manifest, written once, offline
     ArrayRecord       --data/loading-->    Batch      uint8 images, tokens, labels, positions, segment ids
     Batch, TrainState --train/step-->      TrainState parameters and optimizer state, sharded over the mesh
-    TrainState        --train/checkpoint-> an Orbax step folder with loader state, config and tokenizer
+    TrainState        --checkpoint-> an Orbax step folder with loader state, config and tokenizer
     Orbax step        --generate-->        answers
 
 Axis legend, used in einsum strings, annotations and drawings all over the package:

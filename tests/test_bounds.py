@@ -142,7 +142,7 @@ def test_a_cache_that_cannot_fit_says_how_much_it_would_take(tmp_path):
     from oq2vl_jax.eval.generator import Generator, Request
     from oq2vl_jax.eval.reply import SamplingOptions
     from oq2vl_jax.serve.engine import Engine
-    from oq2vl_jax.train.sharding import make_mesh
+    from oq2vl_jax.sharding import make_mesh
 
     save_bpe_tokenizer(BYTE_RANKS, str(tmp_path / "tokenizer"))
     codec, mesh = TextCodec(str(tmp_path / "tokenizer")), make_mesh(TINY.mesh)

@@ -21,9 +21,9 @@ from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.devices import NODE_DEVICES, Device
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.sharding import bytes_per_device, parameter_shardings, row_sharding
 from oq2vl_jax.train.gradients import compute_copy
-from oq2vl_jax.train.optimizer import split_trainable
-from oq2vl_jax.train.sharding import bytes_per_device, parameter_shardings, row_sharding
+from oq2vl_jax.train.parts import split_trainable
 from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 
 

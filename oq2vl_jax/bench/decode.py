@@ -119,7 +119,7 @@ def write_random_checkpoint(folder: Path, decoder: DecoderConfig, seed: int) -> 
     from convert.checkpoint_stream import LazyArray, save_checkpoint
     from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-    from oq2vl_jax.train.checkpoint import named_arrays
+    from oq2vl_jax.trees import named_arrays
 
     model = ModelConfig(VISION, decoder, VISION.num_patches, IMAGE_TOKEN)
     shapes = named_arrays(jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), model)))

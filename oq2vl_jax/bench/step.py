@@ -48,9 +48,9 @@ def measure(options: Step) -> dict[str, Any]:
     set_environment()
     config = configured(options)
     from oq2vl_jax.bench.compiled import compile_step
+    from oq2vl_jax.sharding import make_mesh
     from oq2vl_jax.train.attention_choice import checked_attention
     from oq2vl_jax.train.checks import check_memory
-    from oq2vl_jax.train.sharding import make_mesh
 
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
@@ -70,7 +70,7 @@ def start(config: TrainConfig, mesh: Any, seed: int) -> tuple[Any, Any, Any]:
     import jax
 
     from oq2vl_jax.bench.synthetic_rows import make_rows
-    from oq2vl_jax.train.sharding import to_global_batch
+    from oq2vl_jax.sharding import to_global_batch
     from oq2vl_jax.train.step import init_train_state, state_shardings
 
     rows, shardings = make_rows(config, config.global_batch_size, seed), state_shardings(config, mesh)

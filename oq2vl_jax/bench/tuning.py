@@ -123,9 +123,9 @@ def step_seconds(config: Tuning, rows: int, num_tokens: int, slots: int) -> floa
     import jax
 
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+    from oq2vl_jax.sharding import make_mesh
     from oq2vl_jax.train.checks import check_memory
     from oq2vl_jax.train.gradients import loss_and_gradients
-    from oq2vl_jax.train.sharding import make_mesh
 
     train = train_config(config, rows, num_tokens, slots)
     check_memory(train, make_mesh(train.mesh))

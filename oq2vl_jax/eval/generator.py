@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from oq2vl_jax.checkpoint import load_description, load_weights, open_checkpoint
 from oq2vl_jax.config import MeshConfig, ModelConfig, PromptForm
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.text.codec import IMAGE, TextCodec
@@ -32,8 +33,7 @@ from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
 from oq2vl_jax.memory import check_fits, device_bytes
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import cache_bytes
-from oq2vl_jax.train.checkpoint import load_description, load_weights, open_checkpoint
-from oq2vl_jax.train.sharding import make_mesh, parameter_shardings, replicated, row_sharding
+from oq2vl_jax.sharding import make_mesh, parameter_shardings, replicated, row_sharding
 
 SMALLEST_BUCKET = 32
 STEPS_PER_CALL = 16

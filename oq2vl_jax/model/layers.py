@@ -36,7 +36,7 @@ class Compute(NamedTuple):
 
 
 def param(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter with the logical name of each of its axes; train/sharding.py maps the names to mesh axes."""
+    """A parameter with the logical name of each of its axes; sharding.py maps the names to mesh axes."""
     assert value.ndim == len(axes), (value.shape, axes)
     return nnx.Param(value, axes=axes)
 

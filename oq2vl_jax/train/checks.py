@@ -81,7 +81,7 @@ def check_same_model(source: Path, config: TrainConfig) -> None:
 
     Only the number of visual tokens may change: the projector's weights are the same at every resolution.
     """
-    from oq2vl_jax.train.checkpoint import load_description  # Orbax, which bench step does without
+    from oq2vl_jax.checkpoint import load_description
 
     there, here = flatten(load_description(source).model), flatten(config.model)
     changed = [key for key in here if key != "num_visual_tokens" and there[key] != here[key]]
@@ -104,7 +104,7 @@ def check_memory(config: TrainConfig, mesh: Any) -> None:
     import jax
 
     from oq2vl_jax.data.loading.batch import NUM_PREFETCHED_BATCHES
-    from oq2vl_jax.train.sharding import bytes_per_device
+    from oq2vl_jax.sharding import bytes_per_device
     from oq2vl_jax.train.step import shapes_with, state_shardings
 
     rows = config.global_batch_size // jax.process_count()

@@ -23,10 +23,7 @@ from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.model.layers import Compute, stacked
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import fused, unfused
-from oq2vl_jax.train.attention_choice import choose_attention
-from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients, cross_entropy_sum
-from oq2vl_jax.train.optimizer import is_matrix, merge_parts, split_trainable, split_vocabulary
-from oq2vl_jax.train.sharding import (
+from oq2vl_jax.sharding import (
     ROW_AXES,
     WHOLE,
     gather,
@@ -38,6 +35,10 @@ from oq2vl_jax.train.sharding import (
     row_sharding,
     specs,
 )
+from oq2vl_jax.train.attention_choice import choose_attention
+from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients, cross_entropy_sum
+from oq2vl_jax.train.parts import split_trainable, split_vocabulary
+from oq2vl_jax.trees import is_matrix, merge_parts
 
 MAX_CHUNK, MIN_CHUNK, CHUNK_SHARE = 512, 32, 1 / 8
 """Positions whose logits exist at once on a device: a share of the microbatch, about as much as carries a label, within
@@ -47,7 +48,7 @@ bounds. A chunk costs a pass over the head's float32 gradient, the unused rest o
 def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> tuple[jax.Array, Any]:
     """Nats per labelled token of a global batch, and the gradients of the trained parts where their masters lie.
 
-    See train/sharding.py for what passes between the devices.
+    See sharding.py for what passes between the devices.
     """
     trained, frozen = split_trainable(compute_copy(model, config), config.trainable)
     dims, shardings = gathered_dims(trained, mesh), parameter_shardings(trained, mesh)

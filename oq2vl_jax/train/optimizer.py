@@ -4,14 +4,14 @@ Frozen parts take no gradient and hold no optimizer state: `split_trainable` cut
 differentiation, and the optimizer only ever sees the trainable half.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from flax import nnx
 
-from oq2vl_jax.config import OptimizerConfig, TrainableConfig
+from oq2vl_jax.config import OptimizerConfig
+from oq2vl_jax.trees import is_matrix
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -71,30 +71,3 @@ def decay_mask(parameters: Any) -> Any:
         return node.replace(is_matrix(node))
 
     return jax.tree.map(mark, parameters, is_leaf=lambda node: isinstance(node, nnx.Param))
-
-
-def is_matrix(parameter: nnx.Param) -> bool:
-    """Whether a parameter has two axes or more besides the one that stacks layers."""
-    return sum(name != "layers" for name in parameter.axes) > 1
-
-
-def split_trainable(model: Any, trainable: TrainableConfig) -> tuple[Any, Any]:
-    """(trained, frozen): the model twice, each with None where the other has the parameter."""
-    return split_parts(model, lambda path: path[0].name in trainable.parts)
-
-
-def split_vocabulary(model: Any) -> tuple[Any, Any]:
-    """(the decoder's tables with a row per token, everything else), as split_trainable does."""
-    return split_parts(model, lambda path: path[1].name in ("embed_tokens", "lm_head"))
-
-
-def split_parts(model: Any, is_first: Callable[[tuple[Any, ...]], bool]) -> tuple[Any, Any]:
-    """The model twice, each with None where the other has the parameter. is_first: of a parameter's path."""
-    first = jax.tree_util.tree_map_with_path(lambda path, x: x if is_first(path) else None, model)
-    second = jax.tree_util.tree_map_with_path(lambda path, x: None if is_first(path) else x, model)
-    return first, second
-
-
-def merge_parts(first: Any, second: Any) -> Any:
-    """Inverse of split_parts."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from oq2vl_jax.checkpoint import find_checkpoint, load_weights, open_checkpoint
 from oq2vl_jax.config import DataConfig, TrainConfig
 from oq2vl_jax.config_files import to_json
 from oq2vl_jax.data.loading.loader import make_loader
@@ -21,13 +22,13 @@ from oq2vl_jax.data.packing.packed import check_files, fingerprint
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
+from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_attention
-from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, load_weights, named_arrays, open_checkpoint
+from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.checks import check_config, check_memory, check_run_dir, check_same_model, row_bytes
-from oq2vl_jax.train.evaluation import Evaluator, write_samples
+from oq2vl_jax.train.held_out import Evaluator, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.run_lock import run_lock
-from oq2vl_jax.train.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.step import (
     StepMetrics,
     TrainState,
@@ -37,6 +38,7 @@ from oq2vl_jax.train.step import (
     state_shardings,
 )
 from oq2vl_jax.train.trackers import open_trackers
+from oq2vl_jax.trees import named_arrays
 
 
 def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:

@@ -10,9 +10,11 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.sharding import parameter_shardings, replicated, row_sharding
 from oq2vl_jax.train.gradients import loss_and_gradients
-from oq2vl_jax.train.optimizer import make_optimizer, make_schedule, merge_parts, split_trainable
-from oq2vl_jax.train.sharding import parameter_shardings, replicated, row_sharding
+from oq2vl_jax.train.optimizer import make_optimizer, make_schedule
+from oq2vl_jax.train.parts import split_trainable
+from oq2vl_jax.trees import merge_parts
 
 
 class TrainState(NamedTuple):

@@ -47,7 +47,7 @@ def test_the_kernel_is_chosen_and_passes_its_check_at_the_published_heads():
     program = (
         "from oq2vl_jax.config_files import load_config;"
         "from oq2vl_jax.train.attention_choice import checked_attention;"
-        "from oq2vl_jax.train.sharding import make_mesh;"
+        "from oq2vl_jax.sharding import make_mesh;"
         "config = load_config('configs/pretrain.py');"
         "print(checked_attention(config, make_mesh(config.mesh)).attention)"
     )

@@ -15,8 +15,8 @@ from oq2vl_jax.bench.compiled import compile_step, count_collectives, mesh_of
 from oq2vl_jax.config_files import load_config, to_json
 from oq2vl_jax.devices import DEVICES
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train.checkpoint import named_arrays
 from oq2vl_jax.train.step import init_train_state
+from oq2vl_jax.trees import named_arrays
 
 PROGRAM = """
 %body.1 (arg: (s32[])) -> (s32[]) {
@@ -169,8 +169,8 @@ def test_two_rows_of_the_published_run_fit_an_a100(sharding):
 
 @pytest.mark.plan
 def test_loss_temporaries_of_a_row_on_an_a100():
+    from oq2vl_jax.sharding import replicated
     from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients
-    from oq2vl_jax.train.sharding import replicated
 
     here = replicated(mesh_of(DEVICES["a100-40g"], 1, 1, 1))
     hidden = jax.ShapeDtypeStruct((1, 4096, 1536), jnp.bfloat16, sharding=here)

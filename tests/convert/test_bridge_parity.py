@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from convert import from_hf, from_prismatic, to_hf
+from oq2vl_jax.checkpoint import find_checkpoint, load_description
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.eval.generator import Generator, Request, load_model
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.generate import read_images
 from oq2vl_jax.model.siglip import normalize
-from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
-from oq2vl_jax.train.sharding import make_mesh
+from oq2vl_jax.sharding import make_mesh
 from tests.convert.conftest import IMAGE_SIZE, IMAGE_TOKEN, NUM_PATCHES
 from tests.convert.published_forward import published_logits, round_rotary
 from tests.convert.test_round_trips import write_prismatic_run

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from convert import from_hf, from_prismatic, to_hf
 from convert.prismatic import LATEST
 from convert.tensor_files import INDEX
+from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train.checkpoint import find_checkpoint
 from tests.convert.conftest import IMAGE_TOKEN, WIDTH
 from tests.convert.test_round_trips import write_prismatic_run
 
@@ -159,7 +159,7 @@ def test_a_llava_that_this_model_is_not(llava, tmp_path, values, message):
 
 def test_a_llava_whose_image_token_has_another_name_comes_in(llava, tmp_path):
     """llava-hf models of this family call it <image>; which row of the embedding marks an image is free."""
-    from oq2vl_jax.train.checkpoint import load_description
+    from oq2vl_jax.checkpoint import load_description
 
     shutil.copytree(llava[0], tmp_path / "llava")
     edit_config(tmp_path / "llava", image_token_index=3)
@@ -192,7 +192,7 @@ def test_a_llava_with_another_preprocessing(llava, tmp_path):
 
 def test_features_of_another_layer_are_followed(llava, tmp_path):
     """vision_feature_layer -1 holds one block more than -2, -3 one less."""
-    from oq2vl_jax.train.checkpoint import load_description
+    from oq2vl_jax.checkpoint import load_description
 
     for layer, num_layers in ((-1, 5), (-2, 4), (-3, 3)):
         folder, out = tmp_path / f"llava{layer}", tmp_path / f"out{layer}"

@@ -160,8 +160,8 @@ OUR_LOGITS = """
 import sys, jax, numpy as np, jax.numpy as jnp
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.eval.generator import load_model
-from oq2vl_jax.train.checkpoint import find_checkpoint
-from oq2vl_jax.train.sharding import make_mesh
+from oq2vl_jax.checkpoint import find_checkpoint
+from oq2vl_jax.sharding import make_mesh
 checkpoint, rows, out = sys.argv[1:]
 row = np.load(rows)
 model = load_model(find_checkpoint(checkpoint), make_mesh(MeshConfig()))

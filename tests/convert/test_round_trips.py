@@ -131,7 +131,7 @@ def test_a_pooled_export_comes_back_as_it_was(published_parts, qwen, tmp_path):
     from_prismatic.convert(from_prismatic.FromPrismaticConfig(str(run_dir), str(tmp_path / "in"), decoder=str(qwen[0])))
     to_hf.export(to_hf.ToHFConfig(str(tmp_path / "in"), str(tmp_path / "out"), dtype="float32"))
     from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "in2"), model=str(tmp_path / "out")))
-    from oq2vl_jax.train.checkpoint import find_checkpoint, load_description
+    from oq2vl_jax.checkpoint import find_checkpoint, load_description
 
     first, second = (load_description(find_checkpoint(str(tmp_path / name))) for name in ("in", "in2"))
     assert (first.model, first.template) == (second.model, second.template)

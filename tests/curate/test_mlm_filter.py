@@ -26,7 +26,7 @@ from oq2vl_jax.eval.generator import Request
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.jobs import Execution
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.trees import named_arrays
 from tests.data.conftest import caption_sample, png
 
 MODEL = ModelConfig(

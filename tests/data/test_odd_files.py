@@ -202,7 +202,7 @@ def test_sizes_that_are_no_numbers_pass_no_rule(tmp_path):
 
 
 def test_paths_in_a_bucket_are_refused_where_local_ones_are_expected(tmp_path):
-    from oq2vl_jax.train.checkpoint import find_checkpoint
+    from oq2vl_jax.checkpoint import find_checkpoint
     from oq2vl_jax.train.checks import check_config
     from tests.train.conftest import TINY
 

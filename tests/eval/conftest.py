@@ -7,7 +7,7 @@ import pytest
 from convert.checkpoint_stream import LazyArray, save_checkpoint
 from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.trees import named_arrays
 
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=32, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.eval.decoding import Sampling, choose
 from oq2vl_jax.eval.generator import Generator, Request, load_model
 from oq2vl_jax.eval.reply import SamplingOptions
-from oq2vl_jax.train.checkpoint import find_checkpoint
-from oq2vl_jax.train.sharding import make_mesh
+from oq2vl_jax.sharding import make_mesh
 from tests.data.conftest import png
 
 NEW_TOKENS = 20  # more than are decoded in one call

@@ -12,7 +12,7 @@ from oq2vl_jax.model.attention import causal_segment_mask
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL, flat_images, merge_visual_tokens
 from oq2vl_jax.model.qwen2 import Qwen2Decoder, rope_table
-from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.trees import named_arrays
 
 ALONE_TOLERANCE = 2e-5  # of the largest hidden value; measured 0 on this CPU
 REMAT_TOLERANCE = 1e-5  # of a parameter's largest gradient; measured 1.5e-6

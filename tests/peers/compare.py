@@ -107,7 +107,7 @@ def prepared(path: str, global_rows: int | None):
     from oq2vl_jax.bench.step import Step, configured
     from oq2vl_jax.bench.synthetic_rows import make_rows
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-    from oq2vl_jax.train.checkpoint import named_arrays
+    from oq2vl_jax.trees import named_arrays
 
     config = configured(Step(path, global_rows=global_rows))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -119,10 +119,10 @@ def prepared(path: str, global_rows: int | None):
 def our_step(side, config, rows, arrays):
     import jax
 
+    from oq2vl_jax.sharding import make_mesh, to_global_batch
     from oq2vl_jax.train.attention_choice import checked_attention
-    from oq2vl_jax.train.checkpoint import from_named_arrays
-    from oq2vl_jax.train.sharding import make_mesh, to_global_batch
     from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
+    from oq2vl_jax.trees import from_named_arrays
 
     mesh = make_mesh(config.mesh)
     config = checked_attention(config, mesh)
@@ -149,8 +149,8 @@ def expected_losses(config, mesh, rows, model) -> dict:
     import numpy as np
 
     from oq2vl_jax.data.loading.batch import IGNORE
+    from oq2vl_jax.sharding import to_global_batch
     from oq2vl_jax.train.gradients import total_loss
-    from oq2vl_jax.train.sharding import to_global_batch
 
     def loss_of(batch) -> float:
         one = dataclasses.replace(config, global_batch_size=len(batch.tokens), rows_per_device=1)

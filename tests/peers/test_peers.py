@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
-from oq2vl_jax.train.checkpoint import named_arrays
-from oq2vl_jax.train.sharding import make_mesh, to_global_batch
+from oq2vl_jax.sharding import make_mesh, to_global_batch
 from oq2vl_jax.train.step import compile_train_step, init_train_state
+from oq2vl_jax.trees import named_arrays
 from tests.peers.compare import expected_losses
 from tests.peers.torch_step import TorchStep
 from tests.train.conftest import TINY, tiny_model

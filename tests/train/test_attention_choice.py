@@ -9,9 +9,9 @@ import pytest
 
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.model import attention as attention_module
+from oq2vl_jax.sharding import make_mesh
 from oq2vl_jax.train import attention_choice
 from oq2vl_jax.train.attention_choice import checked_attention, choose_attention, kernel_problem
-from oq2vl_jax.train.sharding import make_mesh
 from tests.train.conftest import TINY
 
 

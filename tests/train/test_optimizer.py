@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from oq2vl_jax.config import OptimizerConfig, TrainableConfig
-from oq2vl_jax.train.checkpoint import named_arrays
-from oq2vl_jax.train.optimizer import decay_mask, make_optimizer, make_schedule, merge_parts, split_trainable
+from oq2vl_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from oq2vl_jax.train.parts import split_trainable
+from oq2vl_jax.trees import merge_parts, named_arrays
 from tests.train.conftest import tiny_model
 
 ADAMW_TOLERANCE = 2e-6  # absolute, on parameters of size 1 after 20 steps; measured 9.5e-7

@@ -14,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainableConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.sharding import make_mesh, parameter_shardings, to_global_batch
 from oq2vl_jax.train import gradients
-from oq2vl_jax.train.checkpoint import Checkpointer, find_checkpoint, named_arrays
+from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.run import run
-from oq2vl_jax.train.sharding import make_mesh, parameter_shardings, to_global_batch
 from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
+from oq2vl_jax.trees import named_arrays
 from tests.train.conftest import TINY, tiny_model
 
 LOSS_TOLERANCE = 2e-6  # relative, 4x2 mesh against 1x1; measured 1e-7

@@ -12,10 +12,10 @@ from oq2vl_jax.config import ExecutionConfig, MeshConfig, TrainableConfig
 from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.model import open_qwen2vl
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.train.checkpoint import named_arrays
+from oq2vl_jax.sharding import make_mesh, to_global_batch
 from oq2vl_jax.train.gradients import compute_copy, loss_and_gradients, total_loss
 from oq2vl_jax.train.loss import loss
-from oq2vl_jax.train.sharding import make_mesh, to_global_batch
+from oq2vl_jax.trees import named_arrays
 from tests.train.conftest import TINY, tiny_model
 
 LOSS_TOLERANCE = 1e-6  # relative; measured 2e-7

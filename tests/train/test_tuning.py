@@ -15,10 +15,10 @@ from oq2vl_jax.data.packing.rows import PackedRow
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from oq2vl_jax.train import trackers
-from oq2vl_jax.train.checkpoint import named_arrays
-from oq2vl_jax.train.evaluation import Evaluator, documents_of
+from oq2vl_jax.train.held_out import Evaluator, documents_of
 from oq2vl_jax.train.optimizer import make_optimizer
 from oq2vl_jax.train.run import run
+from oq2vl_jax.trees import named_arrays
 from tests.data.conftest import conversation_sample, png
 from tests.data.test_instructions import conversation
 from tests.train.conftest import TINY, tiny_model

@@ -91,11 +91,11 @@ def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
     from oq2vl_jax.bench.synthetic_rows import make_rows
     from oq2vl_jax.model.layers import Compute
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-    from oq2vl_jax.train.checkpoint import named_arrays
+    from oq2vl_jax.sharding import make_mesh, to_global_batch
     from oq2vl_jax.train.gradients import loss_and_gradients
     from oq2vl_jax.train.loss import loss
-    from oq2vl_jax.train.optimizer import merge_parts, split_trainable
-    from oq2vl_jax.train.sharding import make_mesh, to_global_batch
+    from oq2vl_jax.train.parts import split_trainable
+    from oq2vl_jax.trees import merge_parts, named_arrays
 
     model_config = dataclasses.replace(
         config.model,

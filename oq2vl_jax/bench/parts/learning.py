@@ -43,8 +43,8 @@ def measure(setting: Setting) -> dict[str, Any]:
 def train(config: TrainConfig, dtype: str, number: int) -> list[float]:
     import jax
 
+    from oq2vl_jax.sharding import make_mesh, to_global_batch
     from oq2vl_jax.train.attention_choice import checked_attention
-    from oq2vl_jax.train.sharding import make_mesh, to_global_batch
     from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 
     config = dataclasses.replace(config, compute_dtype=dtype)  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def settled_config(setting: Setting) -> TrainConfig:
 def compiled_here(config: TrainConfig) -> Any:
     """bench.compiled.Compiled of the step on this device."""
     from oq2vl_jax.bench.compiled import compile_step
-    from oq2vl_jax.train.sharding import make_mesh
+    from oq2vl_jax.sharding import make_mesh
 
     return compile_step(config, make_mesh(config.mesh))
 
@@ -104,8 +104,8 @@ def compiled_here(config: TrainConfig) -> Any:
 def settled(whole: TrainConfig, num_rows: int, is_gpu: bool) -> tuple[TrainConfig, Any, list[dict[str, Any]]]:
     """(the first form that fits, compiled, what was compiled before it), its attention decided and checked."""
     from oq2vl_jax.bench.step import check
+    from oq2vl_jax.sharding import make_mesh
     from oq2vl_jax.train.attention_choice import checked_attention
-    from oq2vl_jax.train.sharding import make_mesh
 
     config = small_rows(whole, num_rows if is_gpu else 1)
     mesh, limit, tried = make_mesh(config.mesh), usable_bytes(), []
@@ -158,7 +158,7 @@ def step_figures(setting: Setting, config: TrainConfig, compiled: Any, whole: Tr
     A form that does not fit by its compiled program is not run; the figures then say what it needs.
     """
     from oq2vl_jax.bench.step import figures, start, timed_steps
-    from oq2vl_jax.train.sharding import make_mesh
+    from oq2vl_jax.sharding import make_mesh
 
     mesh, limit = make_mesh(config.mesh), usable_bytes()
     about = described(config) | {"config": dataclasses.asdict(config), "of_layers": whole.model.decoder.num_layers}
@@ -213,7 +213,7 @@ def profile(setting: Setting) -> dict[str, Any]:
 
     from oq2vl_jax.bench.breakdown import idle_share, operation_seconds, traced
     from oq2vl_jax.bench.step import start
-    from oq2vl_jax.train.sharding import make_mesh
+    from oq2vl_jax.sharding import make_mesh
 
     config, number = settled_config(setting), 10 if setting.is_gpu else 1
     compiled = compiled_here(config)

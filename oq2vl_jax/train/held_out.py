@@ -19,8 +19,8 @@ from oq2vl_jax.eval.generator import Generator, Request
 from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.html import page, picture
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.sharding import row_sharding, to_global_batch
 from oq2vl_jax.train.gradients import total_loss
-from oq2vl_jax.train.sharding import row_sharding, to_global_batch
 from oq2vl_jax.train.step import state_shardings
 from oq2vl_jax.train.trackers import Sampled
 

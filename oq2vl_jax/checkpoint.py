@@ -6,7 +6,7 @@
         loader/      state of the data loader (rows consumed)
         config/      the resolved configuration
         tokenizer/   tokenizer.json and its companions, ready for transformers
-        digests/     of every file above (train/digests.py), compared when it is read
+        digests/     of every file above (checkpoint_digests.py), compared when it is read
 
 A converted checkpoint (convert/) has model/, tokenizer/ and digests/ as well, and description/ in place of the rest.
 Orbax writes beside and renames, so a step folder is whole or it is not there. Config and tokenizer are plain files.
@@ -23,14 +23,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from oq2vl_jax.checkpoint_digests import check_digests
 from oq2vl_jax.config import CheckpointDescription, TrainConfig
-from oq2vl_jax.config_files import from_dict, to_json
+from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.paths import check_local
-from oq2vl_jax.train.digests import ITEM as DIGESTS
-from oq2vl_jax.train.digests import DigestsHandler, SaveDigests, check_digests
-from oq2vl_jax.train.failed_saves import HeldErrors
-from oq2vl_jax.train.step import TrainState
+from oq2vl_jax.trees import from_named_arrays, named_arrays
 
 STEP_DIGITS = 6
 ITEMS = ("model", "optimizer", "loader", "config", "tokenizer")
@@ -53,78 +51,6 @@ class FilesHandler(ocp.CheckpointHandler):
 @dataclass
 class SaveFiles(ocp.args.CheckpointArgs):
     files: Iterable[Path] = ()
-
-
-class Checkpointer:
-    """Saves and restores the checkpoints of one run directory."""
-
-    def __init__(self, run_dir: Path, keep: int):
-        self._run_dir, self._errors = run_dir, HeldErrors()
-        self._manager = ocp.CheckpointManager(
-            (run_dir / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=STEP_DIGITS),
-            ),
-            item_names=(*ITEMS, DIGESTS),
-            item_handlers={  # finalized in this order: the digests, of the others, come last
-                "model": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                "loader": ocp.JsonCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-                "tokenizer": FilesHandler(),
-                DIGESTS: DigestsHandler(),
-            },
-        )
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    def save(self, state: TrainState, loader_state: dict, config: TrainConfig, tokenizer: Path) -> None:
-        """Starts the save; arrays are copied to the host before this returns, written in the background.
-
-        Raises UserError where this or the save before it found the disk full.
-        """
-        items = ocp.args.Composite(
-            model=ocp.args.StandardSave(named_arrays(state.model)),
-            optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
-            loader=ocp.args.JsonSave(loader_state),
-            config=ocp.args.JsonSave(json.loads(to_json(config))),
-            tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
-            **{DIGESTS: SaveDigests()},
-        )
-        try:
-            self._manager.save(int(state.step), args=items)
-        except Exception as error:
-            raise self._errors.explained(error, self._run_dir) from error
-
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
-        """The state of `step`, placed as `like` (shapes with shardings), and the loader's state.
-
-        Raises UserError if a file of the checkpoint is not as it was written.
-        """
-        check_digests(step_folder(self._run_dir, step).absolute(), ITEMS)
-        saved = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(named_arrays(like.model)),
-                optimizer=ocp.args.StandardRestore(named_arrays(like.opt_state)),
-                loader=ocp.args.JsonRestore(),
-            ),
-        )
-        step_array = jax.device_put(jax.numpy.int32(step), like.step.sharding)
-        model = from_named_arrays(like.model, saved["model"])
-        return TrainState(step_array, model, from_named_arrays(like.opt_state, saved["optimizer"])), saved["loader"]
-
-    def close(self) -> None:
-        """Waits for a save under way. Raises UserError where the disk is full."""
-        try:
-            self._manager.wait_until_finished()
-            self._manager.close()
-        except Exception as error:
-            raise self._errors.explained(error, self._run_dir) from error
-        finally:
-            self._errors.close()
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -194,18 +120,3 @@ def check_names_and_shapes(saved: dict[str, tuple], expected: dict[str, tuple], 
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise UserError(f"{where}: the checkpoint is of another configuration: {shown}.")
-
-
-def named_arrays(tree: Any) -> dict[str, Any]:
-    """{"decoder.layers.mlp.up_proj.kernel": array, ...} of a model or an optimizer state."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def from_named_arrays(like: Any, arrays: dict[str, Any]) -> Any:
-    """Inverse of named_arrays, in the structure of `like`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[path_name(path)], like)
-
-
-def path_name(path) -> str:
-    keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
-    return ".".join(key for key in keys if key != "value")

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train.optimizer import is_matrix
+from oq2vl_jax.trees import is_matrix
 
 LOGICAL_TO_MESH = {
     "embed": "fsdp", "vocab": None, "heads": None, "mlp": None, "patch": None, "position": None, "layers": None,
