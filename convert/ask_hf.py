@@ -57,9 +57,9 @@ def ask(config: AskHFConfig) -> str:
 
 
 def ask_checkpoint(config: AskHFConfig) -> str:
-    from oq2vl_jax.eval.generator import Generator
-    from oq2vl_jax.eval.reply import SamplingOptions
-    from oq2vl_jax.generate import read_images
+    from oq2vl_jax.generate.generator import Generator
+    from oq2vl_jax.generate.reply import SamplingOptions
+    from oq2vl_jax.generate.requests import read_images
 
     generator = Generator(str(config.same_as))
     return generator.ask(config.prompt, read_images(config.image), SamplingOptions(config.max_new_tokens))

@@ -17,7 +17,7 @@ from tests.train.conftest import TINY, tiny_model
 ABSURD = (0, -1, 10**10, 2**63, 10**30)
 COMMANDS = {
     "oq2vl_jax.train.__main__": ("TrainCommand", ["configs/tiny.py"]),
-    "oq2vl_jax.generate": ("GenerateConfig", ["--checkpoint", "none"]),
+    "oq2vl_jax.generate.__main__": ("GenerateConfig", ["--checkpoint", "none"]),
     "oq2vl_jax.eval.__main__": ("EvalConfig", ["--checkpoint", "none", "--tasks", "x", "--data", "x", "--out", "x"]),
     "oq2vl_jax.serve.__main__": ("ServeConfig", ["--checkpoint", "none"]),
     "oq2vl_jax.data.pack": ("PackConfig", ["--shards", "none", "--out", "x", "--tokenizer", "none"]),
@@ -139,8 +139,8 @@ def test_what_cannot_fit_says_how_much_it_would_take(change, message, tmp_path):
 def test_a_cache_that_cannot_fit_says_how_much_it_would_take(tmp_path):
     from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
     from oq2vl_jax.data.text.codec import TextCodec
-    from oq2vl_jax.eval.generator import Generator, Request
-    from oq2vl_jax.eval.reply import SamplingOptions
+    from oq2vl_jax.generate.generator import Generator, Request
+    from oq2vl_jax.generate.reply import SamplingOptions
     from oq2vl_jax.serve.engine import Engine
     from oq2vl_jax.sharding import make_mesh
 

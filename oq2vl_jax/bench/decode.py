@@ -49,8 +49,8 @@ def measure_shape(config: Decode, shape: str, folder: Path) -> list[dict]:
 
     from convert import to_hf
     from convert.time_hf import TransformersPeer
-    from oq2vl_jax.eval.generator import Generator, Request
-    from oq2vl_jax.eval.reply import SamplingOptions
+    from oq2vl_jax.generate.generator import Generator, Request
+    from oq2vl_jax.generate.reply import SamplingOptions
 
     write_random_checkpoint(folder / "checkpoint", DECODERS[shape], config.seed)
     to_hf.export(to_hf.ToHFConfig(str(folder / "checkpoint"), str(folder / "exported"), dtype="float32", native=True))
@@ -86,7 +86,7 @@ class OurSide:
         self(1)  # compiles
 
     def __call__(self, num_tokens: int) -> None:
-        from oq2vl_jax.eval.reply import SamplingOptions
+        from oq2vl_jax.generate.reply import SamplingOptions
 
         self._generator._visual_tokens.clear()
         self._generator.generate(self._requests, SamplingOptions(num_tokens))

@@ -19,8 +19,8 @@ from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import IMAGE, IMAGE_IN_TEXT, TextCodec
 from oq2vl_jax.errors import UserError, hint
-from oq2vl_jax.eval.generator import Generator, Request
-from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.generate.generator import Generator, Request
+from oq2vl_jax.generate.reply import SamplingOptions
 
 METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
 DEFAULT_CRITERIA = Path(__file__).parent / "criteria.json"

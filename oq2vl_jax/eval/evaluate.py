@@ -17,11 +17,11 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt, RowError, check_answers
 from oq2vl_jax.eval.benchmarks import BENCHMARKS
 from oq2vl_jax.eval.eval_config import EvalConfig
-from oq2vl_jax.eval.generator import Generator, Request
-from oq2vl_jax.eval.jsonl import read_whole_lines
-from oq2vl_jax.eval.reply import SamplingOptions
 from oq2vl_jax.eval.report import task_results, write_mistakes, write_results
 from oq2vl_jax.eval.tables import Table, find_files, read_table, sha256_of
+from oq2vl_jax.generate.generator import Generator, Request
+from oq2vl_jax.generate.reply import SamplingOptions
+from oq2vl_jax.jsonl import read_whole_lines
 
 ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError)
 """What a cell of another kind than expected can raise while a row is read."""

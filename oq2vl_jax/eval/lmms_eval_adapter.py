@@ -15,8 +15,8 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from oq2vl_jax.data.text.codec import IMAGE
-from oq2vl_jax.eval.generator import Generator, Request
-from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.generate.generator import Generator, Request
+from oq2vl_jax.generate.reply import SamplingOptions
 
 DEFAULT_NEW_TOKENS = 128
 

@@ -89,7 +89,7 @@ def main() -> None:
         from oq2vl_jax.serve.http import run_server
     except ImportError as error:
         raise UserError(f"{error.name} is missing; install the extra: pip install 'oq2vl-jax[serve]'.") from error
-    from oq2vl_jax.eval.generator import Generator
+    from oq2vl_jax.generate.generator import Generator
     from oq2vl_jax.serve.engine import Engine
 
     check_port(config)

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from oq2vl_jax.eval.reply import Reply
+from oq2vl_jax.generate.reply import Reply
 from oq2vl_jax.serve import chat
 from oq2vl_jax.serve.answers import RequestError, error_body, error_response, event
 from oq2vl_jax.serve.body import Limits, read_body

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from oq2vl_jax.data.text.codec import TextCodec
-from oq2vl_jax.eval.generator import Generator, Request
-from oq2vl_jax.eval.reply import Reply, SamplingOptions
+from oq2vl_jax.generate.generator import Generator, Request
+from oq2vl_jax.generate.reply import Reply, SamplingOptions
 from oq2vl_jax.serve.answers import RequestError
 from oq2vl_jax.serve.body import Body
 from oq2vl_jax.serve.engine import TokenScore

@@ -2,7 +2,7 @@
 
 One thread owns the device. Between two pieces of a few tokens it takes in waiting requests (one prefill each), hands
 new text out, and frees the rows of replies that ended or whose reader has gone. Rows do not depend on each other
-(eval/decoding.py), so a reply is the one that the request would have got alone.
+(generate/decoding.py), so a reply is the one that the request would have got alone.
 """
 
 import collections
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oq2vl_jax.eval.decoding import NOTHING, DecodeState, Sampling, TokenScores, decode, insert_row
-from oq2vl_jax.eval.generator import STEPS_PER_PIECE, Generator, Request
-from oq2vl_jax.eval.reply import NUM_TOP, Reply, ReplyText, SamplingOptions
+from oq2vl_jax.generate.decoding import NOTHING, DecodeState, Sampling, TokenScores, decode, insert_row
+from oq2vl_jax.generate.generator import STEPS_PER_PIECE, Generator, Request
+from oq2vl_jax.generate.reply import NUM_TOP, Reply, ReplyText, SamplingOptions
 from oq2vl_jax.model.qwen2 import init_cache
 
 SHUTTING_DOWN = "the server is shutting down; ask another or later"

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from oq2vl_jax.eval.reply import Reply
+from oq2vl_jax.generate.reply import Reply
 from oq2vl_jax.serve.chat import ChatRequest
 from oq2vl_jax.serve.engine import Engine, Event, Job, TokenScore
 

@@ -15,9 +15,9 @@ from convert import from_hf, from_prismatic, to_hf
 from oq2vl_jax.checkpoint import find_checkpoint, load_description
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.samples.images import decode_image
-from oq2vl_jax.eval.generator import Generator, Request, load_model
-from oq2vl_jax.eval.reply import SamplingOptions
-from oq2vl_jax.generate import read_images
+from oq2vl_jax.generate.generator import Generator, Request, load_model
+from oq2vl_jax.generate.reply import SamplingOptions
+from oq2vl_jax.generate.requests import read_images
 from oq2vl_jax.model.siglip import normalize
 from oq2vl_jax.sharding import make_mesh
 from tests.convert.conftest import IMAGE_SIZE, IMAGE_TOKEN, NUM_PATCHES

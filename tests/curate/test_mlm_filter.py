@@ -22,8 +22,8 @@ from oq2vl_jax.curate.score import ScoreConfig, score_shards
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.generator import Request
-from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.generate.generator import Request
+from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.jobs import Execution
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.trees import named_arrays

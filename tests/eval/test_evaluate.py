@@ -10,8 +10,8 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval import evaluate as evaluation
 from oq2vl_jax.eval.eval_config import EvalConfig, check
 from oq2vl_jax.eval.evaluate import evaluate
-from oq2vl_jax.eval.generator import Generator
 from oq2vl_jax.eval.report import bootstrap_interval
+from oq2vl_jax.generate.generator import Generator
 from tests.eval import benchmark_files as files
 
 NUM_ITEMS = 1000

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from oq2vl_jax.eval.generator import Generator
-from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.generate.generator import Generator
+from oq2vl_jax.generate.reply import SamplingOptions
 from tests.eval import benchmark_files as files
 
 pytestmark = pytest.mark.lmms_eval
@@ -47,7 +47,7 @@ def test_local_tasks_end_to_end(checkpoint, tmp_path):
         question, choices = f"what is it, {i}?", ["a", "bc", "def"]
         reply = generator.ask(question, [files.photo(name)], SamplingOptions(6))
         request = [generator.encode_turns([f"<image>\n{question}"])]
-        from oq2vl_jax.eval.generator import Request
+        from oq2vl_jax.generate.generator import Request
 
         scores = generator.score(
             [Request(request[0], [files.photo(name)])], [[generator.codec.encode(choice) for choice in choices]]

@@ -6,10 +6,10 @@ import threading
 import pytest
 import uvicorn
 
-from oq2vl_jax.eval.generator import Generator
+from oq2vl_jax.generate.generator import Generator
 from oq2vl_jax.serve.app import Server
 from oq2vl_jax.serve.engine import Engine
-from tests.eval.conftest import checkpoint  # noqa: F401
+from tests.generate.conftest import checkpoint  # noqa: F401
 
 MIB = 2**20
 

@@ -111,7 +111,7 @@ def test_objects_are_openais_and_sigterm_ends_what_runs_and_refuses_what_waits(s
 
 
 def test_half_sent_requests_are_closed(checkpoint, monkeypatch):
-    from oq2vl_jax.eval.generator import Generator
+    from oq2vl_jax.generate.generator import Generator
     from oq2vl_jax.serve import app, http
     from oq2vl_jax.serve.engine import Engine
 

@@ -9,8 +9,8 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from oq2vl_jax.eval.generator import Request
-from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.generate.generator import Request
+from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.serve.app import Server
 from oq2vl_jax.serve.engine import Engine
 from oq2vl_jax.serve.gate import Admission

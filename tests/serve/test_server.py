@@ -8,8 +8,8 @@ import threading
 import httpx
 import pytest
 
-from oq2vl_jax.eval.generator import Request
-from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.generate.generator import Request
+from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.serve import body_readers
 from oq2vl_jax.serve.answers import RequestError
 from oq2vl_jax.serve.body import Limits

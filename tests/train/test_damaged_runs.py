@@ -16,7 +16,7 @@ from oq2vl_jax.checkpoint import ITEMS, find_checkpoint, open_checkpoint
 from oq2vl_jax.checkpoint_digests import check_digests
 from oq2vl_jax.data.packing.packed import PackedRows, check_files, fingerprint, read_manifest
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.generator import Generator
+from oq2vl_jax.generate.generator import Generator
 from oq2vl_jax.train.run import run
 from tests.train.conftest import TINY
 

@@ -146,9 +146,9 @@ def ask_peer(python: str, peer: Peer, exported: Path, requests: list[dict], out:
 
 def ours(checkpoint: Path, requests: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
     """(prompts, replies): token ids of oq2vl_jax.generate."""
-    from oq2vl_jax.eval.generator import Generator, Request
-    from oq2vl_jax.eval.reply import SamplingOptions
-    from oq2vl_jax.generate import read_images
+    from oq2vl_jax.generate.generator import Generator, Request
+    from oq2vl_jax.generate.reply import SamplingOptions
+    from oq2vl_jax.generate.requests import read_images
 
     generator = Generator(str(checkpoint))
     prompts = [generator.encode_prompt(request["text"], len(request["images"])) for request in requests]

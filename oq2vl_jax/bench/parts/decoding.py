@@ -30,7 +30,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from oq2vl_jax.eval.decoding import Sampling, decode, prefill, start, take_apart
+    from oq2vl_jax.generate.decoding import Sampling, decode, prefill, start, take_apart
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 
     decoder, num_prompt, num_new, batches = sizes(setting)

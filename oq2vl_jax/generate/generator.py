@@ -16,7 +16,7 @@ from oq2vl_jax.config import MeshConfig, ModelConfig, PromptForm
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.text.codec import IMAGE, TextCodec
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.decoding import (
+from oq2vl_jax.generate.decoding import (
     NOTHING,
     DecodeState,
     Sampling,
@@ -29,7 +29,7 @@ from oq2vl_jax.eval.decoding import (
     start,
     take_apart,
 )
-from oq2vl_jax.eval.reply import Reply, ReplyText, SamplingOptions
+from oq2vl_jax.generate.reply import Reply, ReplyText, SamplingOptions
 from oq2vl_jax.memory import check_fits, device_bytes
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import cache_bytes

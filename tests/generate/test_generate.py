@@ -11,16 +11,10 @@ import pytest
 
 from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.eval.generator import Generator, bucket
-from oq2vl_jax.eval.reply import ReplyText, SamplingOptions
-from oq2vl_jax.generate import (
-    GenerateConfig,
-    answer_requests,
-    check,
-    read_images,
-    read_requests,
-    write_predictions,
-)
+from oq2vl_jax.generate.generator import Generator, bucket
+from oq2vl_jax.generate.options import GenerateConfig, check
+from oq2vl_jax.generate.reply import ReplyText, SamplingOptions
+from oq2vl_jax.generate.requests import answer_requests, read_images, read_requests, write_predictions
 from tests.data.conftest import png
 
 

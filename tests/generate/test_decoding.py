@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.samples.images import decode_image
-from oq2vl_jax.eval.decoding import Sampling, choose
-from oq2vl_jax.eval.generator import Generator, Request, load_model
-from oq2vl_jax.eval.reply import SamplingOptions
+from oq2vl_jax.generate.decoding import Sampling, choose
+from oq2vl_jax.generate.generator import Generator, Request, load_model
+from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.sharding import make_mesh
 from tests.data.conftest import png
 
