@@ -1,12 +1,8 @@
 """What the HTML pages of the data commands share: one self-contained file, bar charts, thumbnails."""
 
-import base64
 import html
-import io
 import itertools
 from collections.abc import Iterable, Mapping
-
-from oq2vl_jax.data.samples.images import ImageError, open_rgb
 
 STYLE = """
  body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1120px; margin: 36px auto; padding: 0 20px; }
@@ -21,7 +17,6 @@ STYLE = """
  background: #f3f5f8; border-radius: 4px; } .good { color: #1a7f4b; } .bad { color: #b3372b; }
 """
 BAR_WIDTH, CHART_HEIGHT = 330, 120
-THUMBNAIL_PIXELS = 220
 
 
 def page(title: str, lead: str, body: Iterable[str]) -> str:
@@ -88,18 +83,3 @@ def bars(caption: str, counts: Mapping[float, int], marked: float | None = None)
 
 def anchor(is_whole: bool, side: str) -> str:
     return f'text-anchor="{"middle" if is_whole else side}"'
-
-
-def picture(data: bytes, caption: str, note: str = "") -> str:
-    """A thumbnail with its caption; an image that does not decode says so in its place."""
-    try:
-        image = open_rgb(data)
-        image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=80)
-        source = base64.b64encode(buffer.getvalue()).decode()
-        shown = f'<img alt="" src="data:image/jpeg;base64,{source}">'
-    except ImageError as problem:
-        shown = f'<p class="bad">{html.escape(str(problem))}</p>'
-    note_line = f'<br><span class="lead">{html.escape(note)}</span>' if note else ""
-    return f"<figure>{shown}<figcaption>{html.escape(caption)}{note_line}</figcaption></figure>"

@@ -289,3 +289,7 @@ def show_progress(job: Job, reports: Iterable[dict], total: int) -> Iterator[dic
     for i, report in enumerate(reports):
         print(f"{i + 1}/{total}: {report['inputs'][0]}: {job.progress.format(**report)}", file=sys.stderr)
         yield report
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"

@@ -25,12 +25,3 @@ def host_bytes() -> int:
         if Path(file).is_file() and (limit := Path(file).read_text().strip()).isdigit():
             limits.append(int(limit))
     return min(limits)
-
-
-def device_bytes() -> int:
-    """Memory of one device as jax may use it; CPU devices share the machine's."""
-    import jax
-
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return limit or host_bytes() // jax.local_device_count()

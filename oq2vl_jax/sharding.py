@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.memory import host_bytes
 from oq2vl_jax.trees import is_matrix
 
 LOGICAL_TO_MESH = {
@@ -139,3 +140,10 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
     """Bytes of one device's share of arrays (or their shapes)."""
     shapes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
     return sum(jax.tree.leaves(shapes))
+
+
+def device_bytes() -> int:
+    """Memory of one device as jax may use it; CPU devices share the machine's."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or host_bytes() // jax.local_device_count()

@@ -1,37 +1,116 @@
-"""The import rules of the house, and what a stranger relies on."""
+"""The house: which room may import which, and what a stranger relies on."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-THIRD_PARTY = ("jax", "flax", "numpy", "jaxtyping")
-"""What a model may import."""
+FLOOR = ("bounds", "config", "config_files", "devices", "digests", "errors", "html", "jobs", "jsonl", "memory", "paths",
+         "runtime")  # fmt: skip
+"""Modules of oq2vl_jax that every room may import; they import each other alone."""
+ROOMS: dict[str, tuple[str, ...]] = {
+    "oq2vl_jax.data.samples": (),
+    "oq2vl_jax.data.text": ("oq2vl_jax.data.samples",),
+    "oq2vl_jax.data.packing": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text"),
+    "oq2vl_jax.data.loading": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.data.packing"),
+    "oq2vl_jax.data": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.data.packing"),
+    "oq2vl_jax.model": (),
+    "oq2vl_jax.trees": (),
+    "oq2vl_jax.sharding": ("oq2vl_jax.trees",),
+    "oq2vl_jax.checkpoint_digests": (),
+    "oq2vl_jax.checkpoint": ("oq2vl_jax.checkpoint_digests", "oq2vl_jax.trees"),
+    "oq2vl_jax.generate": ("oq2vl_jax.model", "oq2vl_jax.data.text", "oq2vl_jax.data.samples", "oq2vl_jax.sharding",
+                           "oq2vl_jax.checkpoint"),
+    "oq2vl_jax.train": ("oq2vl_jax.model", "oq2vl_jax.data", "oq2vl_jax.data.samples", "oq2vl_jax.data.text",
+                        "oq2vl_jax.data.packing", "oq2vl_jax.data.loading", "oq2vl_jax.sharding",
+                        "oq2vl_jax.checkpoint", "oq2vl_jax.checkpoint_digests", "oq2vl_jax.trees",
+                        "oq2vl_jax.generate"),
+    "oq2vl_jax.curate": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.sharding",
+                         "oq2vl_jax.checkpoint", "oq2vl_jax.generate"),
+    "oq2vl_jax.eval": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.generate"),
+    "oq2vl_jax.serve": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.generate"),
+}  # fmt: skip
+"""What each room may import besides itself and the floor. A new room is refused until it is named here."""
+TOP = ("oq2vl_jax.bench", "oq2vl_jax.demo", "convert", "configs")
+"""May import anything; nothing imports them, but for what is in FROM_TOP."""
+NUMERICS = {"jax", "flax", "optax", "orbax"}
+THIRD_PARTY_OF_MODELS = {"jax", "flax", "numpy", "jaxtyping"}
 FILES = sorted(path for folder in ("oq2vl_jax", "convert", "configs") for path in Path(folder).rglob("*.py"))
 
 
+def module_of(path):
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] in ("__init__", "__main__") else parts)
+
+
 def imported(path):
-    """Every module a file imports, at any depth of the code."""
+    """Every module a file imports, at any depth of the code; `from package import module` counts as the module."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module or "")
+            name = node.module or ""
+            below = {f"{name}.{alias.name}" for alias in node.names}
+            modules |= {found for found in below if found in MODULES} or {name}
     return modules
 
 
+MODULES = {module_of(path) for path in FILES}
+
+
+def is_in(module, room):
+    return module == room or module.startswith(f"{room}.")
+
+
+def room_of(module):
+    """The room of a module of ours: the longest name that it lies in; "" for the floor."""
+    if module == "oq2vl_jax" or module.removeprefix("oq2vl_jax.") in FLOOR:
+        return ""
+    return max((room for room in (*ROOMS, *TOP) if is_in(module, room)), key=len, default=None)
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_import_rules(path):
+def test_a_file_imports_its_own_room_and_what_that_room_may(path):
+    room = room_of(module_of(path))
+    assert room is not None, f"{path}: name its room in ROOMS"
+    if room in TOP:
+        return
+    allowed = ROOMS.get(room, ())
+    for module in imported(path):
+        if module.split(".")[0] in ("oq2vl_jax", "convert", "configs"):
+            other = room_of(module)
+            is_allowed = other in ("", room, *allowed) or any(is_in(module, name) for name in allowed)
+            assert is_allowed, f"{path} of {room or 'the floor'} imports {module}"
+
+
+def test_no_room_reaches_itself_through_others():
+    for room in ROOMS:
+        seen, left = set(), list(ROOMS[room])
+        while left:
+            other = left.pop()
+            if other not in seen:
+                seen.add(other)
+                left += ROOMS.get(other, ())
+        assert room not in seen, f"a circle through {room}"
+
+
+def test_no_two_files_import_each_other():
+    graph = {module_of(path): imported(path) & MODULES for path in FILES if path.name != "__init__.py"}
+    pairs = {(a, b) for a, found in graph.items() for b in found if a != b and a in graph.get(b, ())}
+    assert not pairs
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_heavy_packages_stay_where_they_are_allowed(path):
     tops = {module.split(".")[0] for module in imported(path)}
-    ours = {module for module in imported(path) if module.startswith("oq2vl_jax")}
-    if path.is_relative_to("oq2vl_jax/model"):
-        assert all(module == "oq2vl_jax.config" or module.startswith("oq2vl_jax.model") for module in ours)
-        assert tops <= {*THIRD_PARTY, "oq2vl_jax", "functools", "math", "collections", "typing", "dataclasses"}
-    if path.is_relative_to("oq2vl_jax/data"):
-        assert not tops & {"jax", "flax", "optax", "orbax"}
-        assert not any(module.startswith(("oq2vl_jax.model", "oq2vl_jax.train")) for module in ours)
-    if not path.is_relative_to("convert"):
+    module = module_of(path)
+    if is_in(module, "oq2vl_jax.data") or (room_of(module) == "" and module != "oq2vl_jax.runtime"):
+        assert not tops & NUMERICS, "numpy alone below data/ and on the floor"
+    if is_in(module, "oq2vl_jax.model"):
+        third = tops - THIRD_PARTY_OF_MODELS
+        assert third <= {"oq2vl_jax", "functools", "math", "collections", "typing", "dataclasses"}
+    if not is_in(module, "convert"):
         assert "torch" not in tops
 
 

@@ -61,7 +61,7 @@ def measure(config: Pack) -> list[dict]:
 
 
 def pack_ours(config: Pack, tokenizer: str, folder: Path) -> float:
-    from oq2vl_jax.data.pack import PackConfig, pack_shards
+    from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
     from oq2vl_jax.jobs import Execution
 
     start = time.perf_counter()

@@ -32,7 +32,7 @@ def measure(config: Rows) -> list[dict]:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     from oq2vl_jax.data.loading.loader import RowDecoder
-    from oq2vl_jax.data.pack import PackConfig, pack_shards
+    from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
     from oq2vl_jax.data.packing.rows import decode_row
     from oq2vl_jax.jobs import Execution
 

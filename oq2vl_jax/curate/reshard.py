@@ -138,7 +138,7 @@ def unused_key(key: str, used: set[str]) -> str:
 def main() -> None:
     import tyro
 
-    from oq2vl_jax.data.pack import counted
+    from oq2vl_jax.jobs import counted
 
     config = parse(ReshardConfig, prog="python -m oq2vl_jax.curate.reshard", config=(tyro.conf.OmitArgPrefixes,))
     manifest = reshard(config)

@@ -165,7 +165,7 @@ def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> di
 def main() -> None:
     import tyro
 
-    from oq2vl_jax.data.pack import counted
+    from oq2vl_jax.jobs import counted
 
     config = parse(ScoreConfig, prog="python -m oq2vl_jax.curate.score", config=(tyro.conf.OmitArgPrefixes,))
     manifest = score_shards(config)

@@ -109,7 +109,7 @@ def read_row(source, index: int, files: list[Path]):
 
 def statistics(source, settings: dict, files: list[Path]) -> tuple[str, list[str]]:
     """A line, and charts, over every row."""
-    from oq2vl_jax.data.pack import LENGTH_BIN, histogram
+    from oq2vl_jax.data.packing.packer import LENGTH_BIN, histogram
     from oq2vl_jax.data.packing.report import numbers
     from oq2vl_jax.html import bars
 
@@ -151,7 +151,7 @@ def document_pieces(
     tokens: np.ndarray, is_labelled: np.ndarray, images: Iterator[bytes], codec, visual_tokens: int
 ) -> Iterator[str]:
     """Runs of text with the same label, and an image for each run of its visual tokens."""
-    from oq2vl_jax.html import picture
+    from oq2vl_jax.data.samples.thumbnail import picture
 
     is_image = tokens == codec.special.image
     changes = np.flatnonzero((is_image[1:] != is_image[:-1]) | (is_labelled[1:] != is_labelled[:-1])) + 1

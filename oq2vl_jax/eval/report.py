@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from oq2vl_jax.data.samples.thumbnail import picture
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement
-from oq2vl_jax.html import page, picture, table
+from oq2vl_jax.html import page, table
 
 NUM_RESAMPLES = 2000
 JOINED = ","

@@ -30,10 +30,10 @@ from oq2vl_jax.generate.decoding import (
     take_apart,
 )
 from oq2vl_jax.generate.reply import Reply, ReplyText, SamplingOptions
-from oq2vl_jax.memory import check_fits, device_bytes
+from oq2vl_jax.memory import check_fits
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import cache_bytes
-from oq2vl_jax.sharding import make_mesh, parameter_shardings, replicated, row_sharding
+from oq2vl_jax.sharding import device_bytes, make_mesh, parameter_shardings, replicated, row_sharding
 
 SMALLEST_BUCKET = 32
 STEPS_PER_CALL = 16

@@ -7,8 +7,9 @@ from oq2vl_jax.bounds import out_of_bounds
 from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig
 from oq2vl_jax.config_files import flatten, load_config
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.memory import check_fits, device_bytes, host_bytes
+from oq2vl_jax.memory import check_fits, host_bytes
 from oq2vl_jax.paths import check_local
+from oq2vl_jax.sharding import device_bytes
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:

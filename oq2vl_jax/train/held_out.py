@@ -14,10 +14,11 @@ from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.data.loading.loader import make_loader
 from oq2vl_jax.data.packing.packed import PackedRows, check_files
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row
+from oq2vl_jax.data.samples.thumbnail import picture
 from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions
-from oq2vl_jax.html import page, picture
+from oq2vl_jax.html import page
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import row_sharding, to_global_batch
 from oq2vl_jax.train.gradients import total_loss

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from oq2vl_jax.data.inspect import InspectCommand, inspect_rows
-from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from tests.data.conftest import caption_sample

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.samples import instructions
 from oq2vl_jax.data.samples.instructions import (
     entry_offsets,

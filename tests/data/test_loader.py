@@ -8,7 +8,7 @@ import pytest
 from oq2vl_jax.config import DataConfig, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.data.loading.loader import make_loader, row_arrays
-from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row, encode_row
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution

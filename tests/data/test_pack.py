@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import decode_row
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.tars import read_members

@@ -147,7 +147,7 @@ def test_damage_to_packed_rows_is_one_sentence(name, way, copied, clean):
 @pytest.fixture
 def two_shards(tmp_path, write_shard, byte_tokenizer_folder):
     """A packed folder of two files of rows."""
-    from oq2vl_jax.data.pack import PackConfig, pack_shards
+    from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
     from oq2vl_jax.data.packing.synthetic import captioned_shapes
     from oq2vl_jax.jobs import Execution
 

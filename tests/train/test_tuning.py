@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from oq2vl_jax.config import DataConfig, EvaluationConfig, OptimizerConfig
-from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution

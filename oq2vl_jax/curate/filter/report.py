@@ -18,7 +18,8 @@ from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.samples.ids import parse_uid
 from oq2vl_jax.data.samples.shards import Sample, read_samples
 from oq2vl_jax.data.samples.tars import CutOffError
-from oq2vl_jax.html import bars, page, picture, table
+from oq2vl_jax.data.samples.thumbnail import picture
+from oq2vl_jax.html import bars, page, table
 
 NUM_BINS = 40
 LOOKED_AT_PER_PICTURE = 20

@@ -25,12 +25,13 @@ from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.loading.batch import NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.packing.bins import pack_rows
 from oq2vl_jax.data.packing.documents import Limits, make_document
-from oq2vl_jax.data.packing.rows import Document, PackedRow, pack_documents
+from oq2vl_jax.data.packing.rows import PackedRow, pack_documents
 from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.instructions import entry_offsets, is_instructions, parse_entry, read_range
 from oq2vl_jax.data.samples.shards import Sample, sample_of
 from oq2vl_jax.data.samples.tars import key_offsets, read_key
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
+from oq2vl_jax.data.text.document import Document
 from oq2vl_jax.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 10_000

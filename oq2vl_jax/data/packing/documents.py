@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from oq2vl_jax.data.packing.rows import Document
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.instructions import is_instructions, read_instructions
 from oq2vl_jax.data.samples.shards import Sample, read_samples
 from oq2vl_jax.data.samples.tars import CutOffError
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
+from oq2vl_jax.data.text.document import Document
 
 MAX_INTERLEAVED_IMAGES = 9
 """Interleaved documents with no or more images are left out, as in the published code."""

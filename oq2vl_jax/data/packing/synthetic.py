@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.data.pack import PackConfig, pack_shards
+from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
 from oq2vl_jax.jobs import Execution
 

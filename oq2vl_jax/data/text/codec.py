@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oq2vl_jax.data.packing.rows import Document
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.bpe import BYTE_OF_CHARACTER
+from oq2vl_jax.data.text.document import Document
 from oq2vl_jax.data.text.tokenizer import BOS, END_OF_CHUNK, EOS, IMAGE_PAD, PAD, TURN_START, load_tokenizer
 from oq2vl_jax.errors import UserError
 

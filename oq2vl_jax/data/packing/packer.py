@@ -1,0 +1,206 @@
+"""Tars and instruction files to packed rows: what is asked for, one task of it, and the manifest of all."""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from oq2vl_jax.bounds import Count, Length, SmallCount, check_bounds
+from oq2vl_jax.config import Template
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.jobs import Execution, Job, counted, make_tasks, read_settings, run_job, write_manifest
+
+LENGTH_BIN = 64
+"""Tokens; width of the bins of the length histogram."""
+TOTALS = ("rows", "documents", "images", "tokens", "samples")
+FILE_FIELDS = ("file", "rows", "inputs", "bytes", "sample_xxh3", "xxh3")
+COUNTERS = ("skipped", "notes", "images_per_row", "documents_per_row", "document_tokens")
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """WebDataset tars (captions, conversations, interleaved) to packed rows for oq2vl_jax.train."""
+
+    shards: str
+    """Tars: 'DIR/{00000..00009}.tar', a glob, or one path, local or s3://, gs://; or *_packed.json files; or
+    instruction files: a LLaVA-style JSON list or .jsonl."""
+    out: str
+    """Folder for the rows, manifest.json and the tokenizer."""
+    tokenizer: str
+    """Hugging Face tokenizer folder."""
+    num_tokens: Length = 4096
+    """Token budget of a row."""
+    max_images: SmallCount = 28
+    """Image budget of a row."""
+    visual_tokens: Length = 144
+    """Tokens an image takes; the model's num_visual_tokens."""
+    template: Template = "open_qwen2vl"
+    """How conversations are written; captions are always plain."""
+    broken_shards: Literal["stop", "keep"] = "stop"
+    """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
+    files_per_task: Count = 1
+    """Input files packed together into one file of rows. Published *_packed.json files hold one row each: take 1000."""
+    images: str | None = None
+    """Folder of the pictures that an instruction file names."""
+    entries_per_task: Count = 2000
+    """Entries of an instruction file packed together into one file of rows."""
+    report: bool = False
+    """Write OUT/report.html as well: fill, images and documents per row, lengths."""
+    execution: Execution = Execution()
+
+    @property
+    def settings(self) -> dict:
+        """What the written bytes depend on, next to the input."""
+        from oq2vl_jax.data.packing.rows import FORMAT_VERSION
+
+        names = ("num_tokens", "max_images", "visual_tokens", "template", "files_per_task")
+        named = {name: getattr(self, name) for name in names}
+        return {"format": FORMAT_VERSION} | named | ({"images_folder": self.images} if self.images else {})
+
+
+def pack_shards(config: PackConfig) -> dict | None:
+    """Packs every shard and returns the manifest; None while other ranks are at work. Raises UserError."""
+    from oq2vl_jax import paths
+
+    check_config(config)
+    files = paths.expand_paths("--shards", config.shards)
+    settings = config.settings | save_tokenizer(config)
+    job = Job(
+        out=config.out,
+        name="rows-",
+        suffix=".array_record",
+        settings=settings,
+        work=functools.partial(pack_files, config, settings["tokenizer_sha256"]),
+        progress="{documents} documents in {rows} rows",
+        broken_shards=config.broken_shards,
+        version_beside=functools.partial(version_of_pictures, config.images),
+    )
+    inputs, per_task = list_inputs(config, files)
+    reports = run_job(job, make_tasks(inputs, per_task), config.execution)
+    if reports is None:
+        return None
+    manifest = make_manifest(settings, reports)
+    if config.report:
+        from oq2vl_jax.data.packing.report import write_report
+
+        write_report(paths.join(config.out, "report.html"), manifest)
+    write_manifest(job, manifest)
+    return manifest
+
+
+def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
+    from oq2vl_jax.data.samples.instructions import is_instructions, picture_versions
+
+    return picture_versions([file for file in inputs if is_instructions(file)], images)
+
+
+def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
+    """(inputs, inputs per task): the files, or the ranges of instruction files. Raises UserError for a mixture."""
+    from oq2vl_jax.data.samples.instructions import is_instructions, split_into_ranges
+
+    of_instructions = [is_instructions(file) for file in files]
+    if not any(of_instructions):
+        return files, config.files_per_task
+    if not all(of_instructions):
+        raise UserError(f"--shards {config.shards}: instruction files and others together; pack them one by one.")
+    return [part for file in files for part in split_into_ranges(file, config.entries_per_task)], 1
+
+
+def check_config(config: PackConfig) -> None:
+    from oq2vl_jax import paths
+    from oq2vl_jax.config import check_square
+
+    paths.check_out(config.out)
+    check_bounds(config, as_flags=True)
+    check_square("--visual-tokens", config.visual_tokens)
+
+
+def save_tokenizer(config: PackConfig) -> dict:
+    """Writes OUT/tokenizer, as the model has to have it; returns its identity for the settings."""
+    import tempfile
+
+    from oq2vl_jax import paths
+    from oq2vl_jax.data.text.codec import TextCodec
+    from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
+
+    codec = TextCodec.load(config.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        codec.save(Path(folder))
+        identity = tokenizer_sha256(Path(folder))
+        there = paths.join(config.out, "settings.json")
+        if not paths.exists(there) or read_settings(config.out).get("tokenizer_sha256") == identity:
+            paths.write_folder(Path(folder), paths.join(config.out, "tokenizer"))
+    return {
+        "tokenizer_sha256": identity,
+        "vocab_size": codec.vocab_size,
+        "pad_id": codec.special.pad,
+        "image_id": codec.special.image,
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def load_codec(folder: str, tokenizer_sha256: str):
+    """The saved tokenizer, once per worker process; the hash is there to tell folders apart that were written anew."""
+    from oq2vl_jax import paths
+    from oq2vl_jax.data.text.codec import TextCodec
+
+    del tokenizer_sha256
+    return TextCodec.from_saved(paths.read_text(paths.join(folder, "tokenizer.json")), folder)
+
+
+def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...], target: Path) -> dict:
+    """Packs the documents of some files into the rows of `target`; returns the report."""
+    from oq2vl_jax import paths
+    from oq2vl_jax.data.packing.bins import pack_rows
+    from oq2vl_jax.data.packing.documents import Limits, read_documents
+    from oq2vl_jax.data.packing.rows import pack_documents, write_rows
+    from oq2vl_jax.digests import digest_of, sample_of_file
+
+    limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens)
+    codec = load_codec(paths.join(config.out, "tokenizer"), tokenizer_sha256)
+    documents, counts = read_documents(files, codec, limits, config.broken_shards, config.images)
+    tokens = [len(document.tokens) for document in documents]
+    images = [len(document.images) for document in documents]
+    rows = pack_rows(tokens, images, config.num_tokens, config.max_images)
+    write_rows(target, (pack_documents([documents[i] for i in row]) for row in rows))
+    (num_bytes, digest), (_, sample) = digest_of(target), sample_of_file(target)
+    return {
+        "bytes": num_bytes,
+        "sample_xxh3": sample,
+        "xxh3": digest,
+        "rows": len(rows),
+        "documents": len(documents),
+        "images": sum(images),
+        "tokens": sum(tokens),
+        **counts,
+        "images_per_row": histogram(sum(images[i] for i in row) for row in rows),
+        "documents_per_row": histogram(len(row) for row in rows),
+        "document_tokens": histogram(length // LENGTH_BIN * LENGTH_BIN for length in tokens),
+    }
+
+
+def histogram(values) -> dict[str, int]:
+    """Counts by value; keys are strings, as JSON has them."""
+    return {str(value): count for value, count in sorted(Counter(values).items())}
+
+
+def make_manifest(settings: dict, reports: list[dict]) -> dict:
+    totals = {name: sum(report[name] for report in reports) for name in TOTALS}
+    counters = {name: sum((Counter(report[name]) for report in reports), Counter()) for name in COUNTERS}
+    if not totals["rows"]:
+        raise UserError(
+            f"no sample could be packed (skipped: {counted(counters['skipped'])}); check the shards and the limits."
+        )
+    return {
+        **totals,
+        "token_fill": totals["tokens"] / (totals["rows"] * settings["num_tokens"]),
+        "image_fill": totals["images"] / (totals["rows"] * settings["max_images"]),
+        **{name: dict(sorted(counter.items(), key=by_number)) for name, counter in counters.items()},
+        **settings,
+        "files": [{name: report[name] for name in FILE_FIELDS if name in report} for report in reports],
+    }
+
+
+def by_number(item: tuple[str, int]) -> tuple[int, str]:
+    return (int(item[0]) if item[0].isdigit() else -1, item[0])
