@@ -6,11 +6,27 @@ import numpy as np
 
 from convert.checkpoint_stream import CheckpointReader
 from convert.weight_map import Shape, their_shape, unused_vision, weights_of
+from oq2vl_jax.errors import UserError
 
 
 def exported_shapes(layout: str, shapes: dict[str, Shape], filler: dict[str, Shape]) -> dict[str, Shape]:
-    """Every tensor of an export with its shape, in the order that `exported_tensors` gives them."""
+    """Every tensor of an export with its shape, in the order that `exported_tensors` gives them.
+
+    Raises UserError for a parameter that no row of the weight table exports.
+    """
+    check_all_exported(layout, shapes)
     return {weight.theirs: their_shape(weight, shapes) for weight in weights_of(layout, shapes)} | filler
+
+
+def check_all_exported(layout: str, shapes: dict[str, Shape]) -> None:
+    """Raises UserError for a parameter that would be missing from the export without a word."""
+    known = {name for weight in weights_of(layout, shapes) for name in weight.row.ours}
+    missing = sorted(set(shapes) - known)
+    if missing:
+        raise UserError(
+            f"the parameter {missing[0]} {shapes[missing[0]]} has no row in the weight table for the layout {layout}"
+            f"{f', and {len(missing) - 1} more' if len(missing) > 1 else ''}; add it to convert/weight_map.py."
+        )
 
 
 def vision_filler(layout: str, shapes: dict[str, Shape], has_pooling_head: bool) -> dict[str, Shape]:
@@ -22,7 +38,11 @@ def vision_filler(layout: str, shapes: dict[str, Shape], has_pooling_head: bool)
 def exported_tensors(
     layout: str, reader: CheckpointReader, dtype: np.dtype, filler: dict[str, Shape]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, contiguous tensor of type `dtype`): first what the model holds, then the filler."""
+    """(name, contiguous tensor of type `dtype`): first what the model holds, then the filler.
+
+    Raises UserError as exported_shapes does.
+    """
+    check_all_exported(layout, reader.shapes)
     row = arrays = None
     for weight in weights_of(layout, reader.shapes):
         if weight.row is not row:

@@ -35,17 +35,19 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(130)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {
-    errno.ENOENT: "check the path", errno.ENOTDIR: "check the path", errno.EISDIR: "name a file",
-    errno.EEXIST: "choose another path", errno.ELOOP: "check the path", errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "check the path", errno.ENAMETOOLONG: "choose a shorter path",
     errno.EACCES: "choose a path that you may use", errno.EPERM: "choose a path that you may use",
     errno.EROFS: "choose a path that you may use",
 }  # fmt: skip
+"""What only a user can have caused. A file that is missing can be our mistake as well: it keeps its traceback, and what
+a user names is looked for before anything else."""
 
 
 def of_files(error: Exception) -> str:
     """The sentence of an error that is_full_or_forbidden knows."""
-    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    texts = [os.strerror(number) for number in FULL]
     reason = getattr(error, "strerror", None) or next((text for text in texts if text in str(error)), str(error))
     name, number = getattr(error, "filename", None), getattr(error, "errno", None)
     remedy = REMEDIES.get(number or 0, "make room, and give the same command again: what was whole is still whole")
@@ -53,24 +55,11 @@ def of_files(error: Exception) -> str:
 
 
 def is_full_or_forbidden(error: Exception) -> bool:
-    """A full disk or missing permission; libraries below Python's own files say so in text only."""
+    """A full disk, a path that cannot be, or missing permission; libraries below Python's own files say that the disk
+    is full in text only."""
     if isinstance(error, OSError):
-        return error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.ENOENT,
-            errno.ELOOP,
-            errno.ENAMETOOLONG,
-            errno.EIO,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.EEXIST,
-            errno.ENOTDIR,
-            errno.EISDIR,
-        )
-    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        return error.errno in (*FULL, *REMEDIES)
+    return any(os.strerror(number) in str(error) for number in FULL)
 
 
 def hint(word: str, known: Iterable[str]) -> str:

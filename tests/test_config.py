@@ -13,7 +13,7 @@ import pytest
 
 from oq2vl_jax.config import TrainConfig, VisionConfig
 from oq2vl_jax.config_files import flatten, from_dict, load_config, to_json
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.train.step import init_train_state
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.py"))
@@ -183,3 +183,13 @@ def test_dry_run_prints_configuration_parameters_and_bytes(tmp_path):
     assert "397,745,440 parameters, frozen" in done.stdout
     assert "GiB" in done.stdout
     assert not Path("runs/pretrain").exists()
+
+
+def test_a_missing_file_that_nobody_named_keeps_its_traceback():
+    """Nothing but a full disk, a path that cannot be and a missing permission is taken for the user's doing."""
+
+    def missing():
+        open("/no/such/file")  # noqa: SIM115
+
+    with pytest.raises(FileNotFoundError):
+        run_command(missing)

@@ -9,12 +9,16 @@ from jax.sharding import Mesh
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import Batch
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import parameter_shardings, replicated, row_sharding
 from oq2vl_jax.train.gradients import loss_and_gradients
 from oq2vl_jax.train.optimizer import make_optimizer, make_schedule
 from oq2vl_jax.train.parts import split_trainable
-from oq2vl_jax.trees import merge_parts
+from oq2vl_jax.trees import merge_parts, named_arrays, path_name
+
+MAX_REPLICATED = 2**20
+"""Elements of an optimizer's array that may lie whole on every device."""
 
 
 class TrainState(NamedTuple):
@@ -43,19 +47,32 @@ def init_train_state(key: jax.Array, config: TrainConfig) -> TrainState:
 def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
     """A TrainState with a sharding for every array; optimizer moments lie where their parameter lies."""
     state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
-    trained, _ = split_trainable(state.model, config.trainable)
-    trained_shardings = parameter_shardings(trained, mesh)
-    structure = jax.tree.structure(trained)
-
-    def is_like_parameters(node):
-        return jax.tree.structure(node) == structure
-
-    opt_shardings = jax.tree.map(
-        lambda node: trained_shardings if is_like_parameters(node) else replicated(mesh),
-        state.opt_state,
-        is_leaf=is_like_parameters,
+    model_shardings = parameter_shardings(state.model, mesh)
+    return TrainState(
+        replicated(mesh), model_shardings, moment_shardings(state.opt_state, state.model, model_shardings, mesh)
     )
-    return TrainState(replicated(mesh), parameter_shardings(state.model, mesh), opt_shardings)
+
+
+def moment_shardings(opt_state: Any, model: OpenQwen2VL, model_shardings: Any, mesh: Mesh) -> Any:
+    """The sharding of the parameter for every array of the optimizer's state that ends in its name and has its shape;
+    small arrays of other kinds are replicated. Raises UserError for a large one, which would lie whole on every device.
+    """
+    parameters, shardings = named_arrays(model), named_arrays(model_shardings)
+
+    def sharding_of(path, array):
+        parts = path_name(path).split(".")
+        suffixes = (".".join(parts[i:]) for i in range(len(parts)))
+        name = next((suffix for suffix in suffixes if suffix in parameters), None)
+        if name is not None and parameters[name].shape == array.shape:
+            return shardings[name]
+        if array.size > MAX_REPLICATED:
+            raise UserError(
+                f"the optimizer's state {path_name(path)} of shape {array.shape} is shaped like no parameter, and "
+                "would lie whole on every device; give its sharding in train/step.py."
+            )
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding_of, opt_state)
 
 
 def train_step(state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh) -> tuple[TrainState, StepMetrics]:

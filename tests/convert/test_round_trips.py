@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from convert import from_hf, from_prismatic, to_hf, to_prismatic
+from convert.export_weights import exported_shapes
 from convert.from_hf import llava_name, siglip_name
 from convert.prismatic import LATEST
 from convert.tensor_files import INDEX
 from convert.weight_map import LAYOUTS, their_shape, unused_vision, weights_of
 from oq2vl_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from oq2vl_jax.errors import UserError
 from tests.convert.conftest import BLOCKS, DECODER_WIDTH, HEADS, HIDDEN, IMAGE_SIZE, IMAGE_TOKEN, PATCH, WIDTH
 
 
@@ -169,3 +171,19 @@ def test_a_whole_layout_names_every_parameter(layout):
     shapes = parameter_shapes(model)
     named = {name for weight in weights_of(layout, shapes) for name in weight.row.ours}
     assert named == set(shapes)
+
+
+@pytest.mark.parametrize("layout", ["llava", "open_qwen2vl", "prismatic"])
+def test_a_parameter_without_a_row_in_the_table_is_named(layout):
+    shapes = {"projector.gate.kernel": (3, 4)}
+    with pytest.raises(UserError, match=r"projector\.gate\.kernel \(3, 4\) has no row in the weight table"):
+        exported_shapes(layout, shapes, {})
+
+
+def test_an_export_that_would_lack_a_parameter_is_refused(llava, tmp_path, monkeypatch):
+    from_hf.convert(from_hf.FromHFConfig(str(tmp_path / "in"), model=str(llava[0])))
+    rows = [row for row in LAYOUTS["llava"] if "decoder.norm.scale" not in row.ours]
+    monkeypatch.setitem(LAYOUTS, "llava", rows)
+    with pytest.raises(UserError, match=r"decoder\.norm\.scale .* has no row"):
+        to_hf.export(to_hf.ToHFConfig(str(tmp_path / "in"), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from oq2vl_jax.checkpoint import find_checkpoint
@@ -20,7 +21,9 @@ from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.sharding import make_mesh, parameter_shardings, to_global_batch
 from oq2vl_jax.train import gradients
+from oq2vl_jax.train import step as step_module
 from oq2vl_jax.train.checkpointer import Checkpointer
+from oq2vl_jax.train.optimizer import decay_mask
 from oq2vl_jax.train.run import run
 from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 from oq2vl_jax.trees import named_arrays
@@ -85,6 +88,29 @@ def test_parameters_and_moments_are_really_sharded():
         total = sum(x.nbytes for x in jax.tree.leaves(tree))
         here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
         assert here < 0.2 * total, "an eighth of the matrices, and the vectors whole"
+
+
+def matrices_of(optimizer):
+    """The optimizer for matrices alone, inside optax.masked: a state that has not the parameters' tree."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optimizer, decay_mask))
+
+
+def test_moments_of_an_optimizer_of_another_shape_are_sharded_as_well(monkeypatch):
+    mesh = make_mesh(MeshConfig(1, 8))
+    monkeypatch.setattr(step_module, "make_optimizer", lambda config, num_steps: matrices_of(optax.adamw(1e-3)))
+    shardings = state_shardings(TINY, mesh)
+    state = jax.jit(lambda key: init_train_state(key, TINY), out_shardings=shardings)(jax.random.key(0))
+    moments = {name: x for name, x in named_arrays(state.opt_state).items() if ".mu." in name and x.ndim > 1}
+    assert len(moments) > 10
+    total = sum(x.nbytes for x in moments.values())
+    assert sum(x.addressable_shards[0].data.nbytes for x in moments.values()) < 0.2 * total
+
+
+def test_a_large_array_that_is_no_parameters_is_an_error(monkeypatch):
+    extra = optax.GradientTransformation(lambda params: {"table": jnp.zeros((2048, 1024))}, lambda u, s, p=None: (u, s))
+    monkeypatch.setattr(step_module, "make_optimizer", lambda config, num_steps: optax.chain(optax.sgd(1.0), extra))
+    with pytest.raises(UserError, match=r"1\.table of shape \(2048, 1024\) is shaped like no parameter"):
+        state_shardings(TINY, make_mesh(MeshConfig(1, 8)))
 
 
 @pytest.mark.parametrize("rows_per_device", [1, 2, 4])
