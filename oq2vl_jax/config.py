@@ -288,6 +288,9 @@ class TrainConfig:
     attention: Literal["auto", "xla", "blocked", "kernel"] = "auto"
     """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which."""
     execution: ExecutionConfig = ExecutionConfig()
+    gradients: Literal["fused", "plain"] = "fused"
+    """fused: train/gradients.py, with the logits of a chunk at a time. plain: jax.grad of train/loss.py, with those of a
+    microbatch at once; the same but for rounding, and the place to try another loss."""
     seed: Seed = 7
     log_every: Count = 10
 
@@ -304,7 +307,7 @@ class CheckpointDescription:
 
 OPERATIONAL_FIELDS = (
     "run_dir", "log_every", "checkpoint.every_num_steps", "checkpoint.keep", "mesh.data", "mesh.fsdp", "mesh.sharding",
-    "rows_per_device", "remat", "attention", "execution.gate_up", "execution.layers", "execution.tiles",
+    "rows_per_device", "remat", "attention", "gradients", "execution.gate_up", "execution.layers", "execution.tiles",
     "data.sources", "data.verify", "data.num_threads", "data.num_workers", "evaluation.sources",
     "evaluation.every_num_steps", "evaluation.num_batches", "evaluation.num_samples", "evaluation.max_new_tokens",
     "trackers",

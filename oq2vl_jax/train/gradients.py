@@ -11,6 +11,7 @@ place, over all microbatches:
     gradient[tokens] += back   <- model <- back   <- gradient += chunk's part
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ from oq2vl_jax.sharding import (
 )
 from oq2vl_jax.train.attention_choice import choose_attention
 from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients, cross_entropy_sum
+from oq2vl_jax.train.loss import loss
 from oq2vl_jax.train.parts import split_trainable, split_vocabulary
 from oq2vl_jax.trees import is_matrix, merge_parts
 
@@ -61,13 +63,14 @@ def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, me
         if config.execution.layers == "one_by_one":
             trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
-        loss, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, compute)
+        gradients_of = plain_gradients if config.gradients == "plain" else microbatch_gradients
+        value, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, compute, gradients_of)
         if config.execution.layers == "one_by_one":
             gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
-        return jax.lax.psum(loss, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
+        return jax.lax.psum(value, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
 
     whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
-    loss, gradients = jax.shard_map(
+    value, gradients = jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(specs(shardings), specs(frozen_shardings), rows, whole),
@@ -75,32 +78,38 @@ def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, me
         check_vma=False,  # loops of devices may differ in length; every collective stands outside of them
     )(trained, frozen, batch, scale)
     gradients.decoder.layers = unfused(gradients.decoder.layers)
-    return loss, gradients
+    return value, gradients
 
 
 def sum_of_microbatches(
-    trained: Any, frozen: Any, microbatches: Batch, scale: jax.Array, compute: Compute
+    trained: Any,
+    frozen: Any,
+    microbatches: Batch,
+    scale: jax.Array,
+    compute: Compute,
+    gradients_of: "MicrobatchGradients",
 ) -> tuple[jax.Array, Any]:
     """scale times the loss of one device's rows, and its float32 gradients. microbatches: a Batch of [N, rows, ...]."""
     tables, rest = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split_vocabulary(trained))
     if len(microbatches.tokens) == 1:  # nothing to add up
         only = jax.tree.map(lambda x: x[0], microbatches)
-        loss, rest, tables = microbatch_gradients(trained, frozen, only, scale, tables, compute)
-        return loss, merge_parts(tables, jax.tree.map(lambda x: x.astype(jnp.float32), rest))
+        value, rest, tables = gradients_of(trained, frozen, only, scale, tables, compute)
+        return value, merge_parts(tables, jax.tree.map(lambda x: x.astype(jnp.float32), rest))
 
     def add(carry, microbatch):
-        loss, rest, tables = carry
-        more_loss, more, tables = microbatch_gradients(trained, frozen, microbatch, scale, tables, compute)
-        return (loss + more_loss, jax.tree.map(jnp.add, rest, more), tables), None
+        value, rest, tables = carry
+        of_one, delta, tables = gradients_of(trained, frozen, microbatch, scale, tables, compute)
+        return (value + of_one, jax.tree.map(jnp.add, rest, delta), tables), None
 
-    (loss, rest, tables), _ = jax.lax.scan(add, (jnp.float32(0), rest, tables), microbatches)
-    return loss, merge_parts(tables, rest)
+    (value, rest, tables), _ = jax.lax.scan(add, (jnp.float32(0), rest, tables), microbatches)
+    return value, merge_parts(tables, rest)
 
 
 def microbatch_gradients(
     trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
 ) -> tuple[jax.Array, Any, Any]:
-    """scale times the loss; its gradients by all that is trained but the tables; table_gradients, theirs added."""
+    """Returns the scaled loss, the gradients of everything trained except the token tables, and table_gradients with
+    this microbatch added."""
     tables, rest = split_vocabulary(trained)
 
     def hidden_states(rest, embeddings):
@@ -112,7 +121,7 @@ def microbatch_gradients(
     is_trained = bool(jax.tree.leaves(table_gradients))
     hidden, pull_back = jax.vjp(hidden_states, rest, decoder.embed(batch.tokens, compute.dtype))
     with jax.named_scope("loss"):
-        loss, hidden_gradient, head_gradient = cross_entropy_and_gradients(
+        value, hidden_gradient, head_gradient = cross_entropy_and_gradients(
             hidden,
             decoder.head,
             batch.labels,
@@ -126,7 +135,24 @@ def microbatch_gradients(
         sums = table_gradients.decoder
         sums.set_head(head_gradient)
         sums.embed_tokens[...] = sums.embed_tokens[...].at[batch.tokens].add(embedding_gradient.astype(jnp.float32))
-    return loss, rest_gradients, table_gradients
+    return value, rest_gradients, table_gradients
+
+
+def plain_gradients(
+    trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
+) -> tuple[jax.Array, Any, Any]:
+    """As microbatch_gradients, by jax.grad of train/loss.py: all logits exist at once, and any loss can stand there."""
+
+    def scaled_loss(trained):
+        return scale * loss(merge_parts(trained, frozen), batch, compute)[0]
+
+    value, gradients = jax.value_and_grad(scaled_loss)(trained)
+    tables, rest = split_vocabulary(gradients)
+    return value, rest, jax.tree.map(lambda total, delta: total + delta.astype(jnp.float32), table_gradients, tables)
+
+
+MicrobatchGradients = Callable[[Any, Any, Batch, jax.Array, Any, Compute], tuple[jax.Array, Any, Any]]
+"""microbatch_gradients or plain_gradients."""
 
 
 def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:

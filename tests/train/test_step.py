@@ -30,6 +30,13 @@ WAYS = {
     "nothing kept, fsdp": {"remat": "full", "sharding": "fsdp"},
     "gate and up apart, a scan over the layers": {"execution": ExecutionConfig("apart", "scan")},
     "the same, fsdp, dots": {"execution": ExecutionConfig("apart", "scan"), "sharding": "fsdp", "remat": "dots"},
+    "plain": {"gradients": "plain"},
+    "plain, fsdp, microbatches, dots": {
+        "gradients": "plain",
+        "sharding": "fsdp",
+        "rows_per_device": 1,
+        "remat": "dots",
+    },
     "kernel, wide tiles": {"attention": "kernel", "execution": ExecutionConfig(tiles="128x64")},
 }
 
@@ -75,6 +82,7 @@ def assert_same_gradients(found, expected, what):
 CASES = {
     "head and embedding apart, fsdp, microbatches": (TrainableConfig(), "fsdp", 1, {"tie_word_embeddings": False}),
     "decoder frozen, encoder trained": (TrainableConfig(vision=True, decoder=False), "fsdp", 1, {}),
+    "plain, projector and decoder": (TrainableConfig(), "zero1", 1, {"gradients": "plain"}),
     "projector alone": (TrainableConfig(decoder=False), "zero1", None, {}),
 }
 
@@ -82,10 +90,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_the_trained_parts_alone(case, rows):
     trainable, sharding, rows_per_device, decoder = CASES[case]
+    decoder = dict(decoder)
+    gradients_kind = decoder.pop("gradients", "fused")
     model_config = dataclasses.replace(TINY.model, decoder=dataclasses.replace(TINY.model.decoder, **decoder))
     config = dataclasses.replace(
         TINY, model=model_config, trainable=trainable, mesh=MeshConfig(2, 4, sharding), global_batch_size=16,
-        rows_per_device=rows_per_device,
+        rows_per_device=rows_per_device, gradients=gradients_kind,
     )  # fmt: skip
     model, mesh = OpenQwen2VL(jax.random.key(0), model_config), make_mesh(config.mesh)
     found_loss, gradients = jax.jit(lambda m, b: loss_and_gradients(m, b, config, mesh))(
