@@ -289,8 +289,8 @@ class TrainConfig:
     """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which."""
     execution: ExecutionConfig = ExecutionConfig()
     gradients: Literal["fused", "plain"] = "fused"
-    """fused: train/gradients.py, with the logits of a chunk at a time. plain: jax.grad of train/loss.py, with those of a
-    microbatch at once; the same but for rounding, and the place to try another loss."""
+    """fused: train/gradients.py, with the logits of a chunk at a time. plain: jax.grad of train/loss.py, with those of
+    a microbatch at once; the same but for rounding, and the place to try another loss."""
     seed: Seed = 7
     log_every: Count = 10
 
