@@ -26,6 +26,7 @@ config = TrainConfig(
             num_layers=4,
             num_heads=2,
             activation="gelu_tanh",
+            patch_init_gain=3.0,
         ),
         decoder=DecoderConfig(
             vocab_size=8256,

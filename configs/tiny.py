@@ -17,7 +17,13 @@ from oq2vl_jax.config import (
 config = TrainConfig(
     model=ModelConfig(
         vision=VisionConfig(
-            image_size=32, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=2
+            image_size=32,
+            patch_size=8,
+            hidden_size=32,
+            intermediate_size=64,
+            num_layers=3,
+            num_heads=2,
+            patch_init_gain=3.0,
         ),
         decoder=DecoderConfig(
             vocab_size=320,

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from oq2vl_jax import config as config_types
 from oq2vl_jax.bounds import check_bounds
-from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config import ROLE, TrainConfig
 from oq2vl_jax.errors import UserError, hint
 
 
@@ -79,6 +79,20 @@ def flatten(config: Any) -> dict[str, Any]:
         else:
             flat[field.name] = value
     return flat
+
+
+def names_of_role(config_class: Any, role: str) -> set[str]:
+    """Dotted names of the fields with that role (config.operational, config.initial), those nested in them included."""
+    names, types = set(), get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = types[field.name]
+        has_role = field.metadata.get(ROLE) == role
+        if not dataclasses.is_dataclass(kind):
+            names |= {field.name} if has_role else set()
+            continue
+        inner = {f.name for f in dataclasses.fields(kind)} if has_role else names_of_role(kind, role)
+        names |= {f"{field.name}.{name}" for name in inner}
+    return names
 
 
 def _from_value(kind: Any, value: Any, where: str) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from oq2vl_jax.config import TrainConfig, VisionConfig
-from oq2vl_jax.config_files import flatten, from_dict, load_config, to_json
+from oq2vl_jax.config import ModelConfig, TrainConfig, VisionConfig
+from oq2vl_jax.config_files import flatten, from_dict, load_config, names_of_role, to_json
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.train.step import init_train_state
 
@@ -193,3 +193,10 @@ def test_a_missing_file_that_nobody_named_keeps_its_traceback():
 
     with pytest.raises(FileNotFoundError):
         run_command(missing)
+
+
+def test_what_may_change_in_a_resumed_run_is_said_at_the_fields():
+    names = names_of_role(TrainConfig, "operational")
+    assert {"run_dir", "mesh.data", "evaluation.sources", "execution.tiles", "data.verify", "gradients"} <= names
+    assert not [name for name in names if name.startswith(("model.", "optimizer.", "trainable."))]
+    assert names_of_role(ModelConfig, "initial") == {"vision.patch_init_gain"}

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from oq2vl_jax.bounds import out_of_bounds
-from oq2vl_jax.config import OPERATIONAL_FIELDS, TrainConfig
-from oq2vl_jax.config_files import flatten, load_config
+from oq2vl_jax.config import ModelConfig, TrainConfig
+from oq2vl_jax.config_files import flatten, load_config, names_of_role
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.memory import check_fits, host_bytes
 from oq2vl_jax.paths import check_local
@@ -65,10 +65,11 @@ def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
             f"run_dir {config.run_dir} holds converted weights; name it in --init-from, and choose another --run-dir."
         )
     there, here = flatten(load_config(str(file))), flatten(config)
+    operational = names_of_role(TrainConfig, "operational")
     changed = [
         f"{key}: {there.get(key)} there, {value} now"
         for key, value in here.items()
-        if key not in OPERATIONAL_FIELDS and there.get(key) != value
+        if key not in operational and there.get(key) != value
     ]
     if changed:
         raise UserError(
@@ -80,12 +81,14 @@ def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
 def check_same_model(source: Path, config: TrainConfig) -> None:
     """Weights of the right shapes still belong to one activation, one set of rotary frequencies, ...
 
-    Only the number of visual tokens may change: the projector's weights are the same at every resolution.
+    The number of visual tokens may change, as the projector's weights are the same at every resolution, and what
+    decides fresh weights alone.
     """
     from oq2vl_jax.checkpoint import load_description
 
     there, here = flatten(load_description(source).model), flatten(config.model)
-    changed = [key for key in here if key != "num_visual_tokens" and there[key] != here[key]]
+    free = {"num_visual_tokens", *names_of_role(ModelConfig, "initial")}
+    changed = [key for key in here if key not in free and there[key] != here[key]]
     if changed:
         differences = "; ".join(f"model.{key} is {there[key]} there, {here[key]} here" for key in changed)
         flags = " ".join(f"--model.{key.replace('_', '-')} {there[key]}" for key in changed)
