@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.checkpoint_stream import CheckpointReader
-from convert.weight_map import Shape, their_shape, unused_vision, weights_of
 from oq2vl_jax.errors import UserError
+
+from .checkpoint_stream import CheckpointReader
+from .weight_map import Shape, their_shape, unused_vision, weights_of
 
 
 def exported_shapes(layout: str, shapes: dict[str, Shape], filler: dict[str, Shape]) -> dict[str, Shape]:

@@ -37,13 +37,14 @@ def convert(config: FromClipConfig) -> str:
     """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
     import jax
 
-    from convert.checkpoint_stream import check_is_free, save_checkpoint
-    from convert.from_hf import local_folder, name_of
-    from convert.import_weights import Import, summarize_left_out
-    from convert.tensor_files import SafetensorsSource
     from oq2vl_jax.model.clip import Clip
     from oq2vl_jax.model.clip_config import ClipDescription
     from oq2vl_jax.trees import named_arrays
+
+    from .checkpoint_stream import check_is_free, save_checkpoint
+    from .from_hf import local_folder, name_of
+    from .import_weights import Import, summarize_left_out
+    from .tensor_files import SafetensorsSource
 
     check_is_free(Path(config.out))
     folder = local_folder(config.model)
@@ -66,7 +67,7 @@ def read_clip_config(folder: Path, eos_id: int) -> ClipConfig:
     """From a CLIPModel's config.json. Raises UserError for what is none."""
     from transformers import CLIPConfig
 
-    from convert.hf_config import check_model_type, malformed_is_an_error, parse, read_json
+    from .hf_config import check_model_type, malformed_is_an_error, parse, read_json
 
     file = folder / "config.json"
     with malformed_is_an_error(file):

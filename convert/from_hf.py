@@ -46,7 +46,7 @@ class FromHFConfig:
 
 def convert(config: FromHFConfig) -> str:
     """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
-    from convert.checkpoint_stream import check_is_free
+    from .checkpoint_stream import check_is_free
 
     check_is_free(Path(config.out))
     if config.model is not None:
@@ -57,11 +57,12 @@ def convert(config: FromHFConfig) -> str:
 
 
 def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
-    from convert.hf_config import read_decoder_config, read_vision_config
-    from convert.import_weights import Import, parameter_shapes
-    from convert.tensor_files import Renamed, SafetensorsSource
     from oq2vl_jax.config import CheckpointDescription, ModelConfig
     from oq2vl_jax.data.text.codec import TextCodec
+
+    from .hf_config import read_decoder_config, read_vision_config
+    from .import_weights import Import, parameter_shapes
+    from .tensor_files import Renamed, SafetensorsSource
 
     encoder, sizes = read_vision_config(vision), read_decoder_config(decoder)
     if config.activation:
@@ -77,11 +78,12 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
 
 
 def convert_whole(config: FromHFConfig, folder: Path) -> str:
-    from convert.hf_config import read_llava_config
-    from convert.import_weights import Import, parameter_shapes
-    from convert.tensor_files import Renamed, SafetensorsSource
     from oq2vl_jax.config import CheckpointDescription
     from oq2vl_jax.data.text.codec import TextCodec
+
+    from .hf_config import read_llava_config
+    from .import_weights import Import, parameter_shapes
+    from .tensor_files import Renamed, SafetensorsSource
 
     model, template, num_vision_blocks = read_llava_config(folder)
     codec = TextCodec(str(folder))
@@ -95,8 +97,8 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
 
 def write(out: str, importer, description, codec) -> str:
     """What all importing commands end in: checks, then the checkpoint."""
-    from convert.checkpoint_stream import save_checkpoint
-    from convert.import_weights import summarize_left_out
+    from .checkpoint_stream import save_checkpoint
+    from .import_weights import summarize_left_out
 
     check_tokenizer(codec, description.model)
     parameters = importer.finish()

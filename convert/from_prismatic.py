@@ -39,13 +39,14 @@ class FromPrismaticConfig:
 
 def convert(config: FromPrismaticConfig) -> str:
     """Writes the checkpoint and returns a line about it. Raises UserError before anything is written."""
-    from convert.checkpoint_stream import check_is_free
-    from convert.from_hf import CONFIG_FILES, local_folder, name_of, write
-    from convert.import_weights import Import, parameter_shapes
-    from convert.prismatic import decoder_on_the_hub, read_run
-    from convert.tensor_files import TorchSource
     from oq2vl_jax.config import CheckpointDescription
     from oq2vl_jax.data.text.codec import TextCodec
+
+    from .checkpoint_stream import check_is_free
+    from .from_hf import CONFIG_FILES, local_folder, name_of, write
+    from .import_weights import Import, parameter_shapes
+    from .prismatic import decoder_on_the_hub, read_run
+    from .tensor_files import TorchSource
 
     check_is_free(Path(config.out))
     run_dir = Path(config.run_dir)
@@ -75,9 +76,9 @@ def convert(config: FromPrismaticConfig) -> str:
 
 def add_vision(importer, vision: Path) -> None:
     """A Hugging Face SigLIP folder, or a state dict with timm's names."""
-    from convert.from_hf import siglip_name
-    from convert.hf_config import read_vision_config
-    from convert.tensor_files import Renamed, SafetensorsSource, open_source
+    from .from_hf import siglip_name
+    from .hf_config import read_vision_config
+    from .tensor_files import Renamed, SafetensorsSource, open_source
 
     if vision.is_dir():
         num_blocks = read_vision_config(vision).num_layers
@@ -95,7 +96,7 @@ def timm_name(name: str) -> str:
 
 
 def local_vision(path_or_id: str | None) -> Path | None:
-    from convert.from_hf import local_folder
+    from .from_hf import local_folder
 
     if path_or_id is None or Path(path_or_id).is_file():
         return Path(path_or_id) if path_or_id else None

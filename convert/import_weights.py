@@ -7,13 +7,14 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from convert.checkpoint_stream import LazyArray
-from convert.tensor_files import TensorSource
-from convert.weight_map import LAYOUTS, Weight, their_shape, unused_vision, weights_of
 from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.trees import named_arrays
+
+from .checkpoint_stream import LazyArray
+from .tensor_files import TensorSource
+from .weight_map import LAYOUTS, Weight, their_shape, unused_vision, weights_of
 
 MAX_PROBLEMS_SHOWN = 6
 ROWS_COMPARED_AT_ONCE = 8192

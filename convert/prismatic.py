@@ -11,10 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.hf_config import EXTRA_KEY, malformed_is_an_error, read_decoder_config, read_json, read_vision_config
 from oq2vl_jax.config import ModelConfig, Template, VisionConfig
 from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.errors import UserError
+
+from .hf_config import EXTRA_KEY, malformed_is_an_error, read_decoder_config, read_json, read_vision_config
 
 LATEST = "checkpoints/latest-checkpoint.pt"
 PUBLISHED_VISION, PUBLISHED_DECODER = "siglip-vit-so400m-384px", "qwen2.5-1.5b-instruct"

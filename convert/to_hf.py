@@ -37,9 +37,10 @@ class ToHFConfig:
 
 def export(config: ToHFConfig) -> str:
     """Writes the folder and returns a line about it."""
-    from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
-    from convert.hf_config import why_not_native
     from oq2vl_jax.checkpoint import load_description, open_checkpoint
+
+    from .checkpoint_stream import CheckpointReader, check_is_free, new_folder
+    from .hf_config import why_not_native
 
     check_is_free(Path(config.out))
     checkpoint = open_checkpoint(config.checkpoint)
@@ -51,7 +52,7 @@ def export(config: ToHFConfig) -> str:
     with new_folder(Path(config.out)) as folder:
         write_text_side(folder, checkpoint, description, config.dtype)
         if reason:
-            from convert.export_files import modeling_open_qwen2vl
+            from .export_files import modeling_open_qwen2vl
 
             shutil.copyfile(modeling_open_qwen2vl.__file__, folder / "modeling_open_qwen2vl.py")
         write_weights(folder, layout, CheckpointReader(checkpoint), config.dtype)
@@ -63,8 +64,8 @@ def write_weights(folder: Path, layout: str, reader, dtype: str) -> None:
     import ml_dtypes
     import numpy as np
 
-    from convert.export_weights import exported_shapes, exported_tensors, vision_filler
-    from convert.tensor_files import SafetensorsWriter
+    from .export_weights import exported_shapes, exported_tensors, vision_filler
+    from .tensor_files import SafetensorsWriter
 
     numpy_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(np.float32)
     filler = vision_filler(layout, reader.shapes, has_pooling_head=False)
@@ -81,13 +82,14 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    from convert.export_files.chat_templates import chat_template
-    from convert.export_files.model_card import model_card
-    from convert.export_tokenizer import complete_tokenizer
-    from convert.hf_config import MEAN, STD, to_llava_config, why_not_native
     from oq2vl_jax.checkpoint import load_train_config
     from oq2vl_jax.data.text.codec import TextCodec
     from oq2vl_jax.data.text.tokenizer import IMAGE_PAD
+
+    from .export_files.chat_templates import chat_template
+    from .export_files.model_card import model_card
+    from .export_tokenizer import complete_tokenizer
+    from .hf_config import MEAN, STD, to_llava_config, why_not_native
 
     model, codec = description.model, TextCodec(str(checkpoint / "tokenizer"))
     special = codec.special
@@ -117,7 +119,7 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
 def write_preprocessor_configs(folder: Path, image_processor) -> None:
     """transformers 4 reads preprocessor_config.json, and knows the class by its older name; vLLM's Llava takes the size
     of a picture from crop_size, which nothing else reads here."""
-    from convert.export_tokenizer import write_json
+    from .export_tokenizer import write_json
 
     values = image_processor.to_dict() | {"image_processor_type": "SiglipImageProcessor"}
     values["crop_size"] = {name: values["size"][name] for name in ("height", "width")}

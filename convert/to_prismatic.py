@@ -37,10 +37,11 @@ def export(config: ToPrismaticConfig) -> str:
     import numpy as np
     import torch
 
-    from convert.checkpoint_stream import CheckpointReader, check_is_free, new_folder
-    from convert.export_weights import exported_tensors, vision_filler
-    from convert.prismatic import LATEST, differences_from_published, run_config
     from oq2vl_jax.checkpoint import load_description, open_checkpoint
+
+    from .checkpoint_stream import CheckpointReader, check_is_free, new_folder
+    from .export_weights import exported_tensors, vision_filler
+    from .prismatic import LATEST, differences_from_published, run_config
 
     check_is_free(Path(config.out))
     checkpoint = open_checkpoint(config.checkpoint)

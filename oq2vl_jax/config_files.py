@@ -17,11 +17,16 @@ from oq2vl_jax.errors import UserError, hint
 
 
 def load_config(path: str) -> TrainConfig:
-    """Reads `config` from a .py of configs/, or a resolved config.json. Raises UserError with file, key and a hint."""
+    """Reads `config` from a .py of configs/, named by its path or by its name alone, or a resolved config.json.
+
+    Raises UserError with file, key and a hint.
+    """
     file = Path(path)
+    if not file.is_file() and (named := shipped_config(path)) is not None:
+        file = named
     if not file.is_file():
         siblings = [str(p) for p in file.parent.glob("*") if p.suffix in (".py", ".json")]
-        raise UserError(f"{path}: no such config file{hint(str(file), siblings)}.")
+        raise UserError(f"{path}: no such config file{hint(path, [*siblings, *shipped_names()])}.")
     if file.suffix == ".json":
         try:
             return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
@@ -40,6 +45,23 @@ def load_config(path: str) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path}: must bind `config = TrainConfig(...)`, found {type(config).__name__}.")
     return from_dict(TrainConfig, dataclasses.asdict(config), where=path)  # Python checks no types
+
+
+def shipped_folder() -> Path:
+    """configs/: in the package when it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def shipped_names() -> list[str]:
+    """Names of shipped configurations, such as tiny and ablations/row_scope."""
+    folder = shipped_folder()
+    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.py"))
+
+
+def shipped_config(name: str) -> Path | None:
+    """The file of a shipped configuration; None for any other text."""
+    return shipped_folder() / f"{name}.py" if name in shipped_names() else None
 
 
 def from_dict(cls: Any, values: Any, where: str) -> Any:

@@ -200,3 +200,10 @@ def test_what_may_change_in_a_resumed_run_is_said_at_the_fields():
     assert {"run_dir", "mesh.data", "evaluation.sources", "execution.tiles", "data.verify", "gradients"} <= names
     assert not [name for name in names if name.startswith(("model.", "optimizer.", "trainable."))]
     assert names_of_role(ModelConfig, "initial") == {"vision.patch_init_gain"}
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_traceback():
+    command = f"{sys.executable} -m oq2vl_jax.train configs/tiny.py --help | head -c 20; echo; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 141)

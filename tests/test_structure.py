@@ -1,12 +1,15 @@
 """The house: which room may import which, and what a stranger relies on."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
 
-FLOOR = ("bounds", "config", "config_files", "devices", "digests", "errors", "html", "jobs", "jsonl", "memory", "paths",
-         "runtime")  # fmt: skip
+from oq2vl_jax.command import COMMANDS
+
+FLOOR = ("bounds", "command", "config", "config_files", "devices", "digests", "errors", "html", "jobs", "jsonl",
+         "memory", "paths", "runtime")  # fmt: skip
 """Modules of oq2vl_jax that every room may import; they import each other alone."""
 ROOMS: dict[str, tuple[str, ...]] = {
     "oq2vl_jax.data.samples": (),
@@ -51,6 +54,9 @@ def imported(path):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             name = node.module or ""
+            if node.level:
+                package = path.parts[: len(path.parts) - node.level]
+                name = ".".join([*package, *([name] if name else [])])
             below = {f"{name}.{alias.name}" for alias in node.names}
             modules |= {found for found in below if found in MODULES} or {name}
     return modules
@@ -125,3 +131,20 @@ def test_a_page_has_a_line_for_every_file():
     page = Path("docs/code.md").read_text()
     listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
     assert listed == {str(path) for path in FILES if path.read_text().strip() and not path.is_relative_to("configs")}
+
+
+def test_the_wheel_has_every_package():
+    listed = set(tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    ours = {str(path.parent).replace("/", ".") for path in Path("oq2vl_jax").rglob("__init__.py")}
+    bridge = {f"oq2vl_jax.{str(path.parent).replace('/', '.')}" for path in Path("convert").rglob("__init__.py")}
+    configs = {f"oq2vl_jax.{str(path.parent).replace('/', '.')}" for path in Path("configs").rglob("*.py")}
+    assert listed == ours | bridge | configs
+
+
+def test_the_console_script_knows_every_command():
+    modules = {module for module, _ in COMMANDS.values()}
+    commands = {module_of(path) for path in FILES if "run_command(main)" in path.read_text()}
+    assert commands - {"oq2vl_jax.command", "oq2vl_jax.errors"} <= modules | {
+        "oq2vl_jax.demo.easy_vqa",
+        "oq2vl_jax.demo.report",
+    }

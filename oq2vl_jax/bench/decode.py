@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oq2vl_jax.bounds import Count, Length, Seed, SmallCount
+from oq2vl_jax.command import bridge
 from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.errors import UserError
 
@@ -47,11 +48,10 @@ def measure(config: Decode) -> list[dict]:
 def measure_shape(config: Decode, shape: str, folder: Path) -> list[dict]:
     import jax.numpy as jnp
 
-    from convert import to_hf
-    from convert.time_hf import TransformersPeer
     from oq2vl_jax.generate.generator import Generator, Request
     from oq2vl_jax.generate.reply import SamplingOptions
 
+    to_hf, TransformersPeer = bridge("to_hf"), bridge("time_hf").TransformersPeer
     write_random_checkpoint(folder / "checkpoint", DECODERS[shape], config.seed)
     to_hf.export(to_hf.ToHFConfig(str(folder / "checkpoint"), str(folder / "exported"), dtype="float32", native=True))
     theirs, generator = TransformersPeer(str(folder / "exported")), Generator(str(folder / "checkpoint"))
@@ -116,7 +116,7 @@ def write_random_checkpoint(folder: Path, decoder: DecoderConfig, seed: int) -> 
     import jax
     import numpy as np
 
-    from convert.checkpoint_stream import LazyArray, save_checkpoint
+    stream = bridge("checkpoint_stream")
     from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
     from oq2vl_jax.trees import named_arrays
@@ -129,10 +129,12 @@ def write_random_checkpoint(folder: Path, decoder: DecoderConfig, seed: int) -> 
         drawn = rng.standard_normal(shape, np.float32)
         return 1 + 0.1 * drawn if name.endswith(("norm.scale", "layernorm.scale")) else drawn * shape[-1] ** -0.5
 
-    arrays = {name: LazyArray(x.shape, lambda name=name, x=x: values(name, x.shape)) for name, x in shapes.items()}
+    arrays = {
+        name: stream.LazyArray(x.shape, lambda name=name, x=x: values(name, x.shape)) for name, x in shapes.items()
+    }
     with tempfile.TemporaryDirectory() as tokenizer:
         save_bpe_tokenizer(BYTE_RANKS, tokenizer)
-        save_checkpoint(folder, arrays, CheckpointDescription(model, "chatml", "random"), Path(tokenizer))
+        stream.save_checkpoint(folder, arrays, CheckpointDescription(model, "chatml", "random"), Path(tokenizer))
 
 
 def noise_png(seed: int) -> bytes:

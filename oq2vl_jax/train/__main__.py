@@ -9,7 +9,7 @@ import tyro
 from oq2vl_jax.bounds import CountOrZero, SmallCount
 from oq2vl_jax.bounds import parse as parse_command
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.config_files import load_config
+from oq2vl_jax.config_files import load_config, shipped_names
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.runtime import Processes, set_environment, start_processes
 
@@ -18,8 +18,8 @@ PROG = "python -m oq2vl_jax.train"
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Trains an Open-Qwen2VL. CONFIG is a file of configs/ or a resolved config.json; flags override its values.
-    The same command with the same run_dir resumes where the last checkpoint was made."""
+    """Trains an Open-Qwen2VL. CONFIG is a shipped configuration (tiny), a file of that kind or a resolved config.json;
+    flags override its values. The same command with the same run_dir resumes where the last checkpoint was made."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     dry_run: bool = False
@@ -36,7 +36,8 @@ def parse(args: list[str]) -> TrainCommand:
     """CONFIG comes first and supplies the defaults of all flags."""
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: {PROG} CONFIG [OPTIONS]\n\n{TrainCommand.__doc__}\n")
-        print(f"  {PROG} configs/tiny.py --num-steps 20\n  {PROG} configs/tiny.py --help     all options")
+        print(f"  {PROG} tiny --num-steps 20\n  {PROG} tiny --help     all options\n")
+        print(f"Shipped: {', '.join(shipped_names())}")
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise UserError(f"the first argument is the config file, got {args[0]!r}. Usage: {PROG} CONFIG [OPTIONS]")

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from oq2vl_jax.bench.parts.setting import Setting, Skipped, median_seconds, prediction
+from oq2vl_jax.command import bridge
 from oq2vl_jax.config import DecoderConfig
 from oq2vl_jax.config_files import load_config
 
@@ -68,7 +69,7 @@ def measure_transformers(setting: Setting) -> dict[str, Any]:
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise Skipped(f"it needs the package {package}")
-    from convert.time_hf import RandomDecoder
+    RandomDecoder = bridge("time_hf").RandomDecoder
 
     decoder, num_prompt, num_new, batches = sizes(setting)
     peer, results = RandomDecoder(decoder), []
