@@ -1,6 +1,7 @@
 """The house: which room may import which, and what a stranger relies on."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -148,3 +149,13 @@ def test_the_console_script_knows_every_command():
         "oq2vl_jax.demo.easy_vqa",
         "oq2vl_jax.demo.report",
     }
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in (Path("README.md"), *Path("docs").rglob("*.md")):
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_readme_is_short():
+    assert len(Path("README.md").read_text().splitlines()) < 150
