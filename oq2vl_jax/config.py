@@ -244,11 +244,11 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class HeldOutConfig:
     """What is looked at while training; nothing of it changes what is trained."""
 
     sources: tuple[str, ...] = ()
-    """Packed folders of held-out rows, with the budgets and template of data; empty: no evaluation."""
+    """Packed folders of held-out rows, with the budgets and template of data; empty: none."""
     every_num_steps: Count = 500
     num_batches: Count = 4
     """Global batches of the held-out loss, the same ones every time."""
@@ -286,7 +286,7 @@ class TrainConfig:
     trainable: TrainableConfig = TrainableConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata=OPERATIONAL)
     checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=OPERATIONAL)
-    evaluation: EvaluationConfig = field(default=EvaluationConfig(), metadata=OPERATIONAL)
+    held_out: HeldOutConfig = field(default=HeldOutConfig(), metadata=OPERATIONAL)
     trackers: tuple[Tracker, ...] = field(default=(), metadata=OPERATIONAL)
     """Where metrics go beside metrics.jsonl; each is an extra of the same name."""
     rows_per_device: SmallCount | None = field(default=None, metadata=OPERATIONAL)

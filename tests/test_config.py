@@ -197,7 +197,7 @@ def test_a_missing_file_that_nobody_named_keeps_its_traceback():
 
 def test_what_may_change_in_a_resumed_run_is_said_at_the_fields():
     names = names_of_role(TrainConfig, "operational")
-    assert {"run_dir", "mesh.data", "evaluation.sources", "execution.tiles", "data.verify", "gradients"} <= names
+    assert {"run_dir", "mesh.data", "held_out.sources", "execution.tiles", "data.verify", "gradients"} <= names
     assert not [name for name in names if name.startswith(("model.", "optimizer.", "trainable."))]
     assert names_of_role(ModelConfig, "initial") == {"vision.patch_init_gain"}
 

@@ -51,7 +51,7 @@ def check_local_paths(config: TrainConfig) -> None:
     """A run is written and its packed rows are read here; samples that are packed while training may be elsewhere."""
     check_local("run_dir", config.run_dir)
     check_local("init_from", config.init_from)
-    for source in (*(config.data.sources if config.data.packing == "offline" else ()), *config.evaluation.sources):
+    for source in (*(config.data.sources if config.data.packing == "offline" else ()), *config.held_out.sources):
         check_local("data.sources", source)
 
 

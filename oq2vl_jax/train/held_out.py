@@ -1,4 +1,4 @@
-"""Evaluation while training: the held-out loss, and a page of generated answers beside their references."""
+"""Held-out rows while training: their loss, and a page of generated answers beside their references."""
 
 import dataclasses
 import html
@@ -33,14 +33,14 @@ STYLE = (
 )
 
 
-class Evaluator:
+class HeldOut:
     """Looks at a model during training. The same rows and the same samples every time."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         """Raises UserError where the held-out rows do not fit the configuration."""
         self._config, self._mesh = config, mesh
         self._data: DataConfig = dataclasses.replace(
-            config.data, sources=config.evaluation.sources, weights=(), packing="offline", synthetic_documents=0
+            config.data, sources=config.held_out.sources, weights=(), packing="offline", synthetic_documents=0
         )
         for path in self._data.sources:
             check_files(path, is_whole=self._data.verify == "full")
@@ -51,14 +51,14 @@ class Evaluator:
         self._loss_sum = jax.jit(lambda model, batch: total_loss(model, batch, config, mesh), in_shardings=shardings)
 
     def loss(self, model: OpenQwen2VL) -> float:
-        """Nats per labelled token over evaluation.num_batches global batches."""
+        """Nats per labelled token over held_out.num_batches global batches."""
         config = self._config
         loader = make_loader(
             self._data, config.model, config.global_batch_size, SAMPLE_SEED, jax.process_index(), jax.process_count()
         )
         total, num_labelled = 0.0, 0
         try:
-            for _, batch in zip(range(config.evaluation.num_batches), loader, strict=False):
+            for _, batch in zip(range(config.held_out.num_batches), loader, strict=False):
                 placed = to_global_batch(batch, self._mesh)
                 total += float(self._loss_sum(model, placed))
                 num_labelled += int((placed.labels != IGNORE).sum())
@@ -71,14 +71,14 @@ class Evaluator:
         config = self._config
         image, per_image = self._codec.special.image, config.model.num_visual_tokens
         every = (found for row in self._rows() for found in documents_of(row, image, per_image))
-        documents = list(itertools.islice(every, config.evaluation.num_samples))
+        documents = list(itertools.islice(every, config.held_out.num_samples))
         if not documents:
             return []
         generator = Generator.of_model(
             model, config.model, config.data.template, self._codec, self._mesh, config.compute_dtype
         )
         requests = [Request(prompt, images) for prompt, _, images in documents]
-        replies = generator.generate(requests, SamplingOptions(config.evaluation.max_new_tokens))
+        replies = generator.generate(requests, SamplingOptions(config.held_out.max_new_tokens))
         return [
             Sampled(
                 self._codec.decode([token for token in prompt if token != image]).strip(),

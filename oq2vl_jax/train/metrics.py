@@ -201,7 +201,7 @@ class StepReporter:
             self._write(self._record)
             self._progress.log(self._record)
 
-    def evaluated(
+    def held_out(
         self, step: int, numbers: dict[str, float], samples: list[Sampled], page: Path | None, seconds: float
     ) -> None:
         """The held-out loss of a step, and what was generated for its page. Its seconds do not count as training."""

@@ -26,7 +26,7 @@ from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_attention
 from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.checks import check_config, check_memory, check_run_dir, check_same_model, row_bytes
-from oq2vl_jax.train.held_out import Evaluator, write_samples
+from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.run_lock import run_lock
 from oq2vl_jax.train.step import (
@@ -62,7 +62,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     loader, tokenizer, data_identity = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
-    evaluator = Evaluator(computed, mesh) if config.evaluation.sources else None
+    held_out = HeldOut(computed, mesh) if config.held_out.sources else None
     state = start_state(config, mesh, checkpointer, loader, data_identity, tokenizer)
     write_config(config, run_dir)
     train_step = compile_train_step(computed, mesh)
@@ -81,16 +81,16 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
                 reporter.finish(*checked(*pending, saved_step))
             pending = (step, metrics, counts)
             reporter.skipped(getattr(loader, "skipped", {}))
-            must_leave = is_terminated(step)  # saves at once: who sent SIGTERM may not wait for an evaluation
+            must_leave = is_terminated(step)  # saves at once: who sent SIGTERM may not wait for the held-out loss
             is_last = step == last_step or must_leave
-            is_due = step % config.evaluation.every_num_steps == 0 or step == last_step
-            is_evaluated = evaluator is not None and is_due and not must_leave
+            is_due = step % config.held_out.every_num_steps == 0 or step == last_step
+            is_held_out_due = held_out is not None and is_due and not must_leave
             is_saved = is_last or step % config.checkpoint.every_num_steps == 0
-            if is_evaluated or is_saved:
+            if is_held_out_due or is_saved:
                 reporter.finish(*checked(*pending, saved_step))  # a state with a NaN is never saved
                 pending = None
-            if is_evaluated and evaluator is not None:
-                evaluate(evaluator, state, reporter, run_dir)
+            if is_held_out_due and held_out is not None:
+                report_held_out(held_out, state, reporter, run_dir)
             if is_saved:
                 loader_state = {"position": loader.get_state(), "data": data_identity}
                 checkpointer.save(state, loader_state, config, tokenizer)
@@ -142,15 +142,15 @@ def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
     return loader, Path(data.sources[0]) / "tokenizer", fingerprint(data.sources)
 
 
-def evaluate(evaluator: Evaluator, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
-    """Before the checkpoint of the same step: a restart then never finds one without its evaluation."""
+def report_held_out(held_out: HeldOut, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
+    """Before the checkpoint of the same step: a restart then never finds one without its held-out loss."""
     start = time.monotonic()
-    step, loss = int(state.step), evaluator.loss(state.model)
-    samples = evaluator.samples(state.model) if jax.process_count() == 1 else []  # generation is one process's
+    step, loss = int(state.step), held_out.loss(state.model)
+    samples = held_out.samples(state.model) if jax.process_count() == 1 else []  # generation is one process's
     path = run_dir / "samples" / f"{step:06d}.html" if samples else None
     if path is not None and jax.process_index() == 0:
         write_samples(path, step, loss, samples)
-    reporter.evaluated(step, {"eval_loss": loss}, samples, path, time.monotonic() - start)
+    reporter.held_out(step, {"held_out_loss": loss}, samples, path, time.monotonic() - start)
 
 
 def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):

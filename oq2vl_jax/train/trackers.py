@@ -13,7 +13,7 @@ PROJECT = "oq2vl_jax"
 
 
 class Sampled(NamedTuple):
-    """One generated answer of an evaluation."""
+    """One generated answer to a held-out question."""
 
     prompt: str
     reply: str

@@ -1,4 +1,4 @@
-"""Tuning: packing while training resumed exactly, evaluation on the way, learning rates by part, trackers."""
+"""Tuning: packing while training resumed exactly, held-out rows, learning rates by part, trackers."""
 
 import dataclasses
 import json
@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from oq2vl_jax.config import DataConfig, EvaluationConfig, OptimizerConfig
+from oq2vl_jax.config import DataConfig, HeldOutConfig, OptimizerConfig
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from oq2vl_jax.train import trackers
-from oq2vl_jax.train.held_out import Evaluator, documents_of
+from oq2vl_jax.train.held_out import HeldOut, documents_of
 from oq2vl_jax.train.optimizer import make_optimizer
 from oq2vl_jax.train.run import run
 from oq2vl_jax.trees import named_arrays
@@ -73,14 +73,14 @@ def held_out(tmp_path, write_shard, byte_tokenizer_folder):
     return str(tmp_path / "held")
 
 
-def test_evaluation_on_the_way_changes_nothing_and_is_logged_and_shown(online, held_out, tmp_path):
+def test_held_out_rows_change_nothing_and_is_logged_and_shown(online, held_out, tmp_path):
     plain = run(dataclasses.replace(online, run_dir=str(tmp_path / "plain")))
-    evaluation = EvaluationConfig((held_out,), every_num_steps=2, num_batches=1, num_samples=3, max_new_tokens=4)
+    held_out_config = HeldOutConfig((held_out,), every_num_steps=2, num_batches=1, num_samples=3, max_new_tokens=4)
     config = dataclasses.replace(
-        online, run_dir=str(tmp_path / "run"), evaluation=evaluation, trackers=("tensorboard",)
+        online, run_dir=str(tmp_path / "run"), held_out=held_out_config, trackers=("tensorboard",)
     )
     assert run(config) == plain
-    losses = {r["step"]: r["eval_loss"] for r in records(tmp_path / "run") if "eval_loss" in r}
+    losses = {r["step"]: r["held_out_loss"] for r in records(tmp_path / "run") if "held_out_loss" in r}
     assert list(losses) == [2, 4, 6]
     assert losses[6] < losses[2]
     page = (tmp_path / "run/samples/000006.html").read_text()
@@ -94,17 +94,17 @@ def test_the_held_out_loss_does_not_depend_on_the_pieces_it_is_computed_in(onlin
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
     losses = []
     for rows in (None, 2):
-        evaluation = EvaluationConfig((held_out,), num_batches=1)
-        config = dataclasses.replace(online, evaluation=evaluation, rows_per_device=rows)
-        losses.append(Evaluator(config, mesh).loss(tiny_model()))
+        held_out_config = HeldOutConfig((held_out,), num_batches=1)
+        config = dataclasses.replace(online, held_out=held_out_config, rows_per_device=rows)
+        losses.append(HeldOut(config, mesh).loss(tiny_model()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_held_out_rows_of_other_budgets_are_refused(online, held_out, tmp_path):
-    evaluation = EvaluationConfig((held_out,))
+    held_out_config = HeldOutConfig((held_out,))
     data = dataclasses.replace(online.data, num_tokens=128)
     with pytest.raises(UserError, match="num_tokens is 256, the config says 128"):
-        run(dataclasses.replace(online, run_dir=str(tmp_path / "x"), evaluation=evaluation, data=data))
+        run(dataclasses.replace(online, run_dir=str(tmp_path / "x"), held_out=held_out_config, data=data))
 
 
 def test_the_prompt_of_a_document_ends_before_its_first_answer():
