@@ -1,10 +1,11 @@
 """Generated conversations as clients send them: the export's template against data/text/codec.py."""
 
 import random
+import re
 
 import pytest
 
-from convert.export_files.chat_templates import TEMPLATES, chat_template
+from convert.export_files.chat_templates import MAX_BLANKS, TEMPLATES, chat_template
 from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.serve.body import read_messages
 from tests.data.conftest import png
@@ -14,6 +15,8 @@ from tests.serve.test_chat import picture
 PIECES = ("What", " is", "in", "the picture", "?", "!", " ", "  ", "\n", "\n\n", "\n\n\n", "\t", "\r\n", "a<image>b",
           "<im", "age>", "café", "你好", "12", "'s", "", ".\n")  # fmt: skip
 IMAGE = picture(png(seed=0))
+
+LONG_BLANKS = rf"<image>\s{{{MAX_BLANKS + 1},}}"
 
 
 def text(rng):
@@ -57,6 +60,8 @@ def test_a_template_writes_the_tokens_of_the_codec(vocabulary, template, num_con
             and any(turn.strip()[:1].isalpha() for turn in turns[1::2])
         ):
             continue  # tokenised together with the word "assistant" before it
+        if has_merges and template == "open_qwen2vl" and re.search(LONG_BLANKS, turns[0]):
+            continue  # what one token takes of them is not known to the template
         num_compared += 1
         written = tokenizer.apply_chat_template(
             messages, chat_template=jinja, tokenize=False, add_generation_prompt=True
