@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What each room may import besides itself and the floor. A new room is refused until it is named here."""
 TOP = ("oq2vl_jax.bench", "oq2vl_jax.demo", "convert", "configs")
-"""May import anything; nothing imports them, but for what is in FROM_TOP."""
+"""May import anything; no room imports them."""
 NUMERICS = {"jax", "flax", "optax", "orbax"}
 THIRD_PARTY_OF_MODELS = {"jax", "flax", "numpy", "jaxtyping"}
 FILES = sorted(path for folder in ("oq2vl_jax", "convert", "configs") for path in Path(folder).rglob("*.py"))

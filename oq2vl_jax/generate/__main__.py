@@ -16,7 +16,6 @@ from oq2vl_jax.generate.requests import read_images, read_requests, write_predic
 
 
 def main() -> None:
-
     config = parse(GenerateConfig, prog="python -m oq2vl_jax.generate")
     check(config)
     from oq2vl_jax.data.samples.images import ImageError

@@ -80,7 +80,6 @@ def check_port(config: ServeConfig) -> None:
 
 
 def main() -> None:
-
     config = parse(ServeConfig, prog="python -m oq2vl_jax.serve")
     check(config)
     try:
