@@ -9,6 +9,8 @@ from typing import Any
 
 from oq2vl_jax.errors import UserError, is_full_or_forbidden
 
+LOGGERS = ("absl", "asyncio")
+"""Who logs when a write fails: Orbax itself, and the event loop when several of its writes fail at the same time."""
 CLOSED_LOOP = "Event loop is closed"
 """What TensorStore's callbacks print when another write of the same checkpoint has failed."""
 
@@ -23,8 +25,9 @@ class HeldErrors(logging.Filter):
         super().__init__()
         self._is_full = False
         self._records: list[logging.LogRecord] = []
-        self._logger, self._hook = logging.getLogger("absl"), sys.unraisablehook
-        self._logger.addFilter(self)
+        self._loggers, self._hook = [logging.getLogger(name) for name in LOGGERS], sys.unraisablehook
+        for logger in self._loggers:
+            logger.addFilter(self)
         sys.unraisablehook = self._without_closed_loops
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -37,18 +40,20 @@ class HeldErrors(logging.Filter):
             self._hook(unraisable)
 
     def close(self) -> None:
+        """Ends the holding back; after anything but a full disk, what was held is shown."""
         if self._is_full:
             return
-        self._logger.removeFilter(self)
+        for logger in self._loggers:
+            logger.removeFilter(self)
         sys.unraisablehook = self._hook
+        for record in self._records:
+            logging.getLogger(record.name).handle(record)
+        self._records.clear()
 
     def explained(self, error: Exception, run_dir: Path) -> Exception:
-        """What to raise: a UserError where the disk is full or forbidden, else the error itself, its log shown."""
+        """What to raise: a UserError if the disk is full or forbidden, else the error itself, its log shown."""
         if not is_full_or_forbidden(error):
             self.close()
-            for record in self._records:
-                self._logger.handle(record)
-            self._records.clear()
             return error
         self._is_full = True
         whole = sorted(path.name for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit())
