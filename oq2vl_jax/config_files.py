@@ -8,7 +8,8 @@ import json
 import re
 import runpy
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from oq2vl_jax import config as config_types
 from oq2vl_jax.bounds import check_bounds
@@ -44,6 +45,7 @@ def load_config(path: str) -> TrainConfig:
         raise UserError(f"{path}: {type(error).__name__}: {error}.") from error
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path}: must bind `config = TrainConfig(...)`, found {type(config).__name__}.")
+    check_classes(TrainConfig, config, where=path)
     return from_dict(TrainConfig, dataclasses.asdict(config), where=path)  # Python checks no types
 
 
@@ -87,6 +89,21 @@ def from_dict(cls: Any, values: Any, where: str) -> Any:
     return config
 
 
+def check_classes(kind: Any, value: Any, where: str) -> None:
+    """Raises UserError for a subclass of a configuration: config.json would keep the fields of its base alone."""
+    if not dataclasses.is_dataclass(value):
+        return
+    classes = [member for member in members_of(kind) if dataclasses.is_dataclass(member)]
+    if classes and type(value) not in classes:
+        raise UserError(
+            f"{where}: expected {name_of(kind)}, got {type(value).__name__}; a configuration of another class is added "
+            "to the field's type as a union (Base | Other)."
+        )
+    types = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        check_classes(types[field.name], getattr(value, field.name), f"{where}: {field.name}")
+
+
 def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
@@ -107,37 +124,76 @@ def names_of_role(config_class: Any, role: str) -> set[str]:
     """Dotted names of the fields with that role (config.operational, config.initial), those nested in them included."""
     names, types = set(), get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        kind = types[field.name]
+        classes = [kind for kind in members_of(types[field.name]) if dataclasses.is_dataclass(kind)]
         has_role = field.metadata.get(ROLE) == role
-        if not dataclasses.is_dataclass(kind):
-            names |= {field.name} if has_role else set()
-            continue
-        inner = {f.name for f in dataclasses.fields(kind)} if has_role else names_of_role(kind, role)
-        names |= {f"{field.name}.{name}" for name in inner}
+        if has_role and not classes:
+            names.add(field.name)
+        for kind in classes:
+            inner = {f.name for f in dataclasses.fields(kind)} if has_role else names_of_role(kind, role)
+            names |= {f"{field.name}.{name}" for name in inner}
     return names
 
 
 def _from_value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_dict(kind, value, where)
-    if get_origin(kind) is Literal:
-        is_valid = value in get_args(kind)
-    elif get_origin(kind) is tuple:
+    if len(members_of(kind)) > 1:
+        return _from_union(kind, value, where)
+    if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where}: expected a list, got {value!r}.")
         return tuple(_from_value(get_args(kind)[0], item, where) for item in value)
-    else:
-        allowed = get_args(kind) or (kind,)
-        allowed += (int,) if float in allowed else ()
-        is_valid = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
-    if not is_valid:
+    if not is_of_type(kind, value):
         raise UserError(f"{where}: expected {name_of(kind)}, got {str(value)[:80]!r}.")
     return value
+
+
+def _from_union(kind: Any, value: Any, where: str) -> Any:
+    """The value as the member it fits.
+
+    An object becomes the dataclass that has most of its keys, the first one of equals. A field `kind` with a Literal of
+    its own in every class tells classes with the same names apart.
+    """
+    members = members_of(kind)
+    classes = [member for member in members if dataclasses.is_dataclass(member)]
+    if isinstance(value, dict) and classes:
+        return from_dict(max(classes, key=lambda member: _num_matches(member, value)), value, where)
+    lists = [member for member in members if get_origin(member) is tuple]
+    if isinstance(value, list | tuple) and lists:
+        return _from_value(lists[0], value, where)
+    if not any(is_of_type(member, value) for member in members):
+        raise UserError(f"{where}: expected {name_of(kind)}, got {str(value)[:80]!r}.")
+    return value
+
+
+def _num_matches(cls: Any, values: dict) -> tuple[bool, int]:
+    """(whether its Literal fields allow the values, how many keys are fields of it)."""
+    types = get_type_hints(cls)
+    literals = {name: kind for name, kind in types.items() if get_origin(kind) is Literal and name in values}
+    is_allowed = all(values[name] in get_args(kind) for name, kind in literals.items())
+    return is_allowed, sum(key in types for key in values)
+
+
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def is_of_type(kind: Any, value: Any) -> bool:
+    """Whether a plain value (no list, no object) is of a type: an integer is a float, a bool is neither."""
+    if get_origin(kind) is Literal:
+        return any(value == item and type(value) is type(item) for item in get_args(kind))
+    if not isinstance(kind, type):
+        return False
+    allowed = (float, int) if kind is float else kind
+    return isinstance(value, allowed) and (not isinstance(value, bool) or kind is bool)
 
 
 def name_of(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list"
     if get_args(kind):
         return " or ".join(map(name_of, get_args(kind)))
     return "null" if kind is type(None) else kind.__name__

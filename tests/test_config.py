@@ -6,7 +6,9 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import pytest
@@ -207,3 +209,69 @@ def test_output_that_nobody_reads_to_its_end_is_no_traceback():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 141)
+
+
+@dataclass(frozen=True)
+class Square:
+    kind: Literal["square"] = "square"
+    side: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    kind: Literal["rectangle"] = "rectangle"
+    side: float = 1.0
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    shape: Square | Rectangle = Square()
+    parts: tuple[str, ...] | str = ()
+    scale: float | Literal["auto"] = "auto"
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        Drawing(),
+        Drawing(Rectangle(side=2, height=3), parts=("a", "b"), scale=2),
+        Drawing(Rectangle(), parts="all"),
+        Drawing(Square(side=3)),
+    ],
+)
+def test_unions_come_back_as_the_member_they_were(drawing):
+    back = from_dict(Drawing, json.loads(to_json(drawing)), where="json")
+    assert back == drawing
+    assert type(back.shape) is type(drawing.shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shape": {"kind": "square", "height": 2}}, "here: shape: unknown key 'height' .in Square."),
+        ({"shape": {"kind": "circle"}}, "here: shape: kind: expected one of square, got 'circle'"),
+        ({"shape": 3}, "here: shape: expected Square or Rectangle, got '3'"),
+        ({"parts": 3}, "here: parts: expected a list or str, got '3'"),
+        ({"scale": "big"}, "here: scale: expected float or one of auto, got 'big'"),
+        ({"scale": True}, "here: scale: expected float or one of auto, got 'True'"),
+    ],
+)
+def test_what_fits_no_member_is_named(values, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(Drawing, values, where="here")
+
+
+def test_a_subclass_of_a_configuration_is_refused_as_its_fields_would_be_lost(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import dataclasses, runpy\n"
+        "from oq2vl_jax.config import OptimizerConfig\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Mine(OptimizerConfig):\n"
+        "    momentum: float = 0.5\n"
+        f"tiny = runpy.run_path({str(Path('configs/tiny.py').absolute())!r})['config']\n"
+        "config = dataclasses.replace(tiny, optimizer=Mine(1e-3, 0.0))\n"
+    )
+    with pytest.raises(UserError, match="optimizer: expected OptimizerConfig, got Mine; a configuration of another"):
+        load_config(str(file))
