@@ -84,7 +84,7 @@ def encode_images(
     model: OpenQwen2VL, images: UInt8[Array, "I height width 3"], dtype: str = "float32"
 ) -> Float[Array, "I M D"]:
     """Visual tokens of images, from Weights.model."""
-    return model.encode(images, None, Compute(dtype=jnp.dtype(dtype)))
+    return model.encode(images, Compute(dtype=jnp.dtype(dtype)))
 
 
 @partial(jax.jit, static_argnames=("num_slots", "dtype"))

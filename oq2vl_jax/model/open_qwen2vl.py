@@ -9,6 +9,8 @@ The k-th image of a row fills the k-th run of M placeholder tokens (`image_token
     filled   s 0 0 0 0 a b e s 1 1 1 1 c e         number = image slot of the row
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.model.layers import Compute
-from oq2vl_jax.model.projector import Projector, adaptive_average_pool
+from oq2vl_jax.model.projector import Projector
 from oq2vl_jax.model.qwen2 import Qwen2Decoder
 from oq2vl_jax.model.siglip import SiglipEncoder, normalize
 
@@ -62,35 +64,39 @@ class OpenQwen2VL(nnx.Module):
         is_image = tokens == self.config.image_token_id
         buffer, num_images = flat_images(images, is_image.sum(axis=1) // self.config.num_visual_tokens)
         with jax.named_scope("vision"):  # the scopes that bench/breakdown.py sorts a profile by
-            visual_tokens = self.encode(buffer, num_images, compute)
+            visual_tokens = self.encode_first(buffer, num_images, compute)
         return merge_visual_tokens(embeddings, visual_tokens, is_image)
 
-    def encode(
-        self, images: UInt8[Array, "I height width 3"], num_images: Int[Array, ""] | None, compute: Compute = Compute()
+    def encode(self, images: UInt8[Array, "I height width 3"], compute: Compute = Compute()) -> Float[Array, "I M D"]:
+        """Visual tokens of every image."""
+        return self.projector(self.reduced_features(images, compute))
+
+    def encode_first(
+        self, images: UInt8[Array, "I height width 3"], num_images: Int[Array, ""], compute: Compute = Compute()
     ) -> Float[Array, "I M D"]:
-        """Visual tokens of the first num_images of a buffer (None: of all of them); the rest is meaningless.
+        """Visual tokens of the first num_images of a buffer; those of the empty slots behind them mean nothing.
 
         Chunks of IMAGES_PER_CHUNK without an image are skipped when the program runs, so a padded buffer costs less
         than one chunk too much.
         """
-
-        def features(chunk: UInt8[Array, "C height width 3"]) -> Float[Array, "C M vision_dim"]:
-            patches = self.vision(normalize(chunk, compute.dtype), compute)
-            return adaptive_average_pool(patches, self.config.num_visual_tokens)
-
-        if num_images is None:
-            return self.projector(features(images))
         size = min(IMAGES_PER_CHUNK, len(images))
         padded = jnp.pad(images, ((0, -len(images) % size), *((0, 0),) * 3))
         chunks = padded.reshape(-1, size, *images.shape[1:])
-        shape = (size, self.config.num_visual_tokens, self.config.vision.hidden_size)
+        features = partial(self.reduced_features, compute=compute)
+        empty = jax.eval_shape(features, chunks[0])
 
         def encode_chunk(_, chunk_and_start):
             chunk, start = chunk_and_start
-            return None, jax.lax.cond(start < num_images, features, lambda _: jnp.zeros(shape, compute.dtype), chunk)
+            return None, jax.lax.cond(start < num_images, features, lambda _: jnp.zeros_like(empty), chunk)
 
-        _, pooled = jax.lax.scan(encode_chunk, None, (chunks, jnp.arange(0, len(padded), size)))
-        return self.projector(pooled.reshape(-1, *shape[1:])[: len(images)])
+        _, reduced = jax.lax.scan(encode_chunk, None, (chunks, jnp.arange(0, len(padded), size)))
+        return self.projector(reduced.reshape(-1, *empty.shape[1:])[: len(images)])
+
+    def reduced_features(
+        self, images: UInt8[Array, "I height width 3"], compute: Compute = Compute()
+    ) -> Float[Array, "I M reduced_dim"]:
+        """What the projector maps: the encoder's patches, reduced to the visual tokens of each image."""
+        return self.projector.reduce(self.vision(normalize(images, compute.dtype), compute))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """float32 logits of every given position; training uses train/cross_entropy.py, which needs far less memory."""

@@ -22,11 +22,21 @@ from oq2vl_jax.model.layers import Linear, gelu
 
 
 class Projector(nnx.Module):
+    """Patch features to the decoder's embeddings in two steps: reduce, then map (the call).
+
+    reduce has no parameters; the encoder runs it on the chunks that hold images, and the map runs once on all of them.
+    """
+
     def __init__(self, key: Array, config: ModelConfig):
         vision_dim, width = config.vision.hidden_size, config.decoder.hidden_size
         keys = jax.random.split(key, 2)
         self.fc1 = Linear(keys[0], vision_dim, width, ("embed", "mlp"), vision_dim**-0.5)
         self.fc2 = Linear(keys[1], width, width, ("mlp", "embed"), width**-0.5)
+        self.num_visual_tokens = config.num_visual_tokens
+
+    def reduce(self, patches: Float[Array, "I P vision_dim"]) -> Float[Array, "I M vision_dim"]:
+        """Pools the patches of each image to its visual tokens."""
+        return adaptive_average_pool(patches, self.num_visual_tokens)
 
     def __call__(self, pooled: Float[Array, "I M vision_dim"]) -> Float[Array, "I M D"]:
         return self.fc2(gelu(self.fc1(pooled)))
