@@ -270,6 +270,8 @@ class ExecutionConfig:
     """Queries x keys of a tile of the attention kernel."""
 
 
+Attention = Literal["xla", "blocked", "kernel", "kernel_interpreted"]
+"""Implementations of packed attention."""
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -298,8 +300,9 @@ class TrainConfig:
     remat: Literal["none", "dots", "attention", "full"] = field(default="none", metadata=OPERATIONAL)
     """Activations kept for the backward pass: all; matmul and attention outputs; attention outputs and block inputs;
     block inputs only."""
-    attention: Literal["auto", "xla", "blocked", "kernel"] = field(default="auto", metadata=OPERATIONAL)
-    """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which."""
+    attention: Attention | Literal["auto"] = field(default="auto", metadata=OPERATIONAL)
+    """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which. kernel needs
+    a GPU; kernel_interpreted runs it slowly anywhere, for tests."""
     execution: ExecutionConfig = field(default=ExecutionConfig(), metadata=OPERATIONAL)
     gradients: Literal["fused", "plain"] = field(default="fused", metadata=OPERATIONAL)
     """fused: train/gradients.py, with the logits of a chunk at a time. plain: jax.grad of train/loss.py, with those of

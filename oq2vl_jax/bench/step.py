@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from oq2vl_jax.bounds import Count, CountOrZero, Seed, SmallCount, check_bounds
-from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config import Attention, TrainConfig
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.runtime import set_environment
 
@@ -31,7 +31,7 @@ class Step:
     rows_per_device: SmallCount | None = None
     """Rows per microbatch; None: as configured."""
     remat: Literal["none", "dots", "attention", "full"] | None = None
-    attention: Literal["auto", "xla", "blocked", "kernel"] | None = None
+    attention: Attention | Literal["auto"] | None = None
     sharding: Literal["zero1", "fsdp"] | None = None
     num_steps: Count = 5
     warmup_steps: CountOrZero = 2
@@ -49,12 +49,12 @@ def measure(options: Step) -> dict[str, Any]:
     config = configured(options)
     from oq2vl_jax.bench.compiled import compile_step
     from oq2vl_jax.sharding import make_mesh
-    from oq2vl_jax.train.attention_choice import checked_attention
+    from oq2vl_jax.train.attention_choice import checked_compute
     from oq2vl_jax.train.checks import check_memory
 
     mesh = make_mesh(config.mesh)
     check(config, mesh.size)
-    config = checked_attention(config, mesh)
+    config = dataclasses.replace(config, attention=checked_compute(config, mesh).attention)
     check_memory(config, mesh)
     compiled = compile_step(config, mesh)
     rows, state, batch = start(config, mesh, options.seed)

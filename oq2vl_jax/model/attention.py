@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from oq2vl_jax.config import Attention
 from oq2vl_jax.model.attention_blocked import blocked_attention
 from oq2vl_jax.model.attention_kernel import TILES, kernel_attention
 
@@ -55,17 +56,25 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Mask = None,
-    implementation: str = "xla",
+    implementation: Attention = "xla",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v with grouped keys and values (N a multiple of K); mask None = everything is seen.
 
     Scores and softmax are float32. A query that sees nothing (padding) gets a finite, meaningless value.
-    Documents need "blocked" or "kernel" (see packed_mask); an image (no mask) goes to cuDNN where the kernel runs.
+    A packed row's mask is the one that packed_mask makes for the implementation; any other mask is for "xla". An image
+    (no mask) takes cuDNN with "kernel" in bfloat16, and the reference otherwise. Raises ValueError for a mask that the
+    implementation does not take.
     """
     if isinstance(mask, Documents):
         if implementation in KERNELS:
             return kernel_attention(q, k, v, mask.starts, implementation == "kernel_interpreted", mask.tiles)
-        return blocked_attention(q, k, v, mask.starts)
+        if implementation == "blocked":
+            return blocked_attention(q, k, v, mask.starts)
+    if isinstance(mask, Documents) or (mask is not None and implementation != "xla"):
+        raise ValueError(
+            f"attention {implementation!r} does not take a mask of type {type(mask).__name__}; packed_mask"
+            " makes the one it takes."
+        )
     if mask is None and implementation == "kernel" and q.dtype == jnp.bfloat16:
         return image_attention(q, k, v)
     return reference_attention(q, k, v, mask)
@@ -139,10 +148,13 @@ def causal_segment_mask(
 
 
 def packed_mask(
-    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], implementation: str, tiles: tuple[int, int] = TILES
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    implementation: Attention,
+    tiles: tuple[int, int] = TILES,
 ) -> Mask:
     """The mask of packed rows in the form that an implementation takes; made once for all layers."""
     if implementation == "xla":
         return causal_segment_mask(segment_ids, positions, segment_ids, positions)
-    own = jnp.arange(positions.shape[1], dtype=positions.dtype)
-    return Documents(jnp.where(segment_ids > 0, own - positions, own), tiles)
+    index = jnp.arange(positions.shape[1], dtype=positions.dtype)
+    return Documents(jnp.where(segment_ids > 0, index - positions, index), tiles)

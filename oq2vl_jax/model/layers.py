@@ -13,6 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from oq2vl_jax.config import Attention
+
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 ATTENTION_NAMES = ("attention_output", "attention_log_norm")
@@ -21,16 +23,16 @@ computes its scores again."""
 
 
 class Compute(NamedTuple):
-    """How a model is computed. None of it changes what is computed, but for rounding.
+    """Execution options; they affect results only through rounding.
 
-    dtype: of activations and matrix products. remat, attention: as in config.TrainConfig, "auto" already decided.
+    dtype: of activations and matrix products. remat: as in config.TrainConfig. attention: of packed rows and of images.
     tiles: queries and keys of a tile of the attention kernel.
     gather: makes a decoder layer whole from this device's share of it (FSDP); None where weights are whole.
     """
 
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
-    attention: str = "xla"
+    attention: Attention = "xla"
     tiles: tuple[int, int] = (64, 64)
     gather: Callable[[Any], Any] | None = None
 

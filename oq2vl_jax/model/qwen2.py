@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from oq2vl_jax.config import DecoderConfig
+from oq2vl_jax.config import Attention, DecoderConfig
 from oq2vl_jax.model.attention import Mask, attention, packed_mask
 from oq2vl_jax.model.layers import (
     Compute,
@@ -41,6 +41,20 @@ class KVCache(NamedTuple):
     v: tuple[Float[Array, "B S K H"], ...]
 
 
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: of the tokens of a call, or of the S slots of a cache."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class Rope(NamedTuple):
+    """cos and sin of the angle of each pair i at each position p: p * theta ** (-2 i / H), float32."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
 class Qwen2Attention(nnx.Module):
     def __init__(self, key: Array, config: DecoderConfig):
         width, std = config.hidden_size, init_std(config)
@@ -53,19 +67,28 @@ class Qwen2Attention(nnx.Module):
         self.o_proj = Linear(keys[3], q_dim, width, ("heads", "embed"), std, use_bias=False)
         self.head_dim, self.widths = config.head_dim, (q_dim, kv_dim, kv_dim)
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask: Mask, implementation: str, cache, slots):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Mask,
+        implementation: Attention,
+        cache: LayerCache | None,
+        slots: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """(attended, keys and values): of the tokens given, or the cache with those in their slots."""
         if self.qkv_proj is None:
             projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         else:
             projected = jnp.split(self.qkv_proj(x), np.cumsum(self.widths)[:-1], axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in projected)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
-            k, v = cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
+            k, v = cache.k.at[rows, slots].set(k), cache.v.at[rows, slots].set(v)
         with jax.named_scope("attention"):
             attended = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], -1)
-        return self.o_proj(attended), (k, v)
+        return self.o_proj(attended), LayerCache(k, v)
 
 
 class Qwen2MLP(nnx.Module):
@@ -94,7 +117,16 @@ class Qwen2Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen2MLP(mlp_key, config)
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask: Mask, implementation: str = "xla", cache=None, slots=None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        mask: Mask,
+        implementation: Attention = "xla",
+        cache: LayerCache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """One block. slots: where the keys and values of x go in the cache; see Qwen2Attention."""
         attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, implementation, cache, slots)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
@@ -156,7 +188,7 @@ class Qwen2Decoder(nnx.Module):
         caches = []
         for layer in layers:
             x, kv = layer(x, rope, mask)
-            caches.append([jnp.pad(new, ((0, 0), (0, num_slots - x.shape[1]), (0, 0), (0, 0))) for new in kv])
+            caches.append([jnp.pad(array, ((0, 0), (0, num_slots - x.shape[1]), (0, 0), (0, 0))) for array in kv])
         k, v = zip(*caches, strict=True)
         return self.norm(x), KVCache(k, v)
 
@@ -170,8 +202,8 @@ class Qwen2Decoder(nnx.Module):
         mask = jnp.arange(cache.k[0].shape[1]) <= positions[:, :, None]
         rope = rope_table(positions, self.config)
         caches = []
-        for layer, *kv in zip(layers, *cache, strict=True):
-            x, kv = layer(x, rope, mask, "xla", kv, positions)
+        for layer, k, v in zip(layers, *cache, strict=True):
+            x, kv = layer(x, rope, mask, "xla", LayerCache(k, v), positions)
             caches.append(kv)
         k, v = zip(*caches, strict=True)
         return self.norm(x), KVCache(k, v)
@@ -224,18 +256,18 @@ def cache_bytes(config: DecoderConfig, batch: int, num_slots: int, dtype: DTypeL
     return 2 * config.num_layers * batch * num_slots * config.num_kv_heads * config.head_dim * np.dtype(dtype).itemsize
 
 
-def rope_table(positions: Int[Array, "B T"], config: DecoderConfig):
-    """(cos, sin), each float32 [B, T, H / 2]. The angle of pair i at position p is p * theta ** (-2 i / H)."""
+def rope_table(positions: Int[Array, "B T"], config: DecoderConfig) -> Rope:
+    """The rotations of a batch, made once for all layers."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     inv_freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     inv_freq = jnp.asarray(inv_freq, config.rope_inv_freq).astype(jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
-    return jnp.cos(angles), jnp.sin(angles)
+    return Rope(jnp.cos(angles), jnp.sin(angles))
 
 
-def apply_rope(x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]):
+def apply_rope(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
     """Rotates pairs (i, i + H / 2), the half-split layout of Hugging Face; float32 inside."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -12,10 +12,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, UInt8
 
-from oq2vl_jax.config import VisionConfig
+from oq2vl_jax.config import Attention, VisionConfig
 from oq2vl_jax.model.attention import attention
 from oq2vl_jax.model.clip_config import ClipTowerConfig
-from oq2vl_jax.model.layers import Compute, LayerNorm, Linear, gelu, normal, remat_layer, run_layers, stack_layers
+from oq2vl_jax.model.layers import (
+    Compute,
+    LayerNorm,
+    Linear,
+    gelu,
+    normal,
+    remat_layer,
+    run_layers,
+    stack_layers,
+)
 
 ACTIVATIONS = {
     "gelu": gelu,
@@ -35,7 +44,7 @@ class SiglipAttention(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None, implementation: str = "xla"
+        self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None, implementation: Attention = "xla"
     ) -> Float[Array, "I P D"]:
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -63,7 +72,7 @@ class SiglipBlock(nnx.Module):
         self.mlp = SiglipMLP(mlp_key, config)
 
     def __call__(
-        self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None, implementation: str = "xla"
+        self, x: Float[Array, "I P D"], mask: Bool[Array, "I P P"] | None = None, implementation: Attention = "xla"
     ) -> Float[Array, "I P D"]:
         x = x + self.self_attn(self.layer_norm1(x), mask, implementation)
         return x + self.mlp(self.layer_norm2(x))

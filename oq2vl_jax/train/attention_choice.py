@@ -4,7 +4,6 @@ GPU   kernel where its shapes allow, else blocked
 CPU   xla for short rows, where blocks do not pay (docs/experiments.md), else blocked
 """
 
-import dataclasses
 import sys
 from typing import NamedTuple
 
@@ -13,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config import Attention, TrainConfig
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.attention import attention, packed_mask
 from oq2vl_jax.model.attention_kernel import is_supported
+from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.runtime import any_process, is_first_process
 
 SHORT_ROW_TOKENS = 512
@@ -26,17 +27,22 @@ CHECK_TOLERANCE = 0.02
 
 
 class Choice(NamedTuple):
-    name: str
+    name: Attention
     reason: str
 
 
 def choose_attention(config: TrainConfig, mesh: Mesh) -> Choice:
-    """The implementation for the devices of a mesh, by config.attention; nothing is run."""
+    """The implementation for the devices of a mesh, by config.attention; nothing is run.
+
+    Raises UserError for the kernel without a GPU.
+    """
     device = next(iter(mesh.devices.flat))
     is_gpu = device.platform in ("gpu", "cuda")
     head_dim, num_tokens = config.model.decoder.head_dim, config.data.num_tokens
     if config.attention == "kernel" and not is_gpu:
-        return Choice("kernel_interpreted", "asked for; interpreted, as there is no GPU: for tests only")
+        raise UserError(
+            "attention = kernel needs a GPU; take auto, or kernel_interpreted, which runs the same kernel slowly."
+        )
     if config.attention != "auto":
         return Choice(config.attention, "asked for")
     if is_gpu and is_supported(head_dim):
@@ -48,12 +54,19 @@ def choose_attention(config: TrainConfig, mesh: Mesh) -> Choice:
     return Choice("blocked", f"CPU, rows of {num_tokens} tokens")
 
 
-def checked_attention(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """`config` with its attention decided: the kernel has to agree with the reference on this device first.
+def compute_of(config: TrainConfig, mesh: Mesh) -> Compute:
+    """How the devices of a mesh compute a configuration; nothing is run."""
+    query_tile, key_tile = map(int, config.execution.tiles.split("x"))
+    attention = choose_attention(config, mesh).name
+    return Compute(jnp.dtype(config.compute_dtype), config.remat, attention, (query_tile, key_tile))
 
-    Says what was chosen; falls back to "blocked", loudly, where the check fails.
+
+def checked_compute(config: TrainConfig, mesh: Mesh) -> Compute:
+    """compute_of, with the kernel only if it agrees with the reference on this device.
+
+    Prints the choice; after a check that fails, warns and takes "blocked".
     """
-    choice = choose_attention(config, mesh)
+    choice, compute = choose_attention(config, mesh), compute_of(config, mesh)
     name = choice.name
     if name == "kernel":
         problem = kernel_problem(config)
@@ -64,10 +77,10 @@ def checked_attention(config: TrainConfig, mesh: Mesh) -> TrainConfig:
             )
     if is_first_process():
         print(f"attention: {name} ({choice.reason})", file=sys.stderr, flush=True)
-    return dataclasses.replace(config, attention="kernel" if name == "kernel_interpreted" else name)
+    return compute._replace(attention=name)
 
 
-def kernel_problem(config: TrainConfig, implementation: str = "kernel") -> str | None:
+def kernel_problem(config: TrainConfig, implementation: Attention = "kernel") -> str | None:
     """What is wrong with an implementation on the default device, against the reference; None if nothing is.
 
     Outputs and gradients of a random row of three documents with the decoder's heads, and of two images with the
@@ -105,7 +118,7 @@ def random_heads(shape: tuple[int, int], heads: tuple[int, int, int], dtype: str
 
 
 def values_and_gradients(
-    implementation: str, documents: tuple[jax.Array, jax.Array] | None, arrays: list[jax.Array]
+    implementation: Attention, documents: tuple[jax.Array, jax.Array] | None, arrays: list[jax.Array]
 ) -> list[np.ndarray]:
     """RESULTS; documents: (segment_ids, positions), or None for images. Padding is set to zero."""
     is_real = True if documents is None else (documents[0] > 0)[..., None, None]

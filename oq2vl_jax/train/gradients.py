@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
@@ -36,7 +37,7 @@ from oq2vl_jax.sharding import (
     row_sharding,
     specs,
 )
-from oq2vl_jax.train.attention_choice import choose_attention
+from oq2vl_jax.train.attention_choice import compute_of
 from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients, cross_entropy_sum
 from oq2vl_jax.train.loss import loss
 from oq2vl_jax.train.parts import split_trainable, split_vocabulary
@@ -47,24 +48,28 @@ MAX_CHUNK, MIN_CHUNK, CHUNK_SHARE = 512, 32, 1 / 8
 bounds. A chunk costs a pass over the head's float32 gradient, the unused rest of the last one its matrix products."""
 
 
-def loss_and_gradients(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> tuple[jax.Array, Any]:
+def loss_and_gradients(
+    model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
+) -> tuple[Float[Array, ""], Any]:
     """Nats per labelled token of a global batch, and the gradients of the trained parts where their masters lie.
 
-    See sharding.py for what passes between the devices.
+    compute: as attention_choice.checked_compute says; None takes compute_of. sharding.py says what passes between the
+    devices.
     """
+    compute = compute or compute_of(config, mesh)
     trained, frozen = split_trainable(compute_copy(model, config), config.trainable)
     dims, shardings = gathered_dims(trained, mesh), parameter_shardings(trained, mesh)
     frozen_dims, frozen_shardings = gathered_dims(frozen, mesh), parameter_shardings(frozen, mesh)
     scale = 1 / jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
 
     def on_device(trained, frozen, batch, scale):
-        dims_now, compute = gathered_at_once(dims, config, mesh)
+        dims_now, of_device = gathered_at_once(dims, config, compute)
         trained, frozen = gather(trained, dims_now), gather(frozen, frozen_dims)
         if config.execution.layers == "one_by_one":
             trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
         gradients_of = plain_gradients if config.gradients == "plain" else microbatch_gradients
-        value, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, compute, gradients_of)
+        value, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, of_device, gradients_of)
         if config.execution.layers == "one_by_one":
             gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
         return jax.lax.psum(value, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
@@ -162,16 +167,19 @@ def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> 
         return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size(batch.labels.size))
 
 
-def total_loss(model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh) -> jax.Array:
-    """Sum of cross entropies over the labelled tokens of a global batch, without gradients."""
+def total_loss(
+    model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
+) -> Float[Array, ""]:
+    """Sum of cross entropies over the labelled tokens of a global batch, without gradients. compute: see above."""
+    compute = compute or compute_of(config, mesh)
     copy = compute_copy(model, config)
     dims, shardings = gathered_dims(copy, mesh), parameter_shardings(copy, mesh)
 
     def on_device(copy, batch):
-        dims_now, compute = gathered_at_once(dims, config, mesh)
+        dims_now, of_device = gathered_at_once(dims, config, compute)
         whole = gather(copy, dims_now)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
-        losses = jax.lax.map(lambda microbatch: loss_sum(whole, microbatch, compute), microbatches)
+        losses = jax.lax.map(lambda microbatch: loss_sum(whole, microbatch, of_device), microbatches)
         return jax.lax.psum(losses.sum(), ROW_AXES)
 
     whole, rows = replicated(mesh).spec, row_sharding(mesh).spec
@@ -203,24 +211,16 @@ def with_layers_unstacked(model: OpenQwen2VL) -> OpenQwen2VL:
     return model
 
 
-def gathered_at_once(dims: Any, config: TrainConfig, mesh: Mesh) -> tuple[Any, Compute]:
-    """(dims of what is gathered before the first microbatch, WHOLE for the rest; how the model is computed).
+def gathered_at_once(dims: Any, config: TrainConfig, compute: Compute) -> tuple[Any, Compute]:
+    """(dims of what is gathered before the first microbatch, WHOLE for the others; compute, which gathers those).
 
     With FSDP the decoder's layers are gathered one by one, when their turn comes.
     """
-    compute = compute_of(config, mesh)
     if config.mesh.sharding == "zero1" or not jax.tree.leaves(dims.decoder):
         return dims, compute
     now = jax.tree.map(lambda x: x, dims)
     now.decoder.layers = jax.tree.map(lambda _: WHOLE, dims.decoder.layers)
     return now, compute._replace(gather=layer_gather(dims.decoder.layers))
-
-
-def compute_of(config: TrainConfig, mesh: Mesh) -> Compute:
-    """How the devices of a mesh compute a configuration."""
-    query_tile, key_tile = map(int, config.execution.tiles.split("x"))
-    attention = choose_attention(config, mesh).name
-    return Compute(jnp.dtype(config.compute_dtype), config.remat, attention, (query_tile, key_tile))
 
 
 def rows_per_device(config: TrainConfig, mesh: Mesh) -> int:

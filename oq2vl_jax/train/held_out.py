@@ -19,6 +19,7 @@ from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.html import page
+from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import row_sharding, to_global_batch
 from oq2vl_jax.train.gradients import total_loss
@@ -36,8 +37,8 @@ STYLE = (
 class HeldOut:
     """Looks at a model during training. The same rows and the same samples every time."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh):
-        """Raises UserError where the held-out rows do not fit the configuration."""
+    def __init__(self, config: TrainConfig, mesh: Mesh, compute: Compute | None = None):
+        """Raises UserError if the held-out rows do not fit the configuration."""
         self._config, self._mesh = config, mesh
         self._data: DataConfig = dataclasses.replace(
             config.data, sources=config.held_out.sources, weights=(), packing="offline", synthetic_documents=0
@@ -48,7 +49,9 @@ class HeldOut:
         self._codec = TextCodec.load(str(Path(self._data.sources[0]) / "tokenizer"))
 
         shardings = (state_shardings(config, mesh).model, row_sharding(mesh))
-        self._loss_sum = jax.jit(lambda model, batch: total_loss(model, batch, config, mesh), in_shardings=shardings)
+        self._loss_sum = jax.jit(
+            lambda model, batch: total_loss(model, batch, config, mesh, compute), in_shardings=shardings
+        )
 
     def loss(self, model: OpenQwen2VL) -> float:
         """Nats per labelled token over held_out.num_batches global batches."""

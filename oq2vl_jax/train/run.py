@@ -23,7 +23,7 @@ from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
-from oq2vl_jax.train.attention_choice import checked_attention
+from oq2vl_jax.train.attention_choice import checked_compute
 from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.checks import check_config, check_memory, check_run_dir, check_same_model, row_bytes
 from oq2vl_jax.train.held_out import HeldOut, write_samples
@@ -55,17 +55,17 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
 def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool]) -> str | None:
     """See run; leaves after a checkpoint when is_terminated(step) says so."""
     mesh = make_mesh(config.mesh)
-    computed = checked_attention(config, mesh)  # what is compiled; the configuration as it was given is what is saved
+    compute = checked_compute(config, mesh)
     run_dir = Path(config.run_dir)
     use_compilation_cache(run_dir.absolute().parent)
     check_memory(config, mesh)
     loader, tokenizer, data_identity = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
-    held_out = HeldOut(computed, mesh) if config.held_out.sources else None
+    held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
     state = start_state(config, mesh, checkpointer, loader, data_identity, tokenizer)
     write_config(config, run_dir)
-    train_step = compile_train_step(computed, mesh)
+    train_step = compile_train_step(config, mesh, compute)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
     reporter = make_reporter(config, run_dir, start_step)

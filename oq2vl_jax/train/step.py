@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import parameter_shardings, replicated, row_sharding
 from oq2vl_jax.train.gradients import loss_and_gradients
@@ -75,10 +76,12 @@ def moment_shardings(opt_state: Any, model: OpenQwen2VL, model_shardings: Any, m
     return jax.tree_util.tree_map_with_path(sharding_of, opt_state)
 
 
-def train_step(state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step on a global batch."""
+def train_step(
+    state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step on a global batch. compute: see gradients.loss_and_gradients."""
     trained, frozen = split_trainable(state.model, config.trainable)
-    loss, gradients = loss_and_gradients(state.model, batch, config, mesh)
+    loss, gradients = loss_and_gradients(state.model, batch, config, mesh, compute)
     with jax.named_scope("optimizer"):
         optimizer = make_optimizer(config.optimizer, config.num_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
@@ -89,11 +92,11 @@ def train_step(state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh)
     return TrainState(state.step + 1, model, opt_state), metrics
 
 
-def compile_train_step(config: TrainConfig, mesh: Mesh):
+def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None):
     """The jitted step: state donated, shardings explicit on both sides."""
     shardings = state_shardings(config, mesh)
     return jax.jit(
-        lambda state, batch: train_step(state, batch, config, mesh),
+        lambda state, batch: train_step(state, batch, config, mesh, compute),
         in_shardings=(shardings, row_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

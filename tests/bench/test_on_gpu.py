@@ -46,10 +46,10 @@ def test_the_kernel_is_chosen_and_passes_its_check_at_the_published_heads():
     """`auto` falls back with a warning where the check fails."""
     program = (
         "from oq2vl_jax.config_files import load_config;"
-        "from oq2vl_jax.train.attention_choice import checked_attention;"
+        "from oq2vl_jax.train.attention_choice import checked_compute;"
         "from oq2vl_jax.sharding import make_mesh;"
         "config = load_config('configs/pretrain.py');"
-        "print(checked_attention(config, make_mesh(config.mesh)).attention)"
+        "print(checked_compute(config, make_mesh(config.mesh)).attention)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=AS_JAX_FINDS_IT)
     assert done.stdout.strip() == "kernel", done.stderr

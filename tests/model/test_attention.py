@@ -166,3 +166,17 @@ def test_attention_of_images_with_and_without_gradient(num_patches, monkeypatch)
     assert asked == [8 if num_patches == 8 else 10], "an even number where a gradient is taken"
     image_attention(q, k, v)
     assert asked[-1] == num_patches, "nothing is padded without a gradient"
+
+
+@pytest.mark.parametrize("made_for", ["xla", "blocked", "kernel"])
+@pytest.mark.parametrize("used_with", IMPLEMENTATIONS)
+def test_a_mask_of_another_implementation_is_refused(made_for, used_with):
+    """Whatever the type of the mask, the name decides; blocked and kernel share one form of it."""
+    q = jnp.ones((1, 4, 2, 16))
+    segments, positions = jnp.ones((1, 4), jnp.int32), jnp.arange(4)[None]
+    mask = packed_mask(segments, positions, made_for)
+    if (made_for == "xla") == (used_with == "xla"):
+        assert attention(q, q, q, mask, used_with).shape == q.shape
+    else:
+        with pytest.raises(ValueError, match=f"attention '{used_with}' does not take a mask of type"):
+            attention(q, q, q, mask, used_with)

@@ -120,12 +120,12 @@ def our_step(side, config, rows, arrays):
     import jax
 
     from oq2vl_jax.sharding import make_mesh, to_global_batch
-    from oq2vl_jax.train.attention_choice import checked_attention
+    from oq2vl_jax.train.attention_choice import checked_compute
     from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
     from oq2vl_jax.trees import from_named_arrays
 
     mesh = make_mesh(config.mesh)
-    config = checked_attention(config, mesh)
+    config = dataclasses.replace(config, attention=checked_compute(config, mesh).attention)
     shardings = state_shardings(config, mesh)
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(1))
     model = jax.tree.map(jax.device_put, from_named_arrays(state.model, arrays), shardings.model)

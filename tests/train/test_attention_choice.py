@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.config import MeshConfig
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.model import attention as attention_module
 from oq2vl_jax.sharding import make_mesh
 from oq2vl_jax.train import attention_choice
-from oq2vl_jax.train.attention_choice import checked_attention, choose_attention, kernel_problem
+from oq2vl_jax.train.attention_choice import checked_compute, choose_attention, kernel_problem
 from tests.train.conftest import TINY
 
 
@@ -34,7 +35,7 @@ def with_rows(num_tokens, attention="auto", head_dim=16):
         ("gpu", with_rows(4096), "kernel"),
         ("gpu", with_rows(4096, head_dim=80), "blocked"),
         ("gpu", with_rows(4096, "xla"), "xla"),
-        ("cpu", with_rows(4096, "kernel"), "kernel_interpreted"),
+        ("cpu", with_rows(4096, "kernel_interpreted"), "kernel_interpreted"),
     ],
 )
 def test_choice_by_device_and_rows(platform, config, expected):
@@ -56,7 +57,12 @@ def test_a_kernel_that_fails_is_replaced_loudly(monkeypatch, capsys):
     monkeypatch.setattr(attention_choice, "choose_attention", lambda config, mesh: gpu)
     mesh = make_mesh(MeshConfig(1, 8))
     assert jax.default_backend() == "cpu", "where the kernel cannot be compiled"
-    assert checked_attention(TINY, mesh).attention == "blocked"
+    assert checked_compute(TINY, mesh).attention == "blocked"
     output = capsys.readouterr()
     assert "WARNING: attention kernel not used" in output.err
     assert "attention: blocked" in output.err
+
+
+def test_the_kernel_without_a_gpu_is_one_sentence():
+    with pytest.raises(UserError, match="attention = kernel needs a GPU; take auto, or kernel_interpreted"):
+        choose_attention(with_rows(300, "kernel"), mesh_of("cpu"))

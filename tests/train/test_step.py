@@ -22,9 +22,9 @@ LOSS_TOLERANCE = 1e-6  # relative; measured 2e-7
 GRADIENT_TOLERANCE = 1e-5  # of a parameter's largest gradient; measured 3e-6
 WAYS = {
     "blocked": {"attention": "blocked"},
-    "kernel": {"attention": "kernel"},
+    "kernel": {"attention": "kernel_interpreted"},
     "microbatches, dots": {"rows_per_device": 1, "remat": "dots"},
-    "kernel, dots": {"attention": "kernel", "remat": "dots"},
+    "kernel, dots": {"attention": "kernel_interpreted", "remat": "dots"},
     "attention kept, fsdp": {"attention": "blocked", "remat": "attention", "sharding": "fsdp", "rows_per_device": 1},
     "everything kept, fsdp": {"sharding": "fsdp"},
     "nothing kept, fsdp": {"remat": "full", "sharding": "fsdp"},
@@ -37,7 +37,7 @@ WAYS = {
         "rows_per_device": 1,
         "remat": "dots",
     },
-    "kernel, wide tiles": {"attention": "kernel", "execution": ExecutionConfig(tiles="128x64")},
+    "kernel, wide tiles": {"attention": "kernel_interpreted", "execution": ExecutionConfig(tiles="128x64")},
 }
 
 

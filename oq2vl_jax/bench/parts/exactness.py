@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from oq2vl_jax.bench.parts.setting import Setting, largest_error, small_rows
-from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config import Attention, TrainConfig
 from oq2vl_jax.config_files import load_config
 
 RESULTS = ("output", "dq", "dk", "dv")
@@ -19,7 +19,7 @@ CPU_TOKENS, CPU_VOCABULARY = 512, 8192
 
 def measure(setting: Setting) -> dict[str, Any]:
     config = small_rows(load_config(setting.config), 1)
-    names = ["blocked", "kernel"] if setting.is_gpu else ["blocked"]
+    names: list[Attention] = ["blocked", "kernel"] if setting.is_gpu else ["blocked"]
     rows = [row for dtype in ("bfloat16", "float32") for row in decoder_attention(config, names, dtype)]
     rows += [row for dtype in ("bfloat16", "float32") for row in encoder_attention(config, setting.is_gpu, dtype)]
     config = config if setting.is_gpu else shortened(config)
@@ -36,7 +36,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, num_tokens=num_tokens))
 
 
-def decoder_attention(config: TrainConfig, names: list[str], dtype: str) -> list[dict[str, Any]]:
+def decoder_attention(config: TrainConfig, names: list[Attention], dtype: str) -> list[dict[str, Any]]:
     """A packed row of the configuration's length with the decoder's heads."""
     import jax.numpy as jnp
 
@@ -57,11 +57,11 @@ def encoder_attention(config: TrainConfig, is_gpu: bool, dtype: str) -> list[dic
     vision = config.model.vision
     heads = (vision.num_heads, vision.num_heads, vision.head_dim)
     what = f"8 pictures of {vision.num_patches} patches, {heads[0]} heads of {heads[2]}"
-    names = ["kernel"] if is_gpu else []
+    names: list[Attention] = ["kernel"] if is_gpu else []
     return compared(what, names, None, random_heads((8, vision.num_patches), heads, dtype), dtype)
 
 
-def compared(what: str, names: list[str], documents: Any, arrays: list[Any], dtype: str) -> list[dict[str, Any]]:
+def compared(what: str, names: list[Attention], documents: Any, arrays: list[Any], dtype: str) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 

@@ -44,13 +44,13 @@ def train(config: TrainConfig, dtype: str, number: int) -> list[float]:
     import jax
 
     from oq2vl_jax.sharding import make_mesh, to_global_batch
-    from oq2vl_jax.train.attention_choice import checked_attention
+    from oq2vl_jax.train.attention_choice import checked_compute
     from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
 
     config = dataclasses.replace(config, compute_dtype=dtype)  # type: ignore[arg-type]
     mesh = make_mesh(config.mesh)
-    config = checked_attention(config, mesh)
-    shardings, step = state_shardings(config, mesh), compile_train_step(config, mesh)
+    compute = checked_compute(config, mesh)
+    shardings, step = state_shardings(config, mesh), compile_train_step(config, mesh, compute)
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
     rng, losses = np.random.default_rng(config.seed), []
     for _ in range(number):

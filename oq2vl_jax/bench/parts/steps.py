@@ -105,12 +105,12 @@ def settled(whole: TrainConfig, num_rows: int, is_gpu: bool) -> tuple[TrainConfi
     """(the first form that fits, compiled, what was compiled before it), its attention decided and checked."""
     from oq2vl_jax.bench.step import check
     from oq2vl_jax.sharding import make_mesh
-    from oq2vl_jax.train.attention_choice import checked_attention
+    from oq2vl_jax.train.attention_choice import checked_compute
 
     config = small_rows(whole, num_rows if is_gpu else 1)
     mesh, limit, tried = make_mesh(config.mesh), usable_bytes(), []
     check(config, mesh.size)
-    config = checked_attention(config, mesh)
+    config = dataclasses.replace(config, attention=checked_compute(config, mesh).attention)
     if not is_gpu:
         config = with_layers(config, CPU_LAYER_SHARE)
     for candidate in smaller_and_smaller(config):
