@@ -1,4 +1,4 @@
-"""For measuring on two CPU cores only: width 512, 8 layers, the full vocabulary, four captions a row of 1,024.
+"""Benchmark for two CPU cores only: width 512, 8 layers, the full vocabulary, four captions per row of 1,024 tokens.
 
     python -m oq2vl_jax.bench step configs/bench_mid.py
     python -m oq2vl_jax.train configs/bench_mid.py --data.sources PACKED      # rows of 1,024 tokens, 4 images

@@ -1,8 +1,8 @@
-"""Demo, stage 1: captions of easy-VQA ("a blue circle"), everything trained from scratch, 16 visual tokens an image.
+"""Demo, stage 1: trains everything from scratch on easy-VQA captions ("a blue circle"), 16 visual tokens per image.
 
     python -m oq2vl_jax.train configs/easy_vqa.py
 
-Run from the folder in which `make demo` (see README) has put demo/packed/captions.
+Run it in the folder in which `make demo` (see README) has written demo/packed/captions.
 """
 
 from oq2vl_jax.config import (

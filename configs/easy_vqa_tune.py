@@ -1,9 +1,9 @@
-"""Demo, stage 2: the questions of easy-VQA as conversations, 64 visual tokens an image (low to high resolution).
+"""Demo, stage 2: trains on easy-VQA questions as conversations, 64 visual tokens per image (low to high resolution).
 
     python -m oq2vl_jax.train configs/easy_vqa_tune.py
 
 Starts from the weights of stage 1; the projector is the same, only its pooling grid is finer (4x4 -> 8x8). The encoder
-is frozen, as in the published tuning: trained on, it forgets shapes (docs/experiments.md).
+is frozen, as in the published tuning, because further training makes it forget shapes (docs/experiments.md).
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The published "full-pretrain": as configs/pretrain.py with the vision encoder trained as well.
+"""The published "full-pretrain": configs/pretrain.py with the vision encoder trained too and full remat.
 
 python -m oq2vl_jax.train configs/full_pretrain.py --init-from checkpoints/siglip_qwen
 """

@@ -2,7 +2,7 @@
 
     python -m oq2vl_jax.train configs/pretrain.py --init-from checkpoints/siglip_qwen
 
-8 x A100-40G; the paper reports 220 GPU-hours for 5B tokens with its own code. Not yet run at this size with this one.
+8 x A100-40G; the paper reports 220 GPU-hours for 5B tokens with its own code. This code has not run at that size.
 Values: arXiv 2504.00595, table of hyper-parameters. The effective weight decay of the published code was 0
 (--optimizer.weight-decay 0 reproduces that). Packed with: python -m oq2vl_jax.data.pack --num-tokens 4096
 --max-images 28 --visual-tokens 144 --template plain ...
@@ -22,7 +22,7 @@ config = TrainConfig(
     trainable=TrainableConfig(vision=False, projector=True, decoder=True),
     num_steps=4770,
     global_batch_size=256,
-    rows_per_device=2,  # with remat dots 24 of 36 usable GiB of an A100-40G by bench plan
+    rows_per_device=2,  # bench plan with remat dots: 24 of 36 usable GiB of an A100-40G
     run_dir="runs/pretrain",
     init_from="checkpoints/siglip_qwen",
     remat="dots",

@@ -7,8 +7,8 @@ The rows, from the published JSON and its pictures:
     python -m oq2vl_jax.data.pack --shards llava_v1_5_mix665k.json --images llava_images --out data/packed/llava_665k \\
         --tokenizer TOKENIZER --num-tokens 4096 --max-images 5 --visual-tokens 729
 
-Rows are packed conversations, about four to a row, where the published code pads 128 single examples; 32 rows hold as
-many examples.
+A batch of the published code is 128 single examples with padding. Here a row packs about four conversations, so 32 rows
+hold as many examples.
 """
 
 from oq2vl_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainableConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""The whole path in seconds on a CPU, on a little data it makes itself. No quality is expected of it.
+"""Runs the whole training path in seconds on a CPU, on a little synthetic data. No quality is expected.
 
 python -m oq2vl_jax.train configs/tiny.py --run-dir runs/tiny
 """

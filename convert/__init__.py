@@ -1,9 +1,10 @@
-"""The weight bridge: PyTorch and Hugging Face checkpoints in, Hugging Face and Prismatic checkpoints out.
+"""Converts weights: imports PyTorch and Hugging Face checkpoints, exports Hugging Face and Prismatic checkpoints.
 
     from_hf          SigLIP + Qwen2.5, or a Llava-style model   ->  Orbax checkpoint
     from_prismatic   the published Open-Qwen2VL checkpoints     ->  Orbax checkpoint
-    to_hf            Orbax checkpoint  ->  LlavaForConditionalGeneration, or the same plus one module where it pools
+    to_hf            Orbax checkpoint  ->  LlavaForConditionalGeneration, plus one module if that class does not suffice
     to_prismatic     Orbax checkpoint  ->  the layout that the published code loads
+    from_clip        a Hugging Face CLIP, to score data          ->  Orbax checkpoint
 
-weight_map.py is the one table of all directions; tensors are streamed through it one stacked array at a time.
+weight_map.py holds the one weight table for all directions. Tensors stream through it one stacked array at a time.
 """

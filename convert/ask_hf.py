@@ -1,8 +1,9 @@
-"""python -m convert.ask_hf: asks an exported model with plain transformers, and compares with the checkpoint it is of.
+"""python -m convert.ask_hf: asks an exported model with plain transformers; compares its reply with the checkpoint's.
 
     python -m convert.ask_hf exported --image cat.png --prompt "what is the blue shape?" --same-as runs/sft_llava
 
-Nothing of this project runs the exported model: AutoProcessor, AutoModelForImageTextToText and generate do, in float32.
+AutoProcessor, AutoModelForImageTextToText and generate run the exported model, in float32. The only code of ours that
+runs is modeling_open_qwen2vl.py, if the folder has it.
 """
 
 from dataclasses import dataclass
@@ -25,14 +26,14 @@ class AskHFConfig:
     image: tuple[str, ...] = ()
     """Images of the question, in order."""
     same_as: str | None = None
-    """A checkpoint of this project: ask it as well, and fail if its reply is another one."""
+    """Checkpoint of this project to ask as well. The command fails if the two replies differ."""
     trust_remote_code: bool = False
     """Needed for models with modeling_open_qwen2vl.py; it runs the code in the folder."""
     max_new_tokens: Length = 64
 
 
 def ask(config: AskHFConfig) -> str:
-    """The reply of the exported model. Raises UserError where the folder cannot be loaded."""
+    """Returns the reply of the exported model. Raises UserError if the folder cannot be loaded."""
     import torch
     from PIL import Image
     from safetensors import SafetensorError

@@ -1,7 +1,7 @@
-"""Orbax checkpoints written and read one parameter at a time, so that a conversion never holds a whole model.
+"""Writes and reads Orbax checkpoints one parameter at a time, so that a conversion need not hold a whole model.
 
-Orbax asks a type handler for the values of a tree; LazyArray is a leaf whose value is made when its turn comes, and
-let go when it is on disk. What comes out is an ordinary checkpoint: train and generate read it like any other.
+Orbax passes the leaves of a tree to a type handler. LazyArray is a leaf whose value is computed when the handler writes
+it, and freed when it is on disk. The result is an ordinary checkpoint: train and generate read it like any other.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from oq2vl_jax.paths import check_local
 
 
 class LazyArray:
-    """A float32 parameter of a given shape that `make` computes when it is wanted."""
+    """A float32 parameter of a given shape. `make` computes it on demand."""
 
     dtype = np.dtype(np.float32)
 
@@ -44,7 +44,7 @@ class LazyArray:
 
 
 class LazyArrayHandler(type_handlers.NumpyHandler):
-    """Makes, writes and forgets one array after the other."""
+    """Computes, writes and frees one array after another."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -63,7 +63,7 @@ class LazyArrayHandler(type_handlers.NumpyHandler):
 def save_checkpoint(
     out: Path, parameters: dict[str, LazyArray], description: CheckpointDescription | ClipDescription, tokenizer: Path
 ) -> None:
-    """OUT/checkpoints/000000 with the weights, what they are, and the tokenizer; `out` appears when it is whole."""
+    """Writes weights, description, tokenizer and digests to OUT/checkpoints/000000. `out` appears when complete."""
     registry = type_handlers.create_type_handler_registry((LazyArray, LazyArrayHandler()))
     handler = ocp.CompositeCheckpointHandler(
         model=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
@@ -84,7 +84,7 @@ def save_checkpoint(
 
 
 class CheckpointReader:
-    """The weights of a checkpoint, one parameter at a time. `shapes`: parameter name -> shape."""
+    """Reads the weights of a checkpoint one parameter at a time. `shapes`: parameter name -> shape."""
 
     def __init__(self, checkpoint: Path):
         self._folder = epath.Path(checkpoint / "model")
@@ -92,21 +92,21 @@ class CheckpointReader:
         self.shapes = {name: tuple(array.shape) for name, array in self._handler.metadata(self._folder).tree.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Raises UserError where the checkpoint is damaged."""
+        """Reads one parameter. Raises UserError if the checkpoint is damaged."""
         args = ocp.args.PyTreeRestore(
             item={name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
         )
         try:
             return self._handler.restore(self._folder, args=args)[name]
-        except ValueError as error:  # what tensorstore raises for bytes that are cut off or changed
+        except ValueError as error:  # tensorstore's error for truncated or changed bytes
             raise UserError(f"{self._folder}: {name} cannot be read ({str(error).splitlines()[0]}).") from error
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """The folder `out`.partial, which takes its name when the block ends well and is gone if it does not.
+    """Yields the folder `out`.partial, renames it to `out` when the block succeeds and deletes it if the block fails.
 
-    Raises UserError where something is in the way.
+    Raises UserError if `out` is remote, a file, or a folder that is not empty.
     """
     check_is_free(out)
     out = out.resolve()
@@ -125,7 +125,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_is_free(out: Path) -> None:
-    check_local("--out", str(out).replace(":/", "://"))  # pathlib makes one slash of two
+    check_local("--out", str(out).replace(":/", "://"))  # undo pathlib, which turns :// into :/
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(
             f"--out {out} is {'a folder that is not empty' if out.is_dir() else 'a file'}; choose another folder."

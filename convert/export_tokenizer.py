@@ -1,8 +1,8 @@
-"""The tokenizer of an export as transformers 4.57 and 5, and what is built on them, read it alike.
+"""Writes the tokenizer of an export so that transformers 4.57 and 5, and software built on them, read it the same way.
 
-transformers 5 saves a class that 4 does not have. Qwen2Tokenizer is known to both and asks the model for input_ids and
-attention_mask alone; where it would part text in another way than tokenizer.json says, the class that takes everything
-from that file is named instead.
+transformers 5 saves a class that 4 does not have. Both have Qwen2Tokenizer, which gives the model only input_ids and
+attention_mask. If Qwen2Tokenizer splits text differently from tokenizer.json, the export names PreTrainedTokenizerFast
+instead, which takes everything from that file.
 """
 
 import json
@@ -15,7 +15,7 @@ PROBE = "It's  a\n\n \tTest: café, naïve 12345 你好!?\r\n  end\u00a0x 's'S �
 
 
 def complete_tokenizer(folder: Path) -> None:
-    """Mends tokenizer_config.json of a saved processor; writes vocab.json, merges.txt and special_tokens_map.json."""
+    """Fixes tokenizer_config.json of a saved processor; writes vocab.json, merges.txt and special_tokens_map.json."""
     file = folder / "tokenizer_config.json"
     values = json.loads(file.read_text())
     values |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
@@ -32,7 +32,7 @@ def complete_tokenizer(folder: Path) -> None:
 
 
 def reads_alike(folder: Path) -> bool:
-    """Whether Qwen2Tokenizer gives the ids of tokenizer.json."""
+    """Returns whether Qwen2Tokenizer encodes PROBE to the same ids as tokenizer.json."""
     import tokenizers
     from transformers import Qwen2Tokenizer
 

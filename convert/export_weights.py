@@ -1,4 +1,4 @@
-"""The parameters of a checkpoint through the weight table to someone's tensors, one stacked parameter at a time."""
+"""Maps the parameters of a checkpoint to the tensors of a layout, one row of the weight table at a time."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from .weight_map import Shape, their_shape, unused_vision, weights_of
 
 
 def exported_shapes(layout: str, shapes: dict[str, Shape], filler: dict[str, Shape]) -> dict[str, Shape]:
-    """Every tensor of an export with its shape, in the order that `exported_tensors` gives them.
+    """Returns the shape of every tensor of an export, in the order of `exported_tensors`.
 
     Raises UserError for a parameter that no row of the weight table exports.
     """
@@ -20,7 +20,7 @@ def exported_shapes(layout: str, shapes: dict[str, Shape], filler: dict[str, Sha
 
 
 def check_all_exported(layout: str, shapes: dict[str, Shape]) -> None:
-    """Raises UserError for a parameter that would be missing from the export without a word."""
+    """Raises UserError for a parameter that the export would silently drop."""
     known = {name for weight in weights_of(layout, shapes) for name in weight.row.ours}
     missing = sorted(set(shapes) - known)
     if missing:
@@ -31,7 +31,7 @@ def check_all_exported(layout: str, shapes: dict[str, Shape]) -> None:
 
 
 def vision_filler(layout: str, shapes: dict[str, Shape], has_pooling_head: bool) -> dict[str, Shape]:
-    """Weights behind the features that a layout cannot do without; they are written as zeros."""
+    """Returns the shapes of weights after the features that a layout requires; they are written as zeros."""
     unused = unused_vision(layout, shapes)
     return {name: shape for name, shape in unused.items() if has_pooling_head or ".head." not in name}
 
@@ -39,7 +39,7 @@ def vision_filler(layout: str, shapes: dict[str, Shape], has_pooling_head: bool)
 def exported_tensors(
     layout: str, reader: CheckpointReader, dtype: np.dtype, filler: dict[str, Shape]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, contiguous tensor of type `dtype`): first what the model holds, then the filler.
+    """Yields (name, contiguous tensor of type `dtype`): first the model's weights, then the filler.
 
     Raises UserError as exported_shapes does.
     """
@@ -47,11 +47,11 @@ def exported_tensors(
     row = arrays = None
     for weight in weights_of(layout, reader.shapes):
         if weight.row is not row:
-            arrays = None  # let go before the next is read
+            arrays = None  # free the arrays before the next are read
             row, arrays = weight.row, [reader.read(name).astype(dtype) for name in weight.row.ours]
         assert arrays is not None
         parts = arrays if weight.layer is None else [array[weight.layer] for array in arrays]
-        # Always a copy: a view would keep the stacked parameter alive while its shard waits for company.
+        # Always a copy: a view would keep the stacked parameter alive until its shard is complete.
         yield weight.theirs, np.array(weight.row.transform.to_theirs(parts), order="C")
     for name, shape in filler.items():
         yield name, np.zeros(shape, dtype)

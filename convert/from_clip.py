@@ -1,4 +1,4 @@
-"""python -m convert.from_clip: a Hugging Face CLIP to a checkpoint that oq2vl_jax.curate.score scores with.
+"""python -m convert.from_clip: converts a Hugging Face CLIP to a checkpoint for oq2vl_jax.curate.score.
 
 python -m convert.from_clip openai/clip-vit-large-patch14 --out checkpoints/clip_l14
 """
@@ -20,17 +20,17 @@ ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh", "quick_gelu"]] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""Theirs -> ours."""
+"""hidden_act of transformers -> our activation."""
 
 
 @dataclass(frozen=True)
 class FromClipConfig:
-    """A Hugging Face CLIP, both towers, to an Orbax checkpoint."""
+    """Converts both towers of a Hugging Face CLIP to an Orbax checkpoint."""
 
     model: tyro.conf.Positional[str]
-    """Local folder, or a hub id where there is a network: config.json, weights as safetensors, tokenizer."""
+    """Local folder, or a hub id if there is a network: config.json, weights as safetensors, tokenizer."""
     out: str
-    """Folder to write; it appears when the checkpoint is whole."""
+    """Folder to write. It appears only when the checkpoint is complete."""
 
 
 def convert(config: FromClipConfig) -> str:
@@ -64,7 +64,7 @@ def convert(config: FromClipConfig) -> str:
 
 
 def read_clip_config(folder: Path, eos_id: int) -> ClipConfig:
-    """From a CLIPModel's config.json. Raises UserError for what is none."""
+    """Reads the config.json of a CLIPModel. Raises UserError for any other file."""
     from transformers import CLIPConfig
 
     from .hf_config import check_model_type, malformed_is_an_error, parse, read_json
@@ -105,10 +105,10 @@ def load_tokenizer(folder: Path):
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(
             f"{folder}: no tokenizer there (tokenizer.json or vocab.json)."
-        )  # transformers makes an empty one
+        )  # transformers would make an empty tokenizer
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what the Rust library raises for a broken file is a plain Exception
+    except Exception as error:  # the Rust library raises a plain Exception for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: no tokenizer could be loaded: {reason}") from error
 

@@ -1,10 +1,10 @@
-"""python -m convert.from_hf: Hugging Face weights to an Orbax checkpoint that oq2vl_jax.train starts from.
+"""python -m convert.from_hf: converts Hugging Face weights to an Orbax checkpoint that oq2vl_jax.train starts from.
 
     python -m convert.from_hf --vision siglip-so400m-patch14-384 --decoder Qwen2.5-1.5B-Instruct --out siglip_qwen
     python -m convert.from_hf --model exported_model --out checkpoints/back
 
-The first puts a freshly initialised projector between the two; the second reads a model that is whole already: an
-export of convert.to_hf, or any Llava checkpoint of SigLIP + linear/gelu/linear + Qwen2.
+The first command puts a freshly initialised projector between the two. The second reads a complete model: an export of
+convert.to_hf, or any Llava checkpoint of SigLIP + linear/gelu/linear + Qwen2.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ from oq2vl_jax.errors import UserError, run_command
 
 @dataclass(frozen=True)
 class FromHFConfig:
-    """Hugging Face weights (local folders; hub ids where there is a network) to an Orbax checkpoint."""
+    """Converts Hugging Face weights (local folders, or hub ids if there is a network) to an Orbax checkpoint."""
 
     out: str
-    """Folder to write; it appears when the checkpoint is whole."""
+    """Folder to write. It appears only when the checkpoint is complete."""
     vision: str | None = None
     """SigLIP: the vision model alone or both towers."""
     decoder: str | None = None
     """Qwen2.5, with its tokenizer."""
     model: str | None = None
-    """Instead of the two: a Llava-style model."""
+    """Llava-style model, instead of --vision and --decoder."""
     visual_tokens: Length = 144
-    """Visual tokens an image; with --model it comes from there."""
+    """Visual tokens per image. Not used with --model, whose configuration has the number."""
     template: Template | None = None
-    """How prompts are written to this model. Default: what an export says, else plain with --vision and --decoder and
+    """Template of prompts to this model. Default: the one that an export names; else plain with --vision and --decoder,
     chatml with --model."""
     activation: Literal["gelu", "gelu_tanh"] | None = None
-    """Of the encoder. Default: as its config.json says (the hub's SigLIP: gelu_tanh); the published model was trained
-    with the exact gelu on the same weights."""
+    """Activation of the encoder; not used with --model. Default: as in its config.json (the hub's SigLIP: gelu_tanh).
+    The published model was trained with the exact gelu on the same weights."""
     seed: Seed = 0
-    """Of the fresh projector."""
+    """Seed of the fresh projector."""
 
 
 def convert(config: FromHFConfig) -> str:
@@ -67,7 +67,7 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
     encoder, sizes = read_vision_config(vision), read_decoder_config(decoder)
     if config.activation:
         encoder = dataclasses.replace(encoder, activation=config.activation)
-    codec = TextCodec(str(decoder))  # after the configuration, for it trips over a bad one
+    codec = TextCodec(str(decoder))  # after the configuration is checked: it fails on a bad one
     model = ModelConfig(encoder, sizes, config.visual_tokens, codec.special.image)
     importer = Import(parameter_shapes(model))
     importer.add("siglip", Renamed(SafetensorsSource(vision), siglip_name), ("vision",), model.vision.num_layers)
@@ -87,7 +87,7 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
 
     model, template, num_vision_blocks = read_llava_config(folder)
     codec = TextCodec(str(folder))
-    # Which id marks an image is free: the embedding of that row is never used.
+    # Any id may mark an image, because its embedding is never used. The tokenizer decides.
     model = dataclasses.replace(model, image_token_id=codec.special.image)
     importer = Import(parameter_shapes(model))
     importer.add("llava", Renamed(SafetensorsSource(folder), llava_name), num_vision_blocks=num_vision_blocks)
@@ -96,7 +96,7 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
 
 
 def write(out: str, importer, description, codec) -> str:
-    """What all importing commands end in: checks, then the checkpoint."""
+    """Checks the import and writes the checkpoint: the last step of from_hf and from_prismatic."""
     from .checkpoint_stream import save_checkpoint
     from .import_weights import summarize_left_out
 
@@ -122,7 +122,7 @@ def check_tokenizer(codec, model) -> None:
 
 
 def fresh_projector(model, seed: int) -> dict:
-    """Parameters of a new projector, as in training."""
+    """Returns the parameters of a new projector, initialised as in training."""
     import jax
     import numpy as np
 
@@ -134,15 +134,16 @@ def fresh_projector(model, seed: int) -> dict:
 
 
 def siglip_name(name: str) -> str:
-    """Files of the vision model alone may leave its prefix out."""
+    """Adds the prefix vision_model., which files of the vision model alone may omit."""
     if name.startswith(("embeddings.", "encoder.", "post_layernorm.", "head.")):
         return f"vision_model.{name}"
     return name
 
 
 def llava_name(name: str) -> str:
-    """The names that transformers 4.52 and later has inside, and 5 writes for a new model, to those of the files on
-    the hub, which it reads and other software expects."""
+    """Renames a weight as in the files on the hub, which transformers reads and other software expects.
+
+    The other names are internal to transformers since 4.52; version 5 writes them for a new model."""
     name = re.sub(r"^model\.(vision_tower|multi_modal_projector)\.", r"\1.", name)
     name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
     name = re.sub(r"^lm_head\.", "language_model.lm_head.", name)
@@ -150,7 +151,7 @@ def llava_name(name: str) -> str:
 
 
 def name_of(path_or_id: str | None) -> str:
-    """How a model card calls it: a hub id as it is, a folder by its name."""
+    """Returns the name for a model card: a hub id unchanged, a folder's own name without its path."""
     path = Path(str(path_or_id))
     return path.resolve().name if path.exists() else str(path_or_id)
 
@@ -159,7 +160,7 @@ CONFIG_FILES = ("*.json", "*.txt", "*.jinja")
 
 
 def local_folder(path_or_id: str, patterns: tuple[str, ...] = (*CONFIG_FILES, "*.safetensors")) -> Path:
-    """The folder itself, or the hub's snapshot of an id such as Qwen/Qwen2.5-1.5B-Instruct, of the files that match."""
+    """Returns a local folder as it is, or downloads the matching files of an id such as Qwen/Qwen2.5-1.5B-Instruct."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_id):
@@ -168,7 +169,7 @@ def local_folder(path_or_id: str, patterns: tuple[str, ...] = (*CONFIG_FILES, "*
 
     try:
         return Path(snapshot_download(path_or_id, allow_patterns=list(patterns)))
-    except Exception as error:  # no network, no such id, no permission: its errors have no common kind
+    except Exception as error:  # no network, no such id, no permission: the errors share no class
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{path_or_id}: no such folder, and it could not be fetched from the hub ({reason})."

@@ -1,11 +1,11 @@
-"""python -m convert.from_prismatic: a checkpoint of the published PyTorch code to an Orbax checkpoint.
+"""python -m convert.from_prismatic: converts a checkpoint of the published PyTorch code to an Orbax checkpoint.
 
     python -m convert.from_prismatic Open-Qwen2VL --decoder Qwen2.5-1.5B-Instruct --vision siglip-so400m-patch14-384 \\
         --out checkpoints/open_qwen2vl
 
-The file holds projector and decoder, and the vision encoder where that was trained; where it was not, --vision says
-which one it was. Exact GELU and bf16-rounded rotary inverse frequencies, which that code has, become part of the
-configuration.
+The file holds projector and decoder. It holds the vision encoder only if the run trained it; otherwise --vision names
+the encoder that the run used. The configuration gets exact GELU and bf16-rounded rotary inverse frequencies, as in that
+code.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,22 @@ from oq2vl_jax.errors import UserError, run_command
 
 @dataclass(frozen=True)
 class FromPrismaticConfig:
-    """A run directory of the published code to an Orbax checkpoint."""
+    """Converts a run directory of the published code to an Orbax checkpoint."""
 
     run_dir: tyro.conf.Positional[str]
     """Folder with config.json and checkpoints/latest-checkpoint.pt."""
     out: str
-    """Folder to write; it appears when the checkpoint is whole."""
+    """Folder to write. It appears only when the checkpoint is complete."""
     vision: str | None = None
-    """SigLIP where the run did not train it: a Hugging Face folder, or a file with timm's names."""
+    """SigLIP, if the run did not train it: a Hugging Face folder or hub id, or a file with timm's names."""
     decoder: str | None = None
-    """Qwen2.5 folder or hub id, for tokenizer and sizes; its weights are not read. Default: the hub's, by the run's
-    llm_backbone_id."""
+    """Qwen2.5 folder or hub id, for tokenizer and sizes; its weights are not read. Default: the hub's model that the
+    run's llm_backbone_id names."""
     file: str = "checkpoints/latest-checkpoint.pt"
-    """Which checkpoint of the run, relative to its folder."""
+    """Checkpoint of the run, relative to its folder."""
     template: Template | None = None
-    """How prompts are written to this model. Default: plain for a pretrain stage, else open_qwen2vl."""
+    """Template of prompts to this model. Default: the one that config.json names if this project wrote it, else plain
+    for a pretrain stage and open_qwen2vl for others."""
 
 
 def convert(config: FromPrismaticConfig) -> str:
@@ -75,7 +76,7 @@ def convert(config: FromPrismaticConfig) -> str:
 
 
 def add_vision(importer, vision: Path) -> None:
-    """A Hugging Face SigLIP folder, or a state dict with timm's names."""
+    """Adds the encoder from a Hugging Face SigLIP folder or from a state dict with timm's names."""
     from .from_hf import siglip_name
     from .hf_config import read_vision_config
     from .tensor_files import Renamed, SafetensorsSource, open_source
@@ -88,7 +89,7 @@ def add_vision(importer, vision: Path) -> None:
 
 
 def timm_name(name: str) -> str:
-    """timm's own name of a weight: the prefixes of Prismatic and open_clip files go."""
+    """Removes the prefixes of Prismatic and open_clip files, which leaves timm's name of a weight."""
     for prefix in ("model.vision_backbone.featurizer.", "vision_backbone.featurizer.", "featurizer.", "visual.trunk."):
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -1,6 +1,6 @@
-"""Hugging Face config.json <-> ModelConfig. Everything a file says that our model cannot do is an error, said together.
+"""Converts Hugging Face config.json to ModelConfig and back. A value that our model does not support is an error.
 
-transformers' own configuration classes read and write the files: they know what an omitted key means.
+transformers' own configuration classes read and write the files, because they know the defaults of omitted keys.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from oq2vl_jax.data.text.codec import SpecialTokens
 from oq2vl_jax.errors import UserError
 
 ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""Theirs -> ours."""
+"""hidden_act of transformers -> our activation."""
 POOLED_MODEL_TYPE = "open_qwen2vl"
 EXTRA_KEY = "oq2vl_jax"
-"""In an exported config.json: what transformers has no word for, so that an export comes back as it was."""
+"""Key of an exported config.json for values that transformers has no field for, so that an import restores them."""
 NO_LAST_BLOCK = -2
 """vision_feature_layer of an export: the features leave the second-to-last block."""
 MEAN = STD = 0.5
@@ -27,7 +27,7 @@ BICUBIC = 3
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises UserError naming the file where it is missing or no JSON object."""
+    """Reads a JSON object. Raises UserError with the file's name if it is missing or holds anything else."""
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -39,7 +39,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def malformed_is_an_error(file: Path) -> Iterator[None]:
-    """Other people's JSON can hold anything anywhere: a value of another kind than expected is the user's to mend."""
+    """Turns errors over values of an unexpected type in a JSON file into UserError: the user can correct the file."""
     try:
         yield
     except (TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
@@ -48,7 +48,7 @@ def malformed_is_an_error(file: Path) -> Iterator[None]:
 
 
 def read_vision_config(folder: Path, num_unused_blocks: int = 1) -> VisionConfig:
-    """From a SigLIP config.json, of the vision model alone or of both towers."""
+    """Reads a SigLIP config.json, of the vision model alone or of both towers."""
     values = read_json(folder / "config.json")
     where = str(folder / "config.json")
     with malformed_is_an_error(folder / "config.json"):
@@ -58,7 +58,7 @@ def read_vision_config(folder: Path, num_unused_blocks: int = 1) -> VisionConfig
 
 
 def vision_config_from(values: dict[str, Any], where: str, num_unused_blocks: int = 1) -> VisionConfig:
-    """num_unused_blocks: blocks behind the one the features leave (1 = they leave the second-to-last)."""
+    """num_unused_blocks: blocks after the one whose output is used (1 = features of the second-to-last block)."""
     from transformers import SiglipVisionConfig
 
     check_model_type(values, "siglip_vision_model", where)
@@ -119,9 +119,10 @@ def decoder_config_from(values: dict[str, Any], where: str) -> DecoderConfig:
 
 
 def read_llava_config(folder: Path) -> tuple[ModelConfig, Template | None, int]:
-    """A Llava-style model of our parts, or one of our exports.
+    """Reads the config.json of a Llava-style model with our parts, or of one of our exports.
 
-    Returns its ModelConfig, the template an export names, and the number of blocks in the vision encoder.
+    Returns its ModelConfig, the template that an export names (else None), and the number of blocks in the vision
+    encoder.
     """
     file = folder / "config.json"
     with malformed_is_an_error(file):
@@ -179,7 +180,7 @@ def check_llava_parts(theirs: Any, where: str) -> None:
 
 
 def check_image_processor(folder: Path, image_size: int) -> None:
-    """Our preprocessing is fixed (square, bicubic, mean = std = 0.5); a model made for another one is refused."""
+    """Raises UserError for a model whose preprocessing is not ours (square, bicubic, mean = std = 0.5)."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
             continue
@@ -206,7 +207,7 @@ def check_model_type(values: dict[str, Any], expected: str, where: str) -> None:
 
 
 def parse(config_class: Any, values: dict[str, Any], where: str) -> Any:
-    """transformers' reading of a config. Raises UserError where it refuses a value."""
+    """Parses a config with transformers' class. Raises UserError if the class rejects a value."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -216,7 +217,7 @@ def parse(config_class: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def to_llava_config(model: ModelConfig, template: str, dtype: str, special: SpecialTokens) -> dict[str, Any]:
-    """config.json of an export: transformers' own Llava where it is exactly our model, else the pooled model's."""
+    """Returns config.json of an export: transformers' own Llava if that is exactly our model, else `pooled_values`."""
     from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig
 
     theirs_of = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
@@ -257,7 +258,7 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
         vision_feature_select_strategy="full",
         tie_word_embeddings=model.decoder.tie_word_embeddings,
     )
-    text.rope_theta = model.decoder.rope_theta  # transformers 4 and what is built on it read it here, 5 above
+    text.rope_theta = model.decoder.rope_theta  # read here by transformers 4, in rope_parameters by 5
     values = config.to_dict() | {
         "architectures": ["LlavaForConditionalGeneration"],
         "dtype": dtype,
@@ -268,7 +269,7 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
 
 
 def pooled_values(model: ModelConfig) -> dict[str, Any]:
-    """What config.json says of a model that needs modeling_open_qwen2vl.py."""
+    """Returns the keys of config.json that a model with modeling_open_qwen2vl.py needs."""
     return {
         "model_type": POOLED_MODEL_TYPE,
         "architectures": ["OpenQwen2VLForConditionalGeneration"],
@@ -283,7 +284,7 @@ def pooled_values(model: ModelConfig) -> dict[str, Any]:
 
 
 def why_not_native(model: ModelConfig) -> str | None:
-    """Why transformers' LlavaForConditionalGeneration is not this model; None where it is."""
+    """Returns why transformers' LlavaForConditionalGeneration cannot express this model; None if it can."""
     reasons = []
     if model.num_visual_tokens != model.vision.num_patches:
         reasons.append(

@@ -1,4 +1,4 @@
-"""Someone's tensors through the weight table to the parameters of an Orbax checkpoint, every tensor accounted for."""
+"""Maps external tensors through the weight table to our parameters. Each is used, listed as left out, or an error."""
 
 import re
 from collections import defaultdict
@@ -20,7 +20,7 @@ MAX_PROBLEMS_SHOWN = 6
 ROWS_COMPARED_AT_ONCE = 8192
 
 OTHER_TOWER = re.compile(r"(text_model\.|text\.|logit_scale$|logit_bias$)")
-"""As Hugging Face and as open_clip name it."""
+"""The text tower beside a SigLIP encoder, as Hugging Face and open_clip name it."""
 BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 POOLING_HEAD = re.compile(r".*?\b(attn_pool|head)\.")
 BLOCK_NUMBER = re.compile(r".*?\b(?:blocks|encoder\.layers)\.(\d+)\.")
@@ -33,10 +33,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Import:
-    """Collects parameters from one or more sources; `finish` raises all problems of all of them together."""
+    """Collects parameters from one or more sources; `finish` raises the problems of all sources together."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
-        """shapes: of every parameter, by name; see parameter_shapes."""
+        """shapes: name -> shape of every parameter; see parameter_shapes."""
         self.shapes = shapes
         self.parameters: dict[str, LazyArray] = {}
         self.left_out: list[str] = []
@@ -50,9 +50,9 @@ class Import:
         parts: tuple[str, ...] = ("",),
         num_vision_blocks: int | None = None,
     ) -> None:
-        """Takes every parameter that a layout has of `parts` (first words of our names; all of them) from a source.
+        """Takes from a source every parameter of a layout whose name begins with one of `parts` (default: all).
 
-        num_vision_blocks: blocks of the source's encoder; those behind the features are left out by name.
+        num_vision_blocks: blocks of the source's encoder; `left_out` lists the tensors of those after the features.
         """
         weights = [weight for weight in weights_of(layout, self.shapes) if weight.row.ours[0].startswith(parts)]
         expected = {weight.theirs: their_shape(weight, self.shapes) for weight in weights}
@@ -73,24 +73,24 @@ class Import:
             self.parameters[name] = LazyArray(self.shapes[name], _maker(source, pieces, self.shapes[name]))
 
     def add_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        """Parameters that are at hand, such as a fresh projector."""
+        """Adds parameters that are already in memory, such as a fresh projector."""
         for name, array in arrays.items():
             self.parameters[name] = LazyArray(array.shape, lambda array=array: array)
 
     def finish(self) -> dict[str, LazyArray]:
-        """Every parameter of the model. Raises UserError with all problems found."""
+        """Returns every parameter of the model. Raises UserError with all problems found."""
         missing = sorted(set(self.shapes) - set(self.parameters))
         assert not missing, missing
         if self._problems:
             shown = "; ".join(self._problems[:MAX_PROBLEMS_SHOWN])
-            more = len(self._problems) - MAX_PROBLEMS_SHOWN
-            raise UserError(f"the weights do not fit the model: {shown}" + (f"; and {more} more." if more > 0 else "."))
+            left = len(self._problems) - MAX_PROBLEMS_SHOWN
+            raise UserError(f"the weights do not fit the model: {shown}" + (f"; and {left} more." if left > 0 else "."))
         for source, head, embedding in self._tied_heads:
             check_tied(source, head, embedding)
         return self.parameters
 
     def _unused(self, layout: str, source: TensorSource, expected: dict, num_vision_blocks: int | None) -> set[str]:
-        """Names of a source that are knowingly not used."""
+        """Returns the names in a source that are left out on purpose."""
         unused = {name for name in source.shapes if BUFFERS.search(name)}
         if layout == "clip":  # the temperature of the contrastive loss; a score is the cosine alone
             unused |= {"logit_scale"} & set(source.shapes)
@@ -115,7 +115,7 @@ class Import:
 
 
 def _maker(source: TensorSource, pieces: list[tuple[Weight, int]], shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """Reads one parameter: each piece is a part of one of their tensors, at one layer."""
+    """Returns a function that reads one parameter. Each piece is a part of one of their tensors, at one layer."""
 
     def make() -> np.ndarray:
         array = np.empty(shape, np.float32)
@@ -129,7 +129,7 @@ def _maker(source: TensorSource, pieces: list[tuple[Weight, int]], shape: tuple[
 
 
 def way_out(name: str, unexpected: list[str]) -> str:
-    """What may be meant by a name that is missing."""
+    """Returns a hint for a missing tensor: the nearest unexpected name, or the setting that ties the head."""
     if "lm_head" in name:
         return "; if the head is the embedding, set tie_word_embeddings to true in the configuration"
     nearest = hint(name, unexpected).removeprefix(" (did you mean ").removesuffix("?)")
@@ -137,7 +137,7 @@ def way_out(name: str, unexpected: list[str]) -> str:
 
 
 def check_tied(source: TensorSource, head: str, embedding: str) -> None:
-    """A head stored beside the embedding it is tied to must be the same matrix."""
+    """Raises UserError unless a stored head equals the embedding that it is tied to."""
     with source.opened() as read:
         stored, expected = read(head), read(embedding)
         same = stored.shape == expected.shape and all(
@@ -152,7 +152,7 @@ def check_tied(source: TensorSource, head: str, embedding: str) -> None:
 
 
 def summarize_left_out(names: list[str]) -> str:
-    """'26 tensors not used: encoder.layers.26 (16), head (11), post_layernorm (2)'."""
+    """Returns '29 tensors not used: vision_model.encoder.layers.26 (16), vision_model.head (11), ...'."""
     if not names:
         return ""
     groups = defaultdict(int)
@@ -163,7 +163,7 @@ def summarize_left_out(names: list[str]) -> str:
 
 
 def _group(name: str) -> str:
-    """What a left-out tensor belongs to: the other tower, one block, the pooling head, or its own module."""
+    """Returns the group of a left-out tensor: the text tower, a block, the pooling head or a single module."""
     if name == "logit_scale":
         return name
     if OTHER_TOWER.match(name):

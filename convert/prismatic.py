@@ -1,9 +1,9 @@
-"""The run directory of the published code ("Prismatic" layout): what its config.json says of the model, and back.
+"""Reads and writes config.json in a run directory of the published code ("Prismatic" layout).
 
     RUN_DIR/config.json                          {"model": {ids, arch_specifier, ...}, "stage": ..., "mount_path": ...}
     RUN_DIR/checkpoints/latest-checkpoint.pt     {"model": {"projector", "llm_backbone", maybe "vision_backbone"}}
 
-Sizes hide behind ids there. A run directory written by this project says them in config.json too, under "oq2vl_jax".
+That file names the parts by id, without their sizes. If this project wrote it, the key "oq2vl_jax" holds the sizes.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ HUB_OF_DECODER = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B",
     "qwen2.5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
 }
-"""The decoder ids that the published code knows."""
+"""The decoder ids that the published code knows -> hub ids."""
 DEFAULT_VISUAL_TOKENS = 144
 RESIZE = "resize-naive"
 """Bicubic to a square, aspect ignored: the preprocessing of this project."""
 
 
 def decoder_on_the_hub(run_dir: Path) -> str:
-    """The hub id of the decoder that a run names."""
+    """Returns the hub id of the decoder that a run names. Raises UserError for an unknown name."""
     model = read_json(run_dir / "config.json").get("model")
     name = model.get("llm_backbone_id") if isinstance(model, dict) else None
     if name not in HUB_OF_DECODER:
@@ -44,7 +44,7 @@ def decoder_on_the_hub(run_dir: Path) -> str:
 
 
 def read_run(run_dir: Path, vision: Path | None, decoder: Path, image_token_id: int) -> tuple[ModelConfig, Template]:
-    """The model behind a run directory. Raises UserError for what is no average-pool SigLIP + Qwen2.5 run.
+    """Reads the model and template of a run directory. Raises UserError unless it is average-pool SigLIP + Qwen2.5.
 
     vision: a Hugging Face SigLIP folder, if one was given; decoder: the Qwen2.5 folder (its config.json has the sizes).
     """
@@ -83,12 +83,12 @@ def published_vision() -> VisionConfig:
 
 def visual_tokens(arch_specifier: str) -> int:
     """'full-align+729-avgpool' -> 729; 'no-align+avgpool' -> 144."""
-    found = re.search(r"(\d+)-avgpool$", arch_specifier)
-    return int(found[1]) if found else DEFAULT_VISUAL_TOKENS
+    match = re.search(r"(\d+)-avgpool$", arch_specifier)
+    return int(match[1]) if match else DEFAULT_VISUAL_TOKENS
 
 
 def run_config(model: ModelConfig, template: Template) -> dict[str, Any]:
-    """config.json of a run directory that the published code loads, if it knows a model of these sizes."""
+    """Returns config.json of a run directory; the published code loads it if it knows a model of these sizes."""
     pooled = "avgpool" if model.num_visual_tokens == DEFAULT_VISUAL_TOKENS else f"{model.num_visual_tokens}-avgpool"
     is_pretrained = template == "plain"
     return {
@@ -107,7 +107,7 @@ def run_config(model: ModelConfig, template: Template) -> dict[str, Any]:
 
 
 def differences_from_published(model: ModelConfig) -> list[str]:
-    """What the published code computes otherwise than the model at hand."""
+    """Lists what the published code computes differently from this model."""
     published = ModelConfig.open_qwen2vl_2b()
     differences = []
     expected_decoder = dataclasses.replace(published.decoder, rope_inv_freq=model.decoder.rope_inv_freq)

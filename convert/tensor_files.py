@@ -1,6 +1,7 @@
-"""Reading and writing tensors of other people's files, a few at a time: safetensors (sharded or not) and torch files.
+"""Reads tensors of safetensors files (sharded or not) and torch files, and writes safetensors, a few at a time.
 
-Nothing is held between two reads, mapped pages included, so the memory a conversion takes does not grow with its file.
+Nothing stays in memory between two `opened` contexts, not even mapped pages. The memory of a conversion therefore does
+not grow with its file.
 """
 
 import json
@@ -24,13 +25,13 @@ Reader = Callable[[str], np.ndarray]
 
 
 class TensorSource(Protocol):
-    """Named tensors on disk. `where` says which for messages; `shapes` are read from headers alone."""
+    """Named tensors on disk. `where` names the file or folder in messages; `shapes` are read without the data."""
 
     where: str
     shapes: dict[str, tuple[int, ...]]
 
     def opened(self) -> Any:
-        """A context that yields a Reader: name -> array in its own type. Memory it maps is let go at its end."""
+        """A context that yields a Reader: name -> array in its stored dtype. Mapped memory is freed when it ends."""
         ...
 
 
@@ -44,7 +45,7 @@ class SafetensorsSource:
         self._file_of: dict[str, Path] = {}
         for file, listed in self._files.items():
             with _open_safetensors(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (it is no dict)
+                for name in tensors.keys():  # noqa: SIM118  (`tensors` is not a dict)
                     tensor = tensors.get_slice(name)
                     if tensor.get_dtype() not in FLOAT_DTYPES:
                         if name.endswith("position_ids"):  # a buffer of old versions: 0, 1, 2, ...
@@ -78,7 +79,7 @@ class TorchSource:
     """A torch file of nested dicts of tensors; names are the keys joined by dots. No code in it is run."""
 
     def __init__(self, path: Path, root: str | None = None):
-        """`root`: the key below which the tensors stand. Raises UserError for what is no such file."""
+        """`root`: the key that holds the tensors. Raises UserError if the file cannot be used."""
         self.where, self._path, self._root = str(path), path, root
         import torch
 
@@ -98,7 +99,7 @@ class TorchSource:
             import torch
 
             tensor = tensors[name].detach()
-            if tensor.dtype == torch.bfloat16:  # which torch does not hand to numpy
+            if tensor.dtype == torch.bfloat16:  # torch does not convert bfloat16 to numpy
                 return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
             return tensor.numpy()
 
@@ -132,7 +133,7 @@ class TorchSource:
 
 
 class Renamed:
-    """Another source under other names: `name_of` maps a name to the one it shall have."""
+    """A source with renamed tensors: `name_of` maps a name in the file to the new name."""
 
     def __init__(self, source: TensorSource, name_of: Callable[[str], str]):
         self.where, self._source = source.where, source
@@ -151,14 +152,14 @@ class Renamed:
 
 
 def open_source(path: Path) -> TensorSource:
-    """Of a folder or a file, by what is there."""
+    """Opens a torch file if the suffix says so, else a safetensors file or folder."""
     if path.suffix in TORCH_SUFFIXES and path.is_file():
         return TorchSource(path)
     return SafetensorsSource(path)
 
 
 def _safetensors_files(path: Path) -> dict[Path, list[str]]:
-    """File -> the names that an index says it holds (none without an index)."""
+    """Maps each file to the names that the index lists for it (an empty list without an index)."""
     if path.is_file():
         return {path: []}
     if (path / INDEX).is_file():
@@ -202,7 +203,8 @@ def _first_line(error: BaseException) -> str:
 
 
 class SafetensorsWriter:
-    """Writes tensors to one file, or to shards with an index; added in the order of `sizes`, one shard is held."""
+    """Writes tensors to one file, or to shards with an index. Holds one shard at a time if the tensors are added in the
+    order of `sizes`."""
 
     def __init__(self, folder: Path, sizes: dict[str, int], max_shard_bytes: int):
         """sizes: name -> bytes."""
@@ -217,7 +219,7 @@ class SafetensorsWriter:
         )
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        """Writes a shard as soon as its last tensor is here."""
+        """Adds a tensor and writes its shard if that is complete."""
         self._pending[name] = tensor
         file = self._plan.tensor_to_filename[name]
         names = self._plan.filename_to_tensors[file]
@@ -226,7 +228,7 @@ class SafetensorsWriter:
 
             shard = {other: self._pending.pop(other) for other in names}
             save_file(shard, self._folder / file, metadata={"format": "pt"})
-            (self._folder / file).chmod(0o644)  # it makes files that their owner alone can read
+            (self._folder / file).chmod(0o644)  # save_file makes files that only their owner can read
             self._written += len(shard)
 
     def close(self) -> None:

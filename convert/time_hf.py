@@ -1,5 +1,5 @@
-"""transformers' generate on an exported model (bench decode) and on random weights (bench report): what ours is
-measured against."""
+"""Runs transformers' generate as the baseline of our decoding: on an exported model (bench decode) and on random
+weights (bench report)."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ class TransformersPeer:
         self._processor = AutoProcessor.from_pretrained(folder)
 
     def generate(self, prompts: Sequence[list[int]], images: Sequence[bytes], num_tokens: int) -> list[list[int]]:
-        """New tokens of prompts of one length, each with one image; the end of a turn does not end a reply."""
+        """Returns num_tokens new tokens per prompt; stop tokens do not end it. Prompts: one length, one image each."""
         processor = self._processor.image_processor
         pixels = processor(images=[Image.open(io.BytesIO(data)) for data in images], return_tensors="pt")
         tokens = torch.tensor(list(prompts))
@@ -37,7 +37,7 @@ class TransformersPeer:
         return written[:, tokens.shape[1] :].tolist()
 
     def with_requests(self, prompt: list[int], images: Sequence[bytes]) -> Callable[[int], object]:
-        """A function of the number of tokens to write."""
+        """Returns a function that takes the number of tokens and generates them for the prompt with each image."""
         return lambda num_tokens: self.generate([prompt] * len(images), images, num_tokens)
 
 
@@ -57,7 +57,7 @@ class RandomDecoder:
         self._model.eval()
 
     def generate(self, batch: int, num_prompt: int, num_new: int) -> None:
-        """Writes num_new tokens to each of `batch` prompts of num_prompt tokens, greedily, and waits for them."""
+        """Generates num_new tokens greedily after each of `batch` prompts of num_prompt tokens and waits for them."""
         tokens = torch.ones(batch, num_prompt, dtype=torch.long, device=self.device)
         with torch.no_grad():
             self._model.generate(

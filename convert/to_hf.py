@@ -1,10 +1,11 @@
-"""python -m convert.to_hf: a checkpoint to a Hugging Face folder.
+"""python -m convert.to_hf: converts a checkpoint to a Hugging Face folder.
 
     python -m convert.to_hf runs/sft_llava --out exported            # 729 tokens: transformers' own Llava classes
     python -m convert.to_hf runs/pretrain --out exported             # pooled: the same files and one small module
 
-Where the number of visual tokens equals the number of patches, pooling is the identity and the model is exactly
-transformers' LlavaForConditionalGeneration: no remote code, and whatever reads Llava reads it.
+If there are as many visual tokens as patches (pooling is the identity) and the rotary inverse frequencies are float32,
+the model is exactly transformers' LlavaForConditionalGeneration: it needs no remote code and loads in any software that
+reads Llava.
 """
 
 import json
@@ -19,20 +20,21 @@ from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, run_command
 
 MAX_SHARD_BYTES = 5 * 10**8
-"""A shard is held twice while it is written: a 2B export of 2 GB shards takes 1.64 times its files, of 1 GB 1.49."""
+"""A shard is in memory twice while it is written. Peak memory of a 2B export was 1.64 times the size of its files with
+shards of 2 GB, and 1.49 times with 1 GB."""
 
 
 @dataclass(frozen=True)
 class ToHFConfig:
-    """A checkpoint to a Hugging Face folder: safetensors, configuration, tokenizer, processor, model card."""
+    """Converts a checkpoint to a Hugging Face folder: safetensors, configuration, tokenizer, processor, model card."""
 
     checkpoint: tyro.conf.Positional[str]
     """Run directory (its newest checkpoint) or one checkpoint folder."""
     out: str
-    """Folder to write; it appears when it is whole."""
+    """Folder to write. It appears only when it is complete."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     native: bool = False
-    """Insist on transformers' own classes; refused, with the reason, where they are not this model."""
+    """Require transformers' own classes. Fails with the reason if they cannot express this model."""
 
 
 def export(config: ToHFConfig) -> str:
@@ -78,7 +80,7 @@ def write_weights(folder: Path, layout: str, reader, dtype: str) -> None:
 
 
 def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> None:
-    """Everything but the weights and the module: configuration, tokenizer, processor, generation, model card."""
+    """Writes all but the weights and the module: configuration, tokenizer, processor, generation config, model card."""
     from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -117,8 +119,9 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
 
 
 def write_preprocessor_configs(folder: Path, image_processor) -> None:
-    """transformers 4 reads preprocessor_config.json, and knows the class by its older name; vLLM's Llava takes the size
-    of a picture from crop_size, which nothing else reads here."""
+    """Writes preprocessor_config.json for transformers 4, with the class name that it knows.
+
+    Adds crop_size to both files: vLLM's Llava takes the image size from it, and nothing else reads it here."""
     from .export_tokenizer import write_json
 
     values = image_processor.to_dict() | {"image_processor_type": "SiglipImageProcessor"}

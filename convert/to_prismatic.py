@@ -1,9 +1,9 @@
-"""python -m convert.to_prismatic: a checkpoint to a run directory that the published PyTorch code loads.
+"""python -m convert.to_prismatic: converts a checkpoint to a run directory that the published PyTorch code loads.
 
     python -m convert.to_prismatic runs/sft_llava --out prismatic/oq2vl-jax
 
-What that code computes otherwise than the model at hand is printed: it knows exact GELU and bf16-rounded rotary
-inverse frequencies only.
+Prints what that code computes differently from this model: it has only exact GELU and bf16-rounded rotary inverse
+frequencies.
 """
 
 import errno
@@ -22,14 +22,14 @@ from oq2vl_jax.errors import UserError, run_command
 
 @dataclass(frozen=True)
 class ToPrismaticConfig:
-    """A checkpoint to the layout of the published code, float32 as there."""
+    """Converts a checkpoint to the layout of the published code, in float32 like the published files."""
 
     checkpoint: tyro.conf.Positional[str]
     """Run directory (its newest checkpoint) or one checkpoint folder."""
     out: str
-    """Run directory to write; it appears when it is whole."""
+    """Run directory to write. It appears only when it is complete."""
     without_vision: bool = False
-    """Leave the vision encoder out, as the published files do where it was frozen; that code then fetches timm's."""
+    """Leave out the vision encoder, as the published files do if it was frozen; that code then downloads timm's."""
 
 
 def export(config: ToPrismaticConfig) -> str:
@@ -54,8 +54,8 @@ def export(config: ToPrismaticConfig) -> str:
         reader.shapes = {name: shape for name, shape in reader.shapes.items() if not name.startswith("vision.")}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in exported_tensors("prismatic", reader, np.dtype(np.float32), filler):
-        part, rest = name.split(".", 1)
-        parts.setdefault(part, {})[rest] = torch.from_numpy(tensor)
+        part, tensor_name = name.split(".", 1)
+        parts.setdefault(part, {})[tensor_name] = torch.from_numpy(tensor)
     decoder = parts["llm_backbone"]
     decoder.setdefault("llm.lm_head.weight", decoder["llm.model.embed_tokens.weight"])  # tied: one storage, two names
     with new_folder(Path(config.out)) as folder:
@@ -68,7 +68,7 @@ def export(config: ToPrismaticConfig) -> str:
 
 
 def save(parts: dict, file: Path, out: str) -> None:
-    """Raises OSError for a full disk, which torch's own error does not name, UserError for what else it says."""
+    """Writes the parts. Raises OSError for a full disk, which torch's error does not name, else UserError."""
     import torch
 
     try:

@@ -1,6 +1,6 @@
-"""The one table: their tensor name <-> our parameter <-> transform, for every layout that is read or written.
+"""The one weight table: their tensor name <-> our parameter <-> transform, for every layout that is read or written.
 
-Four parts (vision as Hugging Face and as timm name it, projector, decoder) are put together to layouts by prefixes:
+Prefixes combine four parts (vision with the names of Hugging Face or timm, projector, decoder) into layouts:
 
     layout        vision                        projector               decoder
     siglip        vision_model.                 -                       -
@@ -10,11 +10,11 @@ Four parts (vision as Hugging Face and as timm name it, projector, decoder) are 
     open_qwen2vl  model.vision_tower.           model.multi_modal_..    model.language_model. and lm_head
     prismatic     vision_backbone.featurizer.   projector.              llm_backbone.llm.
 
-`clip` stands apart: the two towers of a CLIP that scores data.
+`clip` is separate: the two towers of a CLIP that scores data.
 
-`{layer}` in their name stands for the number of a layer; ours holds all layers of a part in one array [L, ...]. timm
-fuses q, k and v: there one of their tensors is three of ours. All transforms move values and never compute: both
-directions are exact, bit for bit.
+`{layer}` in their name is the number of a layer; our parameter holds all layers in one array [L, ...]. timm fuses q, k
+and v, so one of its tensors holds three of our parameters. Transforms move values and never compute; both directions
+are exact, bit for bit.
 """
 
 import math
@@ -27,14 +27,14 @@ Shape = tuple[int, ...]
 
 
 class Transform(NamedTuple):
-    """One of their tensors to our parameters of one layer, in the order of Row.ours, and back."""
+    """Converts one of their tensors to our parameters of one layer, in the order of Row.ours, and back."""
 
     to_ours: Callable[[np.ndarray], list[np.ndarray]]
     to_theirs: Callable[[list[np.ndarray]], np.ndarray]
 
 
 class Row(NamedTuple):
-    """theirs: a tensor name, with {layer} where ours is stacked; ours: the parameters it holds."""
+    """theirs: a tensor name, with {layer} if our parameters are stacked; ours: the parameters that the tensor holds."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """One tensor of a layout: a row at one layer (None where the parameter is not stacked)."""
+    """One tensor of a layout: a row at one layer (None if the parameter is not stacked)."""
 
     theirs: str
     layer: int | None
@@ -50,7 +50,7 @@ class Weight(NamedTuple):
 
 
 def _patches_to_theirs(parts: list[np.ndarray]) -> np.ndarray:
-    """[p * p * 3, D] to a convolution's [D, 3, p, p]."""
+    """Reshapes [p * p * 3, D] to a convolution's [D, 3, p, p]."""
     kernel = parts[0]
     side = math.isqrt(kernel.shape[0] // 3)
     return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
@@ -90,7 +90,7 @@ def _vision_huggingface() -> list[Row]:
 
 
 def _blocks(their_prefix: str, our_prefix: str) -> list[Row]:
-    """The encoder blocks of Hugging Face's SigLIP and CLIP."""
+    """Rows of the encoder blocks in Hugging Face's SigLIP and CLIP."""
     theirs, ours, rows = f"{their_prefix}encoder.layers.{{layer}}", f"{our_prefix}layers", []
     for name in ("layer_norm1", "layer_norm2"):
         rows += _norm(f"{theirs}.{name}", f"{ours}.{name}")
@@ -118,7 +118,7 @@ def _vision_timm() -> list[Row]:
 
 
 def _decoder() -> list[Row]:
-    """Qwen2Model without its head; names as inside Qwen2ForCausalLM, less the prefix "model."."""
+    """Rows of Qwen2Model, without the head; names as in Qwen2ForCausalLM without the prefix "model."."""
     theirs, ours = "layers.{layer}", "decoder.layers"
     rows = [Row("embed_tokens.weight", ("decoder.embed_tokens",), SAME)]
     for name in ("input_layernorm", "post_attention_layernorm"):
@@ -132,12 +132,12 @@ def _decoder() -> list[Row]:
 
 
 def _clip() -> list[Row]:
-    """CLIPModel; its towers have the same blocks."""
+    """Rows of CLIPModel. Both towers have the same kind of block."""
     rows = [
         Row("vision_model.embeddings.class_embedding", ("image_tower.class_embedding",), SAME),
         Row("vision_model.embeddings.patch_embedding.weight", ("image_tower.patch_embedding.kernel",), PATCHES),
         Row("vision_model.embeddings.position_embedding.weight", ("image_tower.position_embedding",), SAME),
-        *_norm("vision_model.pre_layrnorm", "image_tower.pre_layernorm"),  # so spelled there
+        *_norm("vision_model.pre_layrnorm", "image_tower.pre_layernorm"),  # transformers' spelling
         *_norm("vision_model.post_layernorm", "image_tower.post_layernorm"),
         *_linear("visual_projection", "image_tower.projection", has_bias=False),
         Row("text_model.embeddings.token_embedding.weight", ("text_tower.token_embedding",), SAME),
@@ -184,11 +184,11 @@ LAYOUTS: dict[str, list[Row]] = {
     ],
     "clip": _clip(),
 }
-"""The row of the head applies to models whose head is not tied; `weights_of` leaves out what a model does not hold."""
+"""The lm_head row is for models with an untied head; `weights_of` skips the rows of parameters that a model lacks."""
 
 
 def weights_of(layout: str, shapes: dict[str, Shape]) -> list[Weight]:
-    """Every tensor of a layout that holds a parameter of `shapes` (our names), all layers of a row together."""
+    """Lists every tensor of a layout that holds a parameter of `shapes` (our names), all layers of a row together."""
     weights = []
     for row in LAYOUTS[layout]:
         if row.ours[0] not in shapes:
@@ -202,16 +202,16 @@ def weights_of(layout: str, shapes: dict[str, Shape]) -> list[Weight]:
 
 
 def their_shape(weight: Weight, shapes: dict[str, Shape]) -> Shape:
-    """The shape of one of their tensors, from those of our parameters."""
+    """Returns the shape of one of their tensors, from the shapes of our parameters."""
     ours = [shapes[name] if weight.layer is None else shapes[name][1:] for name in weight.row.ours]
     return weight.row.transform.to_theirs([np.empty(shape, np.bool_) for shape in ours]).shape
 
 
 def unused_vision(layout: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
-    """Vision weights that a layout has and our model does not hold, with their shapes.
+    """Returns the shapes of the vision weights that a layout has and our model does not hold.
 
-    They lie behind the features: the last block, the final norm, the attention pool. Read, they are left out; where a
-    layout cannot do without them they are written as zeros, and nothing that is computed depends on them.
+    They come after the features: the last block, the final norm, the attention pool. Imports leave them out. Exports
+    write zeros for those that a layout requires; no output depends on them.
     """
     num_blocks, width, hidden = shapes["vision.layers.mlp.fc1.kernel"]
     rows = [row for row in LAYOUTS[layout] if row.ours[0].startswith("vision.layers.")]

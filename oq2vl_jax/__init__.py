@@ -4,9 +4,9 @@ How data flows, one line per arrow:
 
     WebDataset .tar   --curate/score-->    scores     one parquet per tar; optional, as the next two are
     scores, metadata  --curate/filter-->   uid set    samples that an expression over rules keeps, and a report
-    uid set, .tar     --curate/reshard-->  .tar       the kept samples, their bytes as they came
+    uid set, .tar     --curate/reshard-->  .tar       the kept samples, bytes unchanged
     WebDataset .tar   --data/samples-->    Sample     bytes and text of one key
-    Sample            --data/text-->       Document   token ids, which of them are labelled, encoded images
+    Sample            --data/text-->       Document   token ids, loss mask, encoded images
     Documents         --data/packing-->    rows       under a token budget and an image budget
     rows              --data/pack-->       ArrayRecord shards and a manifest, written once, offline
     ArrayRecord       --data/loading-->    Batch      uint8 images, tokens, labels, positions, segment ids

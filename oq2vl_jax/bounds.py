@@ -1,7 +1,7 @@
-"""Types of numbers with their bounds, and the one place where these are checked, for all commands and configurations.
+"""Defines number types with bounds, and checks them for all commands and configurations.
 
-A field says what it takes in its type (`num_rows: Count = 8`). A value outside is one sentence that names the flag or
-the field, the bounds and the value; so is a number that is none (nan).
+The type of a field states its bounds (`num_rows: Count = 8`). A value outside them, or nan, raises one sentence that
+names the flag or the field, the bounds and the value.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ INT32_MAX = 2**31 - 1
 
 
 class Between(NamedTuple):
-    """Both ends are allowed; of an interval that `is_above` its low end, that one is not."""
+    """An interval that includes both ends; `is_above` excludes the low end."""
 
     low: float
     high: float
@@ -32,24 +32,24 @@ class Between(NamedTuple):
 Count = Annotated[int, Between(1, INT32_MAX)]
 CountOrZero = Annotated[int, Between(0, INT32_MAX)]
 Seed = Annotated[int, Between(0, INT32_MAX)]
-"""What an int32 holds, as the random numbers of a row on the device are seeded."""
+"""An int32, because the device seeds a row's random numbers with one."""
 Workers = Annotated[int, Between(1, 1024)]
 """Processes or threads of one machine."""
 WorkersOrZero = Annotated[int, Between(0, 1024)]
 Length = Annotated[int, Between(1, 2**20)]
 """Tokens of a sequence; Qwen2.5 was trained to 32,768."""
 SmallCount = Annotated[int, Between(1, 2**20)]
-"""Of what is held in memory together, such as the rows of a batch."""
+"""Things held in memory together, such as the rows of a batch."""
 Side = Annotated[int, Between(1, 2**14)]
 """Pixels of a side."""
 SmallCountOrZero = Annotated[int, Between(0, 2**20)]
 Width = Annotated[int, Between(1, 2**20)]
-"""Channels of a layer, entries of a vocabulary are more."""
+"""Channels of a layer."""
 Vocabulary = Annotated[int, Between(1, 2**24)]
 CountOrRest = Annotated[int, Between(-1, 2**20)]
-"""-1: as many as are left."""
+"""-1: all that remain."""
 Depth = Annotated[int, Between(1, 1024)]
-"""Layers, or heads of one."""
+"""Layers, or the heads of a layer."""
 Rate = Annotated[float, Between(0.0, 1000.0, is_above=True)]
 Share = Annotated[float, Between(0.0, 1.0)]
 Positive = Annotated[float, Between(0.0, 1e12, is_above=True)]
@@ -59,16 +59,16 @@ TopP = Annotated[float, Between(0.0, 1.0, is_above=True)]
 
 
 def check_bounds(config: Any, as_flags: bool = False, prefix: str = "") -> None:
-    """Raises UserError naming every number of a dataclass, and of those in it, that is out of its bounds.
+    """Raises UserError that names every number outside its bounds in a dataclass and those nested in it.
 
-    as_flags: fields are called as on the command line, --num-rows; else as in a configuration, data.num_rows.
+    as_flags: names fields as on the command line (--num-rows), not as in a configuration (data.num_rows).
     """
-    found = [
+    problems = [
         f"{'--' + name.replace('_', '-') if as_flags else name} must be {bounds}, got {value}"
         for name, bounds, value in out_of_bounds(config, prefix)
     ]
-    if found:
-        raise UserError("; ".join(found) + ".")
+    if problems:
+        raise UserError("; ".join(problems) + ".")
 
 
 def out_of_bounds(config: Any, prefix: str = "") -> Iterator[tuple[str, Between, float]]:
@@ -82,7 +82,7 @@ def out_of_bounds(config: Any, prefix: str = "") -> Iterator[tuple[str, Between,
 
 
 def outside(kind: Any, value: Any) -> Iterator[tuple[Between, float]]:
-    """The numbers of a value that its type does not allow: one of `Count`, `Count | None`, `tuple[Count, ...]`."""
+    """Yields the numbers of a value outside the bounds of its type: `Count`, `Count | None` or `tuple[Count, ...]`."""
     if isinstance(value, tuple | list):
         for item in value:
             for part in get_args(kind):
@@ -96,7 +96,7 @@ def outside(kind: Any, value: Any) -> Iterator[tuple[Between, float]]:
 
 
 def parse(command: type[Command], prog: str, **options: Any) -> Command:
-    """The command line as a dataclass, by tyro, its numbers within their bounds. Raises UserError."""
+    """Parses the command line into a dataclass with tyro, and checks the bounds. Raises UserError."""
     import tyro
 
     parsed = tyro.cli(command, prog=prog, **options)

@@ -1,4 +1,4 @@
-"""Checkpoints: one Orbax step folder holds everything needed to go on, or to ask the model.
+"""Checkpoints: one Orbax step folder holds everything needed to resume, or to ask the model.
 
     RUN_DIR/checkpoints/000500/
         model/       {"decoder.norm.scale": array, ...}, float32
@@ -6,10 +6,10 @@
         loader/      state of the data loader (rows consumed)
         config/      the resolved configuration
         tokenizer/   tokenizer.json and its companions, ready for transformers
-        digests/     of every file above (checkpoint_digests.py), compared when it is read
+        digests/     digests of every file above (checkpoint_digests.py), checked when it is read
 
-A converted checkpoint (convert/) has model/, tokenizer/ and digests/ as well, and description/ in place of the rest.
-Orbax writes beside and renames, so a step folder is whole or it is not there. Config and tokenizer are plain files.
+A converted checkpoint (convert/) has model/, tokenizer/, digests/, and description/ in place of the others. Orbax
+writes to a temporary folder and renames it, so a step folder is whole or absent. Config and tokenizer are plain files.
 """
 
 import json
@@ -33,7 +33,7 @@ from oq2vl_jax.trees import from_named_arrays, named_arrays
 STEP_DIGITS = 6
 ITEMS = ("model", "optimizer", "loader", "config", "tokenizer")
 READ_ITEMS = ("model", "config", "description", "tokenizer")
-"""Of a checkpoint, what is read by whoever takes its weights."""
+"""Items of a checkpoint that are read to use its weights."""
 
 
 class FilesHandler(ocp.CheckpointHandler):
@@ -58,7 +58,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def find_checkpoint(path: str) -> Path:
-    """A step folder: `path` itself, or the newest one of a run directory. Raises UserError if there is none."""
+    """Finds a step folder: `path` itself, or the newest one of a run directory. Raises UserError if there is none."""
     check_local("checkpoint", path)
     root = Path(path)
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
@@ -69,14 +69,14 @@ def find_checkpoint(path: str) -> Path:
 
 
 def open_checkpoint(path: str) -> Path:
-    """find_checkpoint(path), its files compared with their digests. Raises UserError if one is damaged."""
+    """Finds a checkpoint and checks the digests of the files of READ_ITEMS. Raises UserError if one is damaged."""
     folder = find_checkpoint(path)
     check_digests(folder, READ_ITEMS)
     return folder
 
 
 def load_train_config(checkpoint: Path) -> TrainConfig | None:
-    """The configuration a checkpoint was trained with; None for a converted one."""
+    """Loads the configuration a checkpoint was trained with; None for a converted one."""
     file = checkpoint / "config" / "metadata"
     return from_dict(TrainConfig, json.loads(file.read_text()), where=str(file)) if file.exists() else None
 
@@ -92,9 +92,9 @@ def load_description(checkpoint: Path) -> CheckpointDescription:
 
 
 def load_weights(checkpoint: Path, like: Any) -> Any:
-    """The model of a checkpoint placed as `like` (a model of shapes with shardings).
+    """Loads the model of a checkpoint, placed as `like` (a model of shapes with shardings).
 
-    Raises UserError that lists every missing, unexpected and mis-shaped parameter.
+    Raises UserError that names the first four missing, unexpected or mis-shaped parameters.
     """
     expected = named_arrays(like)
     handler = ocp.StandardCheckpointHandler()

@@ -1,10 +1,10 @@
-"""Digests of a checkpoint's files: written with it and compared when it is read. No flipped bit passes for a weight.
+"""Writes digests of a checkpoint's files with it and checks them when it is read, so that a flipped bit is an error.
 
     checkpoints/000500/digests/digests.json      {"algorithm": "xxh3_128", "files": {"model/d/0cf1..": [bytes, digest]}}
 
-Orbax keeps arrays as compressed chunks without checksums of their own: of 60 flipped bits 41 gave other weights in
-silence. The digests cover what an item of the checkpoint holds (model, optimizer, ...) and are part of the checkpoint
-from the moment that it is whole. XXH3 runs at the speed of memory; reading the files costs the rest.
+Orbax stores arrays as compressed chunks without checksums: 41 of 60 flipped bits changed weights silently. The digests
+cover every file of the checkpoint's items (model, optimizer, ...); they are written before Orbax renames the step
+folder. XXH3 runs at memory speed; most of the time goes into reading the files.
 """
 
 import json
@@ -24,12 +24,12 @@ from oq2vl_jax.errors import UserError
 ITEM, FILE, ALGORITHM = "digests", "digests.json", "xxh3_128"
 METADATA = "_CHECKPOINT_METADATA"
 MARKER = "commit_success.txt"
-"""Orbax's own; it says nothing about what stands beside it."""
+"""Orbax's own marker of a complete folder; it says nothing about the other files, so it has no digest."""
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class DigestsHandler(ocp.CheckpointHandler):
-    """An item that digests the other items; the last one to be finalized, when these are whole."""
+    """Digests the other items; it is finalized last, when they are whole."""
 
     def save(self, directory: Any, args: "SaveDigests") -> None:
         del directory, args
@@ -53,7 +53,7 @@ class SaveDigests(ocp.args.CheckpointArgs):
 
 
 def write_digests(step: Path, items: Iterable[str], target: Path) -> None:
-    """Digests of every file of some items of a checkpoint."""
+    """Writes the digests of every file of these items of a checkpoint to `target`."""
     files = sorted(str(path.relative_to(step)) for item in items for path in files_of(step / item))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(lambda name: digest_of(step / name), files))
@@ -62,9 +62,9 @@ def write_digests(step: Path, items: Iterable[str], target: Path) -> None:
 
 
 def check_digests(step: Path, items: Iterable[str]) -> None:
-    """Raises UserError unless every file of these items that the checkpoint was written with is there, unchanged.
+    """Raises UserError unless every file of these items that has a digest is present and unchanged.
 
-    A checkpoint without digests, from before they were written, passes with a line on standard error.
+    A checkpoint older than the digests passes, with a line on standard error.
     """
     check_metadata(step)
     listed = read_digests(step)
@@ -74,15 +74,15 @@ def check_digests(step: Path, items: Iterable[str]) -> None:
     chosen = set(items)
     wanted = {name: tuple(entry) for name, entry in listed.items() if name.split("/")[0] in chosen}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda name: digest_of(step / name) if (step / name).is_file() else None, wanted)
-        changed = [name for name, digest in zip(wanted, found, strict=True) if digest != wanted[name]]
+        digests = pool.map(lambda name: digest_of(step / name) if (step / name).is_file() else None, wanted)
+        changed = [name for name, digest in zip(wanted, digests, strict=True) if digest != wanted[name]]
     if changed:
         is_there = (step / changed[0]).is_file()
         raise damaged(step, changed[0], "is not as it was written" if is_there else "is missing")
 
 
 def check_metadata(step: Path) -> None:
-    """Orbax's own file beside the items, which it changes itself: nothing, or a JSON object."""
+    """Raises UserError unless Orbax's own file, which Orbax rewrites, is missing, empty or a JSON object."""
     content = (step / METADATA).read_bytes() if (step / METADATA).exists() else b""
     try:
         is_right = not content or isinstance(json.loads(content), dict)
@@ -93,7 +93,7 @@ def check_metadata(step: Path) -> None:
 
 
 def read_digests(step: Path) -> dict[str, list] | None:
-    """{file: [bytes, digest]}; None for a checkpoint without. Raises UserError if the list itself is damaged."""
+    """Returns {file: [bytes, digest]}; None for a checkpoint without it. Raises UserError if the list is damaged."""
     file = step / ITEM / FILE
     if not file.exists():
         return None
@@ -107,8 +107,8 @@ def read_digests(step: Path) -> dict[str, list] | None:
     return files
 
 
-def damaged(step: Path, name: str, what: str) -> UserError:
-    """The error of a checkpoint that cannot be used: which file, and how to go on."""
+def damaged(step: Path, name: str, problem: str) -> UserError:
+    """Returns the error of a damaged checkpoint, which names the file and how to go on."""
     others = [path for path in step.parent.glob("*") if path.name.isdigit() and path.name != step.name]
     before = max((path for path in others if int(path.name) < int(step.name)), key=lambda p: int(p.name), default=None)
     way_out = (
@@ -116,7 +116,7 @@ def damaged(step: Path, name: str, what: str) -> UserError:
         if before
         else "copy it again; there is no earlier checkpoint beside it"
     )
-    return UserError(f"{step}: the checkpoint is damaged: {name} {what}; {way_out}.")
+    return UserError(f"{step}: the checkpoint is damaged: {name} {problem}; {way_out}.")
 
 
 def digest_of_list(files: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""oq2vl NAME [OPTIONS]: every command of the project by a short name; oq2vl NAME --help lists the options of one.
+"""oq2vl NAME [OPTIONS]: runs a command of the project by its short name; oq2vl NAME --help lists its options.
 
-In a checkout the same commands are python -m oq2vl_jax.NAME and python -m convert.NAME.
+In a checkout the same commands are python -m MODULE, with the modules of COMMANDS.
 """
 
 import importlib
@@ -29,13 +29,13 @@ COMMANDS = {
     "ask_hf": ("convert.ask_hf", "ask an export with plain transformers"),
     "bench": ("oq2vl_jax.bench", "measurements"),
 }
-"""Name: module, what it does."""
+"""Name: (module, description)."""
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        lines = [f"  {command:15} {what}" for command, (_, what) in COMMANDS.items()]
+        lines = [f"  {command:15} {description}" for command, (_, description) in COMMANDS.items()]
         print("usage: oq2vl NAME [OPTIONS]\n", *lines, "\noq2vl NAME --help lists the options of one.", sep="\n")
         return
     if name not in COMMANDS:
@@ -45,14 +45,14 @@ def main() -> None:
 
 
 def found_name(module: str) -> str:
-    """The bridge lies in the package when it is installed, and beside it in a checkout."""
+    """Returns the import name: convert/ is inside the package when installed, and beside it in a checkout."""
     inside = f"oq2vl_jax.{module}"
     is_inside = module.startswith("convert.") and importlib.util.find_spec("oq2vl_jax.convert") is not None
     return inside if is_inside else module
 
 
 def bridge(name: str) -> ModuleType:
-    """A module of convert/, wherever it lies."""
+    """Imports a module of convert/, in an installation or a checkout."""
     return importlib.import_module(found_name(f"convert.{name}"))
 
 

@@ -1,7 +1,7 @@
-"""Every dataclass of the configuration, and the published model.
+"""Defines every dataclass of the configuration, and the published model.
 
 Values live in configs/*.py (a file that binds `config`) or in the config.json of a run; config_files.py reads both.
-Neither imports jax or torch, so that `--help` is instant.
+Neither file imports jax or torch, so that `--help` is instant.
 """
 
 import dataclasses
@@ -35,22 +35,23 @@ ROLE = "role"
 
 
 OPERATIONAL = {ROLE: "operational"}
-"""Metadata of a field, or of a nested configuration, that may change between a run and its resumption: it decides how
-something is computed, not what. Of data.sources the rows must stay the same, which the checkpoint's loader state says
-(data/packing/packed.py)."""
+"""Metadata of a field, or of a nested configuration, that may change when a run is resumed: it decides how something is
+computed, not the result. data.sources may move, but its rows must stay the same; the fingerprint in the checkpoint's
+loader state checks this (data/packing/packed.py)."""
 INITIAL = {ROLE: "initial"}
-"""Metadata of a field that decides fresh weights alone: weights that come from elsewhere may differ in it."""
+"""Metadata of a field that affects fresh weights only: a checkpoint that a run starts from may differ in it."""
 
 Template = Literal["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"]
-"""How text is written around images and turns; see data/text/codec.py."""
+"""Template of the text around images and turns; see data/text/codec.py."""
 PromptForm = Literal["training", "published"]
-"""training: a question as the documents of its template are written. published: as the published code asks, which ends
-without the last line break, drops the token behind every image and begins with <s> twice (open_qwen2vl alone)."""
+"""training: the question has the form of the training documents of its template. published: the form of the published
+code, which ends without the last line break, drops the token after every image and begins with <s> twice (open_qwen2vl
+only)."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP encoder. Features leave the second-to-last block; the last of `num_layers` is never held."""
+    """SigLIP encoder. Features come from the second-to-last block; the last of `num_layers` is not built."""
 
     image_size: Side
     patch_size: Side
@@ -59,11 +60,11 @@ class VisionConfig:
     num_layers: Depth
     num_heads: Depth
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    """gelu = exact, as timm trained the published checkpoint; gelu_tanh = what the hub's SigLIP config says."""
+    """gelu: exact, as timm trained the published checkpoint. gelu_tanh: as in Hugging Face's SigLIP config."""
     layer_norm_eps: Share = 1e-6
     patch_init_gain: Positive = field(default=1.0, metadata=INITIAL)
-    """Times patch_dim ** -0.5: standard deviation of a fresh patch embedding. The small models of the demo learn shapes
-    with 3: after 28k pictures of easy-VQA gain 1/4 had 48 %, 1 75 %, 3 89 % right."""
+    """Standard deviation of a fresh patch embedding, in units of patch_dim ** -0.5. The small models of the demo learn
+    shapes with 3: after 28k pictures of easy-VQA, gain 1/4 had 48 % right, gain 1 had 75 % and gain 3 had 89 %."""
 
     @property
     def patches_per_side(self) -> int:
@@ -103,9 +104,9 @@ class ModelConfig:
     vision: VisionConfig
     decoder: DecoderConfig
     num_visual_tokens: Length
-    """Visual tokens per image; a square number. 144 in pre-training, 729 in tuning: the weights are the same."""
+    """Visual tokens per image; a square number. 144 in pre-training, 729 in tuning, with the same weights."""
     image_token_id: CountOrZero
-    """Id that stands where a visual token goes. Qwen2.5: <|image_pad|> = 151655."""
+    """Token id of the placeholder of a visual token. Qwen2.5: <|image_pad|> = 151655."""
 
     def __post_init__(self):
         check_bounds(self, prefix="model.")
@@ -157,10 +158,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and the budgets it was packed with (checked against each source's manifest)."""
+    """Training data, and the budgets it was packed with (checked against each source's manifest)."""
 
     sources: tuple[str, ...] = field(metadata=OPERATIONAL)
-    """Packed directories."""
+    """Packed folders; with packing online, tars or instruction files."""
     num_tokens: Length
     """Tokens in a packed row."""
     max_images: SmallCount
@@ -168,19 +169,19 @@ class DataConfig:
     weights: tuple[Positive, ...] = ()
     """Share of each source in the mixture; empty: equal shares."""
     template: Template = "open_qwen2vl"
-    """How conversations were written out by the packer; generation asks in the same form."""
+    """Template of the packed conversations; generation uses the same template."""
     attention_scope: Literal["document", "row"] = "document"
-    """document: packed documents do not see each other, positions restart. row: the published behaviour."""
+    """document: packed documents do not attend to each other, positions restart. row: they do, as published."""
     num_threads: Workers | None = field(default=None, metadata=OPERATIONAL)
     """Threads that decode images, per worker; None: one per core that this process may use."""
     num_workers: WorkersOrZero = field(default=0, metadata=OPERATIONAL)
     """Worker processes; 0 = threads only. Batches do not depend on either number."""
     exact_decoding: bool = False
-    """Decode large JPEGs at full size before resizing, as the published code does. By default they are halved while
-    they are decoded (JPEG's own scaling) as long as both sides stay at least the model's."""
+    """Decode large JPEGs at full size before resizing, as the published code does. By default JPEG's own scaling
+    halves them while decoding, as long as both sides stay at least the model's image size."""
     as_seen: bool = False
-    """Turn pictures by their EXIF orientation and put transparent ones on white, as viewers show them and as questions
-    are asked. The published code does neither; the packer's notes count such pictures."""
+    """Turn pictures by their EXIF orientation and put transparent ones on white, as viewers show them and as generation
+    reads them. The published code does neither; the packer's notes count such pictures."""
     packing: Literal["offline", "online"] = "offline"
     """offline: sources are folders of oq2vl_jax.data.pack. online: sources are tars or instruction files, packed while
     training (data/loading/online.py); one process only."""
@@ -189,9 +190,9 @@ class DataConfig:
     tokenizer: str | None = None
     """online: Hugging Face tokenizer folder."""
     verify: Literal["sample", "full"] = field(default="sample", metadata=OPERATIONAL)
-    """What is compared of packed files when a run starts: size and both ends, or every byte."""
+    """Check of the packed files when a run starts. sample: size and both ends. full: every byte."""
     window: SmallCount = 512
-    """online: documents packed together; more fill better and are read again on a restart."""
+    """online: documents packed together; more documents fill rows better, and all are read again on a restart."""
     synthetic_documents: SmallCountOrZero = 0
     """> 0: make this many captioned shapes under run_dir/data, pack them, and train on them as the only source."""
 
@@ -206,7 +207,7 @@ class OptimizerConfig:
     warmup_fraction: Share = 0.03
     max_grad_norm: Positive = 1.0
     vision_learning_rate: Rate | None = None
-    """Peak for the encoder, where it is to differ from learning_rate; the schedule's shape is the same."""
+    """Peak learning rate of the vision encoder; None: learning_rate. The schedule's shape is the same."""
     projector_learning_rate: Rate | None = None
     decoder_learning_rate: Rate | None = None
     beta1: Share = 0.9
@@ -216,7 +217,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainableConfig:
-    """Which parts are trained. Published stages: pretrain and finetune = projector + decoder; full-pretrain = all."""
+    """Parts that are trained. Published stages: pretrain and finetune = projector + decoder; full-pretrain = all."""
 
     vision: bool = False
     projector: bool = True
@@ -229,12 +230,12 @@ class TrainableConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices as (data, fsdp): rows are split over both, parameters and optimizer state over fsdp. -1 = the rest."""
+    """Device mesh (data, fsdp): rows are split over both, parameters and optimizer state over fsdp. -1: the rest."""
 
     data: CountOrRest = 1
     fsdp: CountOrRest = -1
     sharding: Literal["zero1", "fsdp"] = "zero1"
-    """zero1: weights are gathered once a step, gradients reduced once; fsdp: layer by layer, for larger decoders."""
+    """zero1: weights are gathered and gradients reduced once per step. fsdp: layer by layer, for larger decoders."""
 
 
 @dataclass(frozen=True)
@@ -245,10 +246,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    """What is looked at while training; nothing of it changes what is trained."""
+    """Held-out loss and samples during training; they do not affect the trained weights."""
 
     sources: tuple[str, ...] = ()
-    """Packed folders of held-out rows, with the budgets and template of data; empty: none."""
+    """Packed folders of held-out rows, with the budgets and template of data; empty: no held-out evaluation."""
     every_num_steps: Count = 500
     num_batches: Count = 4
     """Global batches of the held-out loss, the same ones every time."""
@@ -259,13 +260,13 @@ class HeldOutConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How the decoder is laid out while it trains: same loss and gradients, but for rounding. Which is fastest is
-    measured by python -m oq2vl_jax.bench report."""
+    """Execution options of the decoder in training; they affect loss and gradients only through rounding.
+    python -m oq2vl_jax.bench report measures which is fastest."""
 
     gate_up: Literal["fused", "apart"] = "fused"
-    """gate_proj and up_proj in one matrix product, or in two."""
+    """fused: gate_proj and up_proj in one matrix product. apart: in two."""
     layers: Literal["one_by_one", "scan"] = "one_by_one"
-    """One program part a layer, or a scan over the stack: half the time to compile, copies of weights and gradients."""
+    """one_by_one: unrolled. scan: over the stack; compiles in half the time, but copies weights and gradients."""
     tiles: Literal["64x64", "128x64", "128x128"] = "64x64"
     """Queries x keys of a tile of the attention kernel."""
 
@@ -284,41 +285,41 @@ class TrainConfig:
     global_batch_size: SmallCount
     """Packed rows per optimizer step, over all devices."""
     run_dir: str = field(metadata=OPERATIONAL)
-    """Where config.json, metrics.jsonl and checkpoints/ go. The same command with the same run_dir resumes."""
+    """Folder for config.json, metrics.jsonl and checkpoints/. The same command with the same run_dir resumes."""
     trainable: TrainableConfig = TrainableConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata=OPERATIONAL)
     checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=OPERATIONAL)
     held_out: HeldOutConfig = field(default=HeldOutConfig(), metadata=OPERATIONAL)
     trackers: tuple[Tracker, ...] = field(default=(), metadata=OPERATIONAL)
-    """Where metrics go beside metrics.jsonl; each is an extra of the same name."""
+    """Trackers that get the metrics besides metrics.jsonl; each needs the extra of the same name."""
     rows_per_device: SmallCount | None = field(default=None, metadata=OPERATIONAL)
-    """Rows in one forward pass of one device; the rest of the global batch is accumulated. None: all at once."""
+    """Microbatch: rows in one forward pass of one device; their gradients are accumulated. None: all rows at once."""
     init_from: str | None = None
     """Start from the weights of this checkpoint (weights only; the optimizer and the data start anew)."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Activations and matmuls; master weights, optimizer and loss are float32."""
+    """Type of activations and matmuls; master weights, optimizer and loss are float32."""
     remat: Literal["none", "dots", "attention", "full"] = field(default="none", metadata=OPERATIONAL)
-    """Activations kept for the backward pass: all; matmul and attention outputs; attention outputs and block inputs;
-    block inputs only."""
+    """Activations kept for the backward pass. none: all. dots: matmul and attention outputs. attention: attention
+    outputs and block inputs. full: block inputs only."""
     attention: Attention | Literal["auto"] = field(default="auto", metadata=OPERATIONAL)
-    """How packed rows attend (model/attention.py); auto: by device and row length, and the run says which. kernel needs
+    """Attention of packed rows (model/attention.py). auto: by device and row length, printed by the run. kernel needs
     a GPU; kernel_interpreted runs it slowly anywhere, for tests."""
     execution: ExecutionConfig = field(default=ExecutionConfig(), metadata=OPERATIONAL)
     gradients: Literal["fused", "plain"] = field(default="fused", metadata=OPERATIONAL)
-    """fused: train/gradients.py, with the logits of a chunk at a time. plain: jax.grad of train/loss.py, with those of
-    a microbatch at once; the same but for rounding, and the place to try another loss."""
+    """fused: train/gradients.py, which holds the logits of one chunk at a time. plain: jax.grad of train/loss.py, which
+    holds the logits of a microbatch; the same except for rounding, and the place to try another loss."""
     seed: Seed = 7
     log_every: Count = field(default=10, metadata=OPERATIONAL)
 
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """What one needs to know of weights to run or export them, wherever they come from."""
+    """Description of weights that is needed to run or export them, whatever their origin."""
 
     model: ModelConfig
     template: Template
     origin: str
-    """"trained", or what they were converted from."""
+    """"trained", or the source of the conversion."""
 
 
 def check_square(name: str, number: int) -> None:

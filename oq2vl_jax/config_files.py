@@ -1,4 +1,4 @@
-"""A configuration loaded from a file of configs/ or the config.json of a run, saved, and compared.
+"""Loads a configuration from a file of configs/ or the config.json of a run, and turns it into JSON or flat keys.
 
 Deviation from frameworks with YAML: a config is Python (an ablation is `dataclasses.replace`), its resolved form JSON.
 """
@@ -18,7 +18,7 @@ from oq2vl_jax.errors import UserError, hint
 
 
 def load_config(path: str) -> TrainConfig:
-    """Reads `config` from a .py of configs/, named by its path or by its name alone, or a resolved config.json.
+    """Reads `config` from a .py of configs/, given by path or by name, or from a resolved config.json.
 
     Raises UserError with file, key and a hint.
     """
@@ -50,24 +50,24 @@ def load_config(path: str) -> TrainConfig:
 
 
 def shipped_folder() -> Path:
-    """configs/: in the package when it is installed, beside it in a checkout."""
+    """Returns configs/: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def shipped_names() -> list[str]:
-    """Names of shipped configurations, such as tiny and ablations/row_scope."""
+    """Returns the names of shipped configurations, such as tiny and ablations/row_scope."""
     folder = shipped_folder()
     return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.py"))
 
 
 def shipped_config(name: str) -> Path | None:
-    """The file of a shipped configuration; None for any other text."""
+    """Returns the file of a shipped configuration; None for any other name."""
     return shipped_folder() / f"{name}.py" if name in shipped_names() else None
 
 
 def from_dict(cls: Any, values: Any, where: str) -> Any:
-    """Strict inverse of dataclasses.asdict: an unknown or missing key, or a value of another type, is an error."""
+    """Inverts dataclasses.asdict; an unknown or missing key, or a value of another type, raises UserError."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected an object for {cls.__name__}, got {type(values).__name__}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -80,9 +80,9 @@ def from_dict(cls: Any, values: Any, where: str) -> Any:
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)} (in {cls.__name__}).")
     types = get_type_hints(cls)
-    found = {key: _from_value(types[key], value, f"{where}: {key}") for key, value in values.items()}
+    arguments = {key: _from_value(types[key], value, f"{where}: {key}") for key, value in values.items()}
     try:
-        config = cls(**found)
+        config = cls(**arguments)
         check_bounds(config)
     except UserError as error:  # the dataclass's own checks
         raise UserError(f"{where}: {error}") from error
@@ -109,7 +109,7 @@ def to_json(config: Any) -> str:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """{"optimizer.learning_rate": 0.001, ...}; lists such as data.sources stay one value."""
+    """Returns {"optimizer.learning_rate": 0.001, ...}; lists such as data.sources stay one value."""
     flat = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -121,7 +121,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def names_of_role(config_class: Any, role: str) -> set[str]:
-    """Dotted names of the fields with that role (config.operational, config.initial), those nested in them included."""
+    """Returns the dotted names of the fields with that role (OPERATIONAL or INITIAL), nested ones included."""
     names, types = set(), get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         classes = [kind for kind in members_of(types[field.name]) if dataclasses.is_dataclass(kind)]
@@ -200,8 +200,8 @@ def name_of(kind: Any) -> str:
 
 
 def _explain_keyword(error: TypeError) -> str:
-    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if not found or not hasattr(config_types, found[1]):
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not match or not hasattr(config_types, match[1]):
         return f"{error}."
-    cls, key = getattr(config_types, found[1]), found[2]
+    cls, key = getattr(config_types, match[1]), match[2]
     return f"{cls.__name__} has no field {key!r}{hint(key, [field.name for field in dataclasses.fields(cls)])}."

@@ -1,8 +1,8 @@
-"""The GPUs this project plans for and measures on: peak rates, memory, links, and what XLA's compiler asks about them.
+"""Lists the GPUs this project plans for and measures on: peak rates, memory, links, and facts for XLA's compiler.
 
 Peaks are the makers' dense bfloat16 rates with float32 accumulation, the denominator of MFU. Rates of
 memory and links are bytes per second in one direction. Compiler facts are XLA's GpuTargetConfigProto; those of the
-A100-40G and the H100 were read from machines, the others are of data sheets and of the compute capability.
+A100-40G and the H100 were read from machines, the others come from data sheets and the compute capability.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Device:
 
     name: str
     kind: str
-    """As jax.Device.device_kind says it."""
+    """As in jax.Device.device_kind."""
     peak_flops: float
     memory_bytes: int
     memory_rate: float
@@ -36,18 +36,18 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """What JAX may take when it is told to (runtime.set_environment); the rest is CUDA's and the libraries'."""
+        """Memory that JAX may take (runtime.set_environment); CUDA and its libraries need the remainder."""
         return int(USABLE_SHARE * self.memory_bytes)
 
     def target_config(self) -> str:
-        """The text form of XLA's GpuTargetConfigProto, for compiling without the device."""
+        """Returns the text form of XLA's GpuTargetConfigProto, for compiling without the device."""
         return TARGET_CONFIG.format(
             device=self, memory_rate=int(self.memory_rate), major=self.capability[0], minor=self.capability[1]
         )
 
 
 class Rates(NamedTuple):
-    """FLOPs and bytes a second, measured where a device is not in the table."""
+    """FLOPs and bytes per second, measured if a device is not in the table."""
 
     peak_flops: float
     memory_rate: float
@@ -107,12 +107,12 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """The device of a name of the table. Raises UserError for another."""
+    """Returns the device of this name. Raises UserError if the table does not have it."""
     if name not in DEVICES:
         raise UserError(f"device {name!r} is not in the table ({', '.join(DEVICES)}){hint(name, DEVICES)}.")
     return DEVICES[name]
 
 
 def device_of_kind(kind: str) -> Device | None:
-    """The device of a jax device_kind; None where the table does not know it."""
+    """Returns the device of a jax device_kind; None if the table does not have it."""
     return next((device for device in DEVICES.values() if device.kind == kind), None)

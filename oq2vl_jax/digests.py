@@ -1,14 +1,14 @@
-"""Digests of files at the speed of memory (XXH3): what tells a damaged, swapped or copied file from the one written."""
+"""Digests files at memory speed (XXH3), to tell a damaged, swapped or badly copied file from the one written."""
 
 from pathlib import Path
 
 READ_BYTES = 2**22
 SAMPLE_BYTES = 2**16
-"""Of each end of a file: enough to tell two files apart, not to find a flipped bit."""
+"""Bytes read at each end of a file: enough to tell two files apart, not to find a flipped bit."""
 
 
 def digest_of(file: Path) -> tuple[int, str]:
-    """(bytes, digest) of a file, read in pieces."""
+    """Returns (bytes, digest) of a file, read in pieces."""
     import xxhash
 
     digest, size = xxhash.xxh3_128(), 0
@@ -20,7 +20,7 @@ def digest_of(file: Path) -> tuple[int, str]:
 
 
 def sample_of_file(file: Path) -> tuple[int, str]:
-    """(bytes, digest of both ends)."""
+    """Returns (bytes of the file, digest of its two ends)."""
     import xxhash
 
     size = file.stat().st_size

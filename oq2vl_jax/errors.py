@@ -1,4 +1,4 @@
-"""What a user caused, and how a command says it: one sentence on stderr, exit code 2, no traceback."""
+"""Reports errors that a user caused: one sentence on stderr, exit code 2, no traceback."""
 
 import difflib
 import errno
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
-    """A problem the user can mend. The message says file or key, expected, got, and what to do.
+    """A problem the user can solve. The message says file or key, expected, got, and what to do.
 
-    Messages quote other software's, which end in a full stop or do not: two at the end become one.
+    A message may end in a quoted one with its own full stop or question mark; a second full stop is removed.
     """
 
     def __init__(self, message: str):
-        super().__init__(re.sub(r"(?<!\.)\.\.$|(?<=\?)\.$", lambda found: "." if found[0] == ".." else "", message))
+        super().__init__(re.sub(r"(?<!\.)\.\.$|(?<=\?)\.$", lambda match: "." if match[0] == ".." else "", message))
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -25,7 +25,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever reads the output has enough of it: head, or a pager that was closed
+    except BrokenPipeError:  # the reader of the output has closed it: head, or a pager
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -44,12 +44,12 @@ REMEDIES = {
     errno.EACCES: "choose a path that you may use", errno.EPERM: "choose a path that you may use",
     errno.EROFS: "choose a path that you may use",
 }  # fmt: skip
-"""What only a user can have caused. A file that is missing can be our mistake as well: it keeps its traceback, and what
-a user names is looked for before anything else."""
+"""Errors that only a user can have caused. A missing file can be our mistake as well, so it keeps its traceback; paths
+that a user names are checked first."""
 
 
 def of_files(error: Exception) -> str:
-    """The sentence of an error that is_full_or_forbidden knows."""
+    """Returns the sentence of an error that is_full_or_forbidden accepts."""
     texts = [os.strerror(number) for number in FULL]
     reason = getattr(error, "strerror", None) or next((text for text in texts if text in str(error)), str(error))
     name, number = getattr(error, "filename", None), getattr(error, "errno", None)
@@ -58,14 +58,14 @@ def of_files(error: Exception) -> str:
 
 
 def is_full_or_forbidden(error: Exception) -> bool:
-    """A full disk, a path that cannot be, or missing permission; libraries below Python's own files say that the disk
-    is full in text only."""
+    """Returns whether an error is a full disk, an impossible path or a missing permission; native libraries report a
+    full disk in the text only."""
     if isinstance(error, OSError):
         return error.errno in (*FULL, *REMEDIES)
     return any(os.strerror(number) in str(error) for number in FULL)
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the nearest known word, or nothing; it stands before the full stop."""
+    """Returns ' (did you mean X?)' for the nearest known word, or ''; put it before the full stop."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -1,4 +1,4 @@
-"""What the HTML pages of the data commands share: one self-contained file, bar charts, thumbnails."""
+"""Builds the HTML pages of the commands: one self-contained file with tables and bar charts."""
 
 import html
 import itertools
@@ -20,7 +20,7 @@ BAR_WIDTH, CHART_HEIGHT = 330, 120
 
 
 def page(title: str, lead: str, body: Iterable[str]) -> str:
-    """A whole HTML page; title and lead are text, body is HTML."""
+    """Returns a whole HTML page; title and lead are text, body is HTML."""
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -31,7 +31,7 @@ def page(title: str, lead: str, body: Iterable[str]) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Numbers are set to the right; everything is escaped."""
+    """Returns an HTML table; columns of numbers are right-aligned, and text is escaped."""
     body = [list(row) for row in rows]
     if not body:
         return "<p>none</p>"
@@ -52,8 +52,8 @@ def cell_text(cell: object) -> str:
 
 
 def bars(caption: str, counts: Mapping[float, int], marked: float | None = None) -> str:
-    """A histogram as SVG: counts by the lower edge of evenly spaced bins, whole numbers by themselves; `marked` draws
-    a line at a value."""
+    """Draws a histogram as SVG. `counts` has the lower edges of evenly spaced bins, or whole numbers, as keys; `marked`
+    draws a line at a value."""
     if not counts:
         return f"<figure><figcaption>{html.escape(caption)}: nothing to show</figcaption></figure>"
     edges = sorted(counts)

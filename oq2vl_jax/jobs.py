@@ -1,12 +1,12 @@
-"""Maps over shards: one task reads some input files and writes one output file and its report, on any executor.
+"""Runs jobs over shards: one task reads some input files and writes one output file and its report, on any executor.
 
-    OUT/settings.json            what the written bytes depend on next to the input; other settings are refused
-    OUT/NAME-00007.EXT           the output of task 7, whole as soon as it is there
-    OUT/NAME-00007.json          its report: input, counts, and the identity of what it was made from
+    OUT/settings.json            settings that the written bytes depend on besides the input; others are refused
+    OUT/NAME-00007.EXT           the output of task 7; it appears only when it is whole
+    OUT/NAME-00007.json          its report: inputs, counts, and the identity of its inputs and settings
     OUT/manifest.json            all reports together, when every task is done
 
 Names, order and bytes depend on the input and the settings alone, not on the executor, the number of workers, or
-whether the job was interrupted: a task whose report stands is not run again, the rest is. Three executors: processes
+interruptions: a task with a valid report is not run again. There are three ways to run the tasks: processes
 on this machine, `--rank R --world-size N` for Slurm arrays and any other scheduler (task i belongs to rank i mod N;
 the rank that finishes last writes the manifest), and Ray.
 """
@@ -32,13 +32,13 @@ from oq2vl_jax.errors import UserError
 
 Gpus = Annotated[float, Between(0.0, 1024.0)]
 RAY_TASKS_IN_FLIGHT = 4
-"""Per CPU of the cluster; more would only fill its queue."""
+"""Tasks per CPU of the cluster; more would only fill its queue."""
 SECONDS_TO_CONNECT = 10
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Where the tasks run. Nothing of it changes what is written."""
+    """Options for running the tasks; they do not affect the output."""
 
     num_workers: Workers = os.cpu_count() or 1
     """Processes on this machine."""
@@ -47,11 +47,11 @@ class Execution:
     world_size: Count = 1
     """Independent commands that share the tasks."""
     executor: Literal["local", "ray"] = "local"
-    """ray: on the cluster at --ray-address, one CPU a task."""
+    """local: processes on this machine. ray: the cluster at --ray-address, one CPU per task."""
     ray_address: str = "auto"
     """"auto" joins the cluster of this machine, "local" starts one."""
     gpus_per_task: Gpus = 0
-    """What a task asks Ray for beside one CPU; 1 for oq2vl_jax.curate.score."""
+    """GPUs that a task requests from Ray besides one CPU; 1 for oq2vl_jax.curate.score."""
 
     def __post_init__(self):
         check_bounds(self, as_flags=True)
@@ -69,8 +69,8 @@ def nothing_beside(inputs: tuple[str, ...]) -> str:
 
 
 class Job(NamedTuple):
-    """What is done to each task. `work(inputs, path)` writes the local file `path` and returns a report (JSON); it
-    must be picklable. `progress` is a format string over the report for the line that says a task is done."""
+    """The work of each task. `work(inputs, path)` writes the local file `path` and returns a report (JSON); it must be
+    picklable. `progress` is a format string over the report, for the line printed after each task."""
 
     out: str
     name: str
@@ -79,9 +79,9 @@ class Job(NamedTuple):
     work: Callable[[tuple[str, ...], Path], dict[str, Any]]
     progress: str
     broken_shards: Literal["stop", "keep"] = "stop"
-    """stop: a report that counts a shard_cut_off, written under keep, does not stand."""
+    """stop: a report that counts a shard_cut_off, written under keep, is not valid: the task runs again."""
     version_beside: Callable[[tuple[str, ...]], str] = nothing_beside
-    """Of other files that the inputs name, such as the pictures of instruction files; "" where there are none."""
+    """Version of other files that the inputs name, such as the pictures of instruction files; "" if there are none."""
 
     def stem(self, index: int) -> str:
         return f"{self.name}{index:0{5 if self.name else 8}d}"
@@ -93,12 +93,12 @@ def make_tasks(files: list[str], inputs_per_task: int = 1) -> list[Task]:
 
 
 def run_job(job: Job, tasks: list[Task], execution: Execution) -> list[dict[str, Any]] | None:
-    """Runs this rank's tasks; the reports of all tasks in order, or None while other ranks have some to do."""
+    """Runs this rank's tasks; returns the reports of all tasks in order, or None while tasks of other ranks remain."""
     paths.check_out(job.out)
     paths.make_folder(job.out)
     check_out_is_ours(job, tasks)
     check_inputs_are_no_outputs(job, tasks)
-    paths.remove(paths.join(job.out, "manifest.json"))  # a manifest says that everything is whole
+    paths.remove(paths.join(job.out, "manifest.json"))  # a manifest means that every task is done
     paths.write_text(paths.join(job.out, "settings.json"), json.dumps(job.settings, indent=2) + "\n")
     mine = tasks[execution.rank :: execution.world_size]
     done = list(show_progress(job, execute(partial(run_task, job), mine, execution), len(mine)))
@@ -108,7 +108,7 @@ def run_job(job: Job, tasks: list[Task], execution: Execution) -> list[dict[str,
 
 
 def check_out_is_ours(job: Job, tasks: list[Task]) -> None:
-    """A folder of something else, or written with other settings or more input, is not mixed with or overwritten."""
+    """Raises UserError for a folder of another command, or one written with other settings or more input."""
     names = paths.list_names(job.out)
     if "settings.json" not in names:
         ours = {"manifest.json", *(f"{job.stem(task.index)}.json" for task in tasks)}
@@ -124,9 +124,9 @@ def check_out_is_ours(job: Job, tasks: list[Task]) -> None:
         raise UserError(
             f"--out {job.out} holds {older[0]}, made from more input than this time; choose another folder."
         )
-    there = read_settings(job.out)
+    saved = read_settings(job.out)
     changed = [
-        f"{key}: {there.get(key)} there, {value} now" for key, value in job.settings.items() if there.get(key) != value
+        f"{key}: {saved.get(key)} there, {value} now" for key, value in job.settings.items() if saved.get(key) != value
     ]
     if changed:
         raise UserError(
@@ -142,7 +142,7 @@ def check_inputs_are_no_outputs(job: Job, tasks: list[Task]) -> None:
 
 
 def read_settings(out: str) -> dict[str, Any]:
-    """What OUT/settings.json holds. Raises UserError for a damaged one."""
+    """Reads OUT/settings.json. Raises UserError if it is missing or damaged."""
     settings = paths.read_json(paths.join(out, "settings.json"))
     if not isinstance(settings, dict):
         raise UserError(f"{paths.join(out, 'settings.json')}: expected a JSON object; choose another --out folder.")
@@ -150,9 +150,9 @@ def read_settings(out: str) -> dict[str, Any]:
 
 
 def write_manifest(job: Job, manifest: dict[str, Any]) -> None:
-    """The last file of a job. Partial files of killed workers are of no use to anyone then."""
+    """Writes the manifest, the last file of a job, and removes the partial files of killed workers."""
     for name in paths.list_names(job.out):
-        if name.endswith(paths.PARTIAL) and job.suffix in name:  # not another rank's manifest that is being written
+        if name.endswith(paths.PARTIAL) and job.suffix in name:  # not a manifest that another rank is writing
             paths.remove(paths.join(job.out, name))
     paths.write_text(paths.join(job.out, "manifest.json"), json.dumps(manifest, indent=2) + "\n")
 
@@ -188,7 +188,7 @@ def finished_report(job: Job, task: Task) -> dict[str, Any] | None:
 
 
 def task_identity(job: Job, task: Task) -> str:
-    """Changes whenever a finished task has to be done again."""
+    """Returns a digest that changes whenever a finished task must be run again."""
     inputs = [
         [
             os.path.abspath(path) if not paths.is_remote(path) else path,
@@ -202,9 +202,9 @@ def task_identity(job: Job, task: Task) -> str:
 
 
 def collect_reports(job: Job, tasks: list[Task]) -> list[dict[str, Any]] | None:
-    """The reports of every rank, or None if some are missing."""
-    there = paths.list_names(job.out)
-    missing = sum(f"{job.stem(task.index)}.json" not in there for task in tasks)
+    """Returns the reports of every rank, or None if some are missing."""
+    names = paths.list_names(job.out)
+    missing = sum(f"{job.stem(task.index)}.json" not in names for task in tasks)
     if not missing:
         reports = [finished_report(job, task) for task in tasks]
         missing = reports.count(None)
@@ -215,7 +215,7 @@ def collect_reports(job: Job, tasks: list[Task]) -> list[dict[str, Any]] | None:
 
 
 def execute(function: Callable[[Task], dict], tasks: list[Task], execution: Execution) -> Iterator[dict]:
-    """Results in the order of the tasks."""
+    """Returns the results in the order of the tasks."""
     num_workers = min(execution.num_workers, len(tasks))
     if execution.executor == "ray":
         return execute_on_ray(function, tasks, execution)
@@ -223,7 +223,7 @@ def execute(function: Callable[[Task], dict], tasks: list[Task], execution: Exec
 
 
 def execute_locally(function: Callable[[Task], dict], tasks: list[Task], num_workers: int) -> Iterator[dict]:
-    """Workers are spawned: the parent may hold threads."""
+    """Runs the tasks in spawned processes, because the parent may hold threads."""
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             yield from pool.map(function, tasks)
@@ -234,7 +234,7 @@ def execute_locally(function: Callable[[Task], dict], tasks: list[Task], num_wor
 
 
 def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], execution: Execution) -> Iterator[dict]:
-    """Workers change to this process's folder, so that relative paths mean the same there."""
+    """Runs the tasks on Ray. Workers change to this process's folder, so that relative paths mean the same."""
     address = execution.ray_address
     try:
         import ray
@@ -245,7 +245,7 @@ def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], executio
         try:
             check_is_listening(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except OSError as error:  # ConnectionError among them
+        except OSError as error:  # includes ConnectionError
             raise UserError(
                 f"--ray-address {address}: no Ray cluster is running there; start one, or pass local."
             ) from error
@@ -267,7 +267,7 @@ def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], executio
 
 
 def check_is_listening(address: str) -> None:
-    """Ray itself waits for minutes where nobody listens. Raises OSError. Names such as auto and local pass."""
+    """Raises OSError if nobody listens at the address; Ray itself would wait for minutes. auto and local pass."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT).close()
@@ -279,7 +279,7 @@ def call_in_folder(folder: str, function: Callable[[Task], dict], task: Task) ->
 
 
 def show_progress(job: Job, reports: Iterable[dict], total: int) -> Iterator[dict]:
-    """A progress bar on a terminal, a plain line per task otherwise (stderr)."""
+    """Shows a progress bar on a terminal, otherwise a plain line per task (stderr)."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track

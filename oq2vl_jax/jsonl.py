@@ -1,4 +1,4 @@
-"""Files of JSON lines that are written as work goes on, and read when it is gone on with."""
+"""Reads files of JSON lines that grow during a job, so that an interrupted job can resume."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_whole_lines(file: Path) -> list[Any]:
-    """What has been written so far; a last line that a kill cut off is removed from the file."""
+    """Returns the lines written so far. If a kill cut off the last line, it is removed from the file."""
     if not file.exists():
         return []
     content = file.read_bytes()

@@ -1,4 +1,4 @@
-"""What fits: memory that something certain to be needed takes, compared with what is there before it is tried."""
+"""Checks that the memory which a task is certain to need is available, before the task starts."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,11 @@ from oq2vl_jax.errors import UserError
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def check_fits(what: str, num_bytes: float, available: int, where: str, remedy: str) -> None:
-    """Raises UserError, as in "64 rows would take 900.0 GiB, and this machine has 23.4 GiB; take fewer."."""
+def check_fits(name: str, num_bytes: float, available: int, where: str, remedy: str) -> None:
+    """Raises UserError if more is needed than available:
+    "64 rows would take 900.0 GiB, and this machine has 23.4 GiB; take fewer."."""
     if num_bytes > available:
-        raise UserError(f"{what} would take {gib(num_bytes)} GiB, and {where} has {gib(available)} GiB; {remedy}.")
+        raise UserError(f"{name} would take {gib(num_bytes)} GiB, and {where} has {gib(available)} GiB; {remedy}.")
 
 
 def gib(num_bytes: float) -> str:
@@ -19,7 +20,7 @@ def gib(num_bytes: float) -> str:
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or of the container that this process is in."""
+    """Returns the memory of this machine, or of the container that this process is in."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file in CGROUP_LIMITS:
         if Path(file).is_file() and (limit := Path(file).read_text().strip()).isdigit():

@@ -1,7 +1,7 @@
 """Local and remote files by fsspec path (DIR/x.tar, s3://bucket/x.tar, gs://...); outputs appear whole or not at all.
 
-Local outputs are written beside their place and renamed. Remote ones are written to a temporary local file and
-uploaded in one piece, which object stores show only when it is complete.
+Local outputs are written under a temporary name in the same folder and renamed. Remote outputs are written to a
+temporary local file and uploaded in one piece, which object stores show only when it is complete.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from oq2vl_jax.errors import UserError
 
 PARTIAL = ".partial"
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}
-"""Where an upload shows only when it is complete."""
+"""Protocols that show an upload only when it is complete."""
 
 
 RANGE_MARK = "#bytes="
@@ -29,7 +29,7 @@ RANGE_MARK = "#bytes="
 
 
 def split_range(path: str) -> tuple[str, str]:
-    """(file, "START-STOP"); an empty range for a whole file."""
+    """Splits an input into (file, "START-STOP"); the range is empty for a whole file."""
     file, _, span = path.partition(RANGE_MARK)
     return file, span
 
@@ -43,7 +43,7 @@ def join(folder: str, name: str) -> str:
 
 
 def filesystem(path: str):
-    """The fsspec filesystem of a path and the path within it. Raises UserError where its package is missing."""
+    """Returns the fsspec filesystem of a path and the path within it. Raises UserError if its package is missing."""
     import fsspec
 
     try:
@@ -54,7 +54,7 @@ def filesystem(path: str):
 
 def open_input(path: str) -> BinaryIO:
     if not is_remote(path):
-        if stat.S_ISFIFO(os.stat(path).st_mode):  # would wait for ever for somebody to write
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # opening it would wait for a writer for ever
             raise UserError(f"{path} is a pipe, expected a file.")
         return open(path, "rb")
     fs, name = filesystem(path)
@@ -67,7 +67,7 @@ def read_text(path: str) -> str:
 
 
 def read_json(path: str) -> Any:
-    """Raises UserError for a file that is missing or no JSON."""
+    """Reads a JSON file. Raises UserError if it is missing or not JSON."""
     try:
         return json.loads(read_text(path))
     except FileNotFoundError as error:
@@ -84,7 +84,7 @@ def exists(path: str) -> bool:
 
 
 def file_version(path: str) -> list:
-    """What changes when a file is replaced: size, and modification time or entity tag."""
+    """Returns values that change when a file is replaced: size, and modification time or entity tag."""
     if not is_remote(path):
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns]
@@ -94,7 +94,7 @@ def file_version(path: str) -> list:
 
 
 def list_names(folder: str) -> set[str]:
-    """Names in a folder; empty where there is none."""
+    """Returns the names in a folder; empty if there is no folder."""
     if not is_remote(folder):
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
     fs, name = filesystem(folder)
@@ -103,7 +103,7 @@ def list_names(folder: str) -> set[str]:
 
 
 def check_local(option: str, path: str | None) -> None:
-    """Raises UserError for a path in a bucket, where an option takes local ones only."""
+    """Raises UserError for a remote path of an option that takes local ones only."""
     if path and is_remote(path):
         raise UserError(
             f"{option} {path}: a local path is expected; only the data commands read and write buckets yet."
@@ -111,7 +111,7 @@ def check_local(option: str, path: str | None) -> None:
 
 
 def check_out(out: str) -> None:
-    """An unset shell variable would else write into the folder one happens to be in."""
+    """Raises UserError for an empty --out: an unset shell variable would otherwise write into the current folder."""
     if not out.strip():
         raise UserError("--out is empty; give a folder.")
 
@@ -136,7 +136,7 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def whole_output(path: str) -> Iterator[Path]:
-    """A local path to write to; `path` holds the result when the block ends, and is untouched where it fails."""
+    """Yields a local path to write to; `path` holds the result when the block ends, and is untouched if it fails."""
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="oq2vl_jax_") as folder:
             partial = Path(folder) / "partial"
@@ -170,29 +170,29 @@ def write_folder(source: Path, folder: str) -> None:
 
 
 def check_has_polars(command: str) -> None:
-    """Parquet files are read and written with Polars, an extra."""
+    """Raises UserError if the extra for parquet files (Polars) is not installed."""
     if importlib.util.find_spec("polars") is None:
         raise UserError(f"{command} needs the extra: pip install 'oq2vl-jax[filter]'.")
 
 
 def expand_paths(flag: str, pattern: str) -> list[str]:
-    """'DIR/{00000..00009}.tar', a glob or a path to existing files, sorted. Raises UserError naming what is missing."""
+    """Expands 'DIR/{00000..00009}.tar', a glob or a path to existing files, in order. Raises UserError."""
     from braceexpand import braceexpand
 
     try:
         names = list(braceexpand(pattern))
-    except ValueError as error:  # its UnbalancedBracesError
+    except ValueError as error:  # UnbalancedBracesError of braceexpand
         raise UserError(f"{flag} {pattern!r}: unbalanced braces.") from error
-    found = {name: _glob(name) for name in names}
-    missing = [name for name, files in found.items() if not files]
+    matches = {name: _glob(name) for name in names}
+    missing = [name for name, files in matches.items() if not files]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{flag} {pattern!r}: no file {missing[0]}{more}, of {len(names)} expected.")
-    return [file for files in found.values() for file in files]
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{flag} {pattern!r}: no file {missing[0]}{others}, of {len(names)} expected.")
+    return [file for files in matches.values() for file in files]
 
 
 def _glob(name: str) -> list[str]:
     if not is_remote(name):
         return sorted(glob.glob(name, recursive=True))
     fs, path = filesystem(name)
-    return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))
+    return sorted(fs.unstrip_protocol(match) for match in fs.glob(path))

@@ -1,7 +1,7 @@
-"""What has to be said to jax before it starts, and how several processes become one run. Imports jax lazily.
+"""Configures jax before it starts, and joins several processes into one run. Imports jax lazily.
 
-XLA flags go through an environment variable that jax reads once, when its backend starts. One that XLA does not know
-ends the process, so there is one table of them, and a test that starts jax with it.
+XLA flags go through an environment variable that jax reads once, when its backend starts. An unknown flag ends the
+process, so there is one table of flags, and a test that starts jax with it.
 """
 
 import os
@@ -17,18 +17,19 @@ GPU_FLAGS = {
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
     "--xla_gpu_dot_merger_threshold_mb": "0",
 }
-"""Known to jax 0.10 and 0.11. Scheduler: collectives run beside computation; without it jax 0.11 compiled them one
-after the other. Merger: XLA would compute the encoder's q, k, v in one product, then write each again with its bias."""
+"""Known to jax 0.10 and 0.11. Scheduler: collectives overlap with computation; without it jax 0.11 compiled them one
+after the other. Merger at 0: XLA would merge the encoder's q, k, v into one product, then write each again with its
+bias."""
 COMPILE_ONLY_FLAGS = {"--xla_gpu_enable_triton_gemm": "false"}
 """For compiling without the device (bench plan): Triton's matrix products are tuned by running them."""
 
 
 CONNECT_SECONDS = 120.0
-"""How long a process waits for the first one."""
+"""Seconds that a process waits for process 0."""
 
 
 class Processes(NamedTuple):
-    """Which process of a run this is. coordinator: HOST:PORT of the first one; all None: as the scheduler says."""
+    """The place of this process in a run. coordinator: HOST:PORT of process 0. All None: taken from the scheduler."""
 
     coordinator: str | None = None
     count: int | None = None
@@ -36,16 +37,16 @@ class Processes(NamedTuple):
 
 
 def set_environment(flags: dict[str, str] | None = None) -> None:
-    """Adds XLA flags (GPU_FLAGS) and the share of memory that JAX takes; what the user has set stays as it is."""
-    given = os.environ.get("XLA_FLAGS", "").split()
-    names = {flag.split("=")[0] for flag in given}
+    """Adds XLA flags (GPU_FLAGS) and the share of memory that JAX takes; values set by the user are kept."""
+    user_flags = os.environ.get("XLA_FLAGS", "").split()
+    names = {flag.split("=")[0] for flag in user_flags}
     added = [f"{name}={value}" for name, value in (GPU_FLAGS | (flags or {})).items() if name not in names]
-    os.environ["XLA_FLAGS"] = " ".join([*given, *added])
+    os.environ["XLA_FLAGS"] = " ".join([*user_flags, *added])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(USABLE_SHARE))
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compiled programs are kept in folder/compilation_cache, so that a restart does not compile; a set one stays."""
+    """Caches programs in folder/compilation_cache, so that a restart does not compile; keeps a folder set before."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -53,17 +54,17 @@ def use_compilation_cache(folder: Path) -> None:
 
 
 def start_processes(processes: Processes) -> None:
-    """Joins the processes of a run. Raises UserError where the three numbers do not fit together."""
+    """Joins the processes of a run. Raises UserError if the options do not fit together or nobody answers."""
     import jax
 
-    given = [value is not None for value in processes]
-    if any(given) and not all(given):
+    is_given = [value is not None for value in processes]
+    if any(is_given) and not all(is_given):
         raise UserError("--coordinator, --num-processes and --process-id belong together; give all three.")
     if processes.coordinator and processes.coordinator.rpartition(":")[0] == "":
         raise UserError(f"--coordinator = {processes.coordinator!r}, expected HOST:PORT.")
-    if all(given) and not 0 <= (processes.index or 0) < (processes.count or 0):
+    if all(is_given) and not 0 <= (processes.index or 0) < (processes.count or 0):
         raise UserError(f"--process-id = {processes.index} is not one of --num-processes = {processes.count}.")
-    if processes.index:  # jax ends the process where it does not find the first one in time
+    if processes.index:  # jax ends the process if it does not find process 0 in time
         wait_for_port(processes.coordinator or "", CONNECT_SECONDS)
     try:
         jax.distributed.initialize(processes.coordinator, processes.count, processes.index)
@@ -110,7 +111,7 @@ def wait_for_all(name: str) -> None:
 
 
 def any_process(answer: bool) -> bool:
-    """True everywhere if one process says so."""
+    """Returns True in every process if `answer` is True in one."""
     import jax
 
     if jax.process_count() == 1:
@@ -122,7 +123,7 @@ def any_process(answer: bool) -> bool:
 
 
 def whole_array(array: Any) -> Any:
-    """A numpy array of all of a global array, in every process."""
+    """Returns a whole global array as a numpy array, in every process."""
     import jax
 
     if getattr(array, "is_fully_addressable", True):

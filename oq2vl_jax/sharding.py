@@ -1,12 +1,12 @@
-"""The mesh, the one table from logical axes to mesh axes, and the collectives. No PartitionSpec is written elsewhere.
+"""Defines the mesh, the only table from logical to mesh axes, and the collectives. No PartitionSpec stands elsewhere.
 
 Mesh (data, fsdp): the rows of a batch are split over both axes; parameters and optimizer state over fsdp. The step
-itself runs on each device alone (jax.shard_map) and brings weights and gradients together by the functions below:
+itself runs per device (jax.shard_map); the functions below gather its weights and reduce its gradients:
 
     mesh.sharding   zero1                                  fsdp
     weights         gathered once a step, all of them      the decoder's gathered layer by layer, in every pass
     gradients       summed over microbatches in float32,   the decoder's reduced and scattered layer by layer in the
-                    then reduced and scattered once        type of the computation, summed in float32 where they belong
+                    then reduced and scattered once        type of the computation, then summed in float32 as shards
 """
 
 import math
@@ -30,11 +30,11 @@ LOGICAL_TO_MESH = {
 ROW_AXES = ("data", "fsdp")
 ROWS = PartitionSpec(ROW_AXES)
 WHOLE = -1
-"""In place of a dimension: the parameter is not split."""
+"""In place of a dimension, for a parameter that is not split."""
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A (data, fsdp) mesh over all devices; at most one of the two sizes is -1 and takes what is left."""
+    """Makes a (data, fsdp) mesh over all devices; at most one of the two sizes may be -1, for all other devices."""
     num_devices = len(jax.devices())
     sizes = [config.data, config.fsdp]
     known = math.prod(size for size in sizes if size != -1)
@@ -49,9 +49,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def parameter_shardings(model: Any, mesh: Mesh) -> Any:
-    """The shardings of a model, as a pytree of the model's structure.
+    """Returns the shardings of a model, as a pytree of the model's structure.
 
-    An axis that the mesh does not divide stays whole: jax would otherwise refuse the array.
+    An axis that the mesh does not divide is not split, because jax would refuse the array.
     """
 
     def shardings(node):
@@ -77,12 +77,12 @@ def replicated(mesh: Mesh) -> Any:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """For every array of a Batch: its rows over all devices."""
+    """Returns the sharding of every array of a Batch: its rows are split over all devices."""
     return NamedSharding(mesh, ROWS)
 
 
 def gathered_dims(tree: Any, mesh: Mesh) -> Any:
-    """For every parameter the dimension that is split over devices, or WHOLE; a pytree of the parameters' structure."""
+    """Returns the split dimension of every parameter, or WHOLE, as a pytree of the parameters' structure."""
 
     def dim_of(sharding: NamedSharding) -> int:
         spec = tuple(sharding.spec)
@@ -92,7 +92,7 @@ def gathered_dims(tree: Any, mesh: Mesh) -> Any:
 
 
 def gather(tree: Any, dims: Any) -> Any:
-    """Inside shard_map: whole parameters from this device's shares. Its gradient is reduced and scattered."""
+    """Gathers whole parameters from their shards, inside shard_map. Its VJP reduces and scatters gradients."""
 
     def whole(x: jax.Array, dim: int) -> jax.Array:
         return x if dim == WHOLE else jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True)
@@ -101,7 +101,7 @@ def gather(tree: Any, dims: Any) -> Any:
 
 
 def layer_gather(stacked_dims: Any) -> Any:
-    """A function that makes one layer of a stack whole, when its turn comes (model.layers.Compute)."""
+    """Returns a function that gathers one layer of a stack, just before the layer runs (model.layers.Compute)."""
 
     def gather_layer(layer: Any) -> Any:
         return gather(layer, jax.tree.map(lambda dim: dim if dim == WHOLE else dim - 1, stacked_dims))
@@ -110,7 +110,7 @@ def layer_gather(stacked_dims: Any) -> Any:
 
 
 def reduce_gradients(gradients: Any, dims: Any, dims_of_whole: Any, mesh: Mesh) -> Any:
-    """Inside shard_map: this device's share of the gradients summed over all devices.
+    """Returns this device's shard of the gradients summed over all devices, inside shard_map.
 
     dims_of_whole: WHOLE for gradients that the backward pass of `gather` has summed over fsdp and scattered already.
     """
@@ -126,24 +126,24 @@ def reduce_gradients(gradients: Any, dims: Any, dims_of_whole: Any, mesh: Mesh) 
 
 
 def specs(shardings: Any) -> Any:
-    """The PartitionSpecs of shardings, as shard_map takes them."""
+    """Returns the PartitionSpecs of shardings, as shard_map takes them."""
     return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
 def to_global_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch as global arrays."""
+    """Turns this process's rows of a batch into global arrays."""
     sharding = row_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Bytes of one device's share of arrays (or their shapes)."""
+    """Returns the bytes of one device's shards of arrays (or of their shapes)."""
     shapes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
     return sum(jax.tree.leaves(shapes))
 
 
 def device_bytes() -> int:
-    """Memory of one device as jax may use it; CPU devices share the machine's."""
+    """Returns the memory of one device that jax may use; CPU devices share the machine's."""
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return limit or host_bytes() // jax.local_device_count()

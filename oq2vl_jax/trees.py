@@ -1,4 +1,4 @@
-"""Models as trees of parameters: by name, by kind, and cut in two."""
+"""Handles models as trees of parameters: names them, tells matrices apart, and splits a model in two."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from flax import nnx
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """{"decoder.layers.mlp.up_proj.kernel": array, ...} of a model or an optimizer state."""
+    """Returns {"decoder.layers.mlp.up_proj.kernel": array, ...} of a model or an optimizer state."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -23,12 +23,12 @@ def path_name(path) -> str:
 
 
 def is_matrix(parameter: nnx.Param) -> bool:
-    """Whether a parameter has two axes or more besides the one that stacks layers."""
+    """Returns whether a parameter has two axes or more besides the one that stacks layers."""
     return sum(name != "layers" for name in parameter.axes) > 1
 
 
 def split_parts(model: Any, is_first: Callable[[tuple[Any, ...]], bool]) -> tuple[Any, Any]:
-    """The model twice, each with None where the other has the parameter. is_first: of a parameter's path."""
+    """Returns the model twice, each with None for the parameters of the other. is_first takes a parameter's path."""
     first = jax.tree_util.tree_map_with_path(lambda path, x: x if is_first(path) else None, model)
     second = jax.tree_util.tree_map_with_path(lambda path, x: None if is_first(path) else x, model)
     return first, second

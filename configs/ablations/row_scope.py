@@ -1,4 +1,4 @@
-"""Ablation: the published attention, where packed documents see each other and positions run through the row.
+"""Ablation: the published attention: packed documents see each other and positions run through the row.
 
 python -m oq2vl_jax.train configs/ablations/row_scope.py
 """

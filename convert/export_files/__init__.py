@@ -1,1 +1,1 @@
-"""Files that an exported model takes along: the modeling module of pooled models, chat templates, the model card."""
+"""Files that an export adds to the weights: the modeling module of pooled models, chat templates, the model card."""

@@ -1,15 +1,15 @@
-"""Jinja chat templates that write a conversation token for token as data/text/codec.py does.
+"""Jinja chat templates that give the same tokens for a conversation as data/text/codec.py, with three exceptions.
 
 Content is a string or a list of {"type": "image"} and {"type": "text", "text": ...}. As in serve/body.py, a line break
-stands behind every image, messages of one role in a row are one turn, blanks around a turn go, and a text that spells
-<image> is text. The loop over message.content is no macro: vLLM looks for it to tell whether a template takes images.
+follows every image, consecutive messages of one role form one turn, blanks around a turn are removed, and <image> in a
+text stays text. The loop over message.content is not a macro, because vLLM searches for that loop to detect whether a
+template takes images.
 
-Three differences are left. Text that spells a special token, such as <|im_end|>, stays text in data/text/codec.py and
-becomes the token in a Hugging Face tokenizer. And open_qwen2vl drops the token behind an image of the first turn, as
-the published code does: a template drops the characters of that token, which depend on the tokenizer (FIRST below);
-they are known for line breaks and blanks up to MAX_BLANKS characters. open_qwen2vl_released puts nothing between
-"assistant" and an answer: an answer that begins with a letter is tokenised together with that word by Hugging Face's
-tokenizer.
+The exceptions: Text that spells a special token, such as <|im_end|>, stays text in codec.py but becomes the token in a
+Hugging Face tokenizer. open_qwen2vl drops the token after an image of the first turn, as the published code does, but a
+template can only drop characters: how many depends on the tokenizer (FIRST below) and is known for up to MAX_BLANKS
+blanks or MAX_LINE_BREAKS line breaks. open_qwen2vl_released puts nothing between "assistant" and an answer, so Hugging
+Face's tokenizer joins that word with an answer that begins with a letter.
 """
 
 import itertools
@@ -45,7 +45,7 @@ TURNS = (
     "{%- else -%}{{- raise_exception('the user speaks first, and then user and assistant in turns') -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-"""ns.system, and ns.turns: texts with <|image_pad|> where pictures stand, the user's first."""
+"""Sets ns.system and ns.turns: texts with <|image_pad|> for each image, beginning with the user's."""
 SYSTEM = "'<|im_start|>system\\n' + (ns.system or DEFAULT) + '<|im_end|>\\n'".replace("DEFAULT", repr(DEFAULT_SYSTEM))
 
 PLAIN = (
@@ -101,9 +101,9 @@ def chat_template(name: str, codec: TextCodec) -> str:
 
 
 def first_tokens(codec: TextCodec) -> dict[str, int]:
-    """Characters of the first token of texts that begin with these blanks, where it is more than a line break.
+    """Maps each run of blanks to the number of characters in its first token, if that is more than one.
 
-    A tokenizer of Qwen's family parts text behind the last line break of a run of blanks, so no more decides it.
+    Qwen's tokenizers split text after the last line break of a run of blanks, so later text does not change this token.
     """
     inner = ["".join(blanks) for n in range(MAX_BLANKS - 1) for blanks in itertools.product("\n \t\r", repeat=n)]
     runs = ["\n", *(f"\n{blanks}\n" for blanks in inner), *("\n" * n for n in range(MAX_BLANKS, MAX_LINE_BREAKS + 1))]

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it is asked, what it was trained with."""
+"""Makes the README.md of an exported model: architecture, example of use, training configuration."""
 
 from oq2vl_jax.config import CheckpointDescription, TrainConfig
 from oq2vl_jax.config_files import to_json
@@ -21,7 +21,7 @@ print(processor.decode(reply[0, inputs["input_ids"].shape[1]:], skip_special_tok
 
 
 def model_card(description: CheckpointDescription, training: TrainConfig | None, is_native: bool) -> str:
-    """Markdown with the hub's front matter."""
+    """Returns Markdown with the hub's front matter."""
     model = description.model
     remote = "" if is_native else ", trust_remote_code=True"
     classes = (

@@ -1,8 +1,8 @@
 """Open-Qwen2VL (arXiv 2504.00595) for transformers >= 5.8: Llava with an average pool in front of the projector.
 
-Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2) but for two things a configuration of it
-cannot say: `num_visual_tokens` pools the square grid of patch features, and `rope_inv_freq = "bfloat16"` rounds the
-rotary inverse frequencies as the published training code did. Loaded with trust_remote_code=True.
+Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2) except two options that LlavaConfig does
+not have: `num_visual_tokens` pools the square grid of patch features, and `rope_inv_freq = "bfloat16"` rounds the
+rotary inverse frequencies as the published training code did. Load it with trust_remote_code=True.
 """
 
 import math
@@ -31,11 +31,11 @@ class PooledProjector(LlavaMultiModalProjector):
         images, patches, width = image_features.shape
         grid = image_features.transpose(1, 2).reshape(images, width, math.isqrt(patches), math.isqrt(patches))
         pooled = torch.nn.functional.adaptive_avg_pool2d(grid, self.side)
-        return super().forward(pooled.flatten(2).transpose(1, 2).contiguous())  # vLLM's CPU kernels need it so
+        return super().forward(pooled.flatten(2).transpose(1, 2).contiguous())  # for vLLM's CPU kernels
 
 
 class RoundedRotaryEmbedding(Qwen2RotaryEmbedding):
-    """Inverse frequencies rounded to bfloat16, whatever the model's own type."""
+    """Rounds the inverse frequencies to bfloat16, whatever the dtype of the model."""
 
     def forward(self, x, position_ids):
         self.inv_freq = self.inv_freq.to(torch.bfloat16).float()
@@ -47,7 +47,7 @@ class OpenQwen2VLModel(LlavaModel):
 
     def __init__(self, config):
         super().__init__(config)
-        if hasattr(self.vision_tower, "vision_model"):  # its weights have other names before 5.8, and would be skipped
+        if hasattr(self.vision_tower, "vision_model"):  # before 5.8, which would skip weights with our names
             raise ImportError("Open-Qwen2VL needs transformers 5.8 or newer")
         self.multi_modal_projector = PooledProjector(config)
         if config.rope_inv_freq == "bfloat16":

@@ -21,7 +21,7 @@ from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
 NAMES = ("step", "plan", "data", "packing", "pack", "rows", "filter", "tuning", "decode", "report")
-"""Module of oq2vl_jax.bench, whose class of the same name holds the options. Only the chosen one is imported."""
+"""Modules of oq2vl_jax.bench. A class named like its module holds the options; only the chosen module is imported."""
 
 
 def main() -> int:

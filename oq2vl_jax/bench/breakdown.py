@@ -1,7 +1,7 @@
-"""Where the time of a step goes: a profile of some steps, its operations sorted by part of the model.
+"""Profiles some steps and adds up the time of their operations by part of the model.
 
-The parts are named scopes of the code (jax.named_scope); an operation that the compiler fused carries the scope of its
-root, so the shares are those of operations, not of lines. On a CPU times add up over threads.
+Parts are named scopes (jax.named_scope). A fused operation carries the scope of its root, so shares are of operations,
+not of lines of code. On a CPU, times add up over threads.
 """
 
 import re
@@ -20,17 +20,17 @@ PRODUCT = re.compile(r"dot_general|\bdot|gemm|cublas")
 
 
 def breakdown(run: Callable[[], None], text: str, folder: str | None = None) -> dict[str, float]:
-    """Share of device time by part while run() runs. text: of the compiled program; folder: where the trace stays."""
+    """Returns each part's share of device time during run(). text: of the compiled program. folder: keeps the trace."""
     scopes, seconds = scopes_of(text), defaultdict(float)
-    for operation, own in operation_seconds(traced(run, folder)).items():
+    for operation, spent in operation_seconds(traced(run, folder)).items():
         if operation in scopes:
-            seconds[part_of(operation, scopes[operation])] += own
+            seconds[part_of(operation, scopes[operation])] += spent
     total = sum(seconds.values())
     return {part: seconds[part] / total for part in sorted(seconds, key=seconds.__getitem__, reverse=True)}
 
 
 def traced(run: Callable[[], None], folder: str | None = None) -> Any:
-    """A profile of run(). folder: where the trace stays."""
+    """Returns a profile of run(). folder: keeps the trace; None: the trace is deleted."""
     with tempfile.TemporaryDirectory() as temporary:
         with jax.profiler.trace(folder or temporary):
             run()
@@ -39,16 +39,16 @@ def traced(run: Callable[[], None], folder: str | None = None) -> Any:
 
 
 def operation_seconds(profile: Any) -> dict[str, float]:
-    """Seconds of each operation of the compiled program by its name, without operations that run inside it."""
+    """Returns {operation: seconds} of the compiled program, without the time of nested operations."""
     seconds: dict[str, float] = defaultdict(float)
     for line in operation_lines(profile):
-        for operation, own in own_times(line):
-            seconds[operation] += own
+        for operation, spent in own_times(line):
+            seconds[operation] += spent
     return dict(seconds)
 
 
 def idle_share(profile: Any) -> float:
-    """Share of the time from the first operation to the last in which none runs; 0 if there are none."""
+    """Returns the share of time between the first and the last operation in which none runs; 0 without operations."""
     spans = sorted(span for line in operation_lines(profile) for span in spans_of(line))
     busy, end = 0.0, 0.0
     for start, stop, _ in spans:
@@ -58,18 +58,18 @@ def idle_share(profile: Any) -> float:
 
 
 def operation_lines(profile: Any) -> list:
-    """Lines of a trace that hold operations; on a GPU its streams alone, as what is derived from them repeats them."""
+    """Returns the lines of a trace that hold operations; on a GPU only its streams, because other lines repeat them."""
     lines = [line for plane in profile.planes for line in plane.lines if spans_of(line)]
     return [line for line in lines if line.name.startswith("Stream")] or lines
 
 
 def scopes_of(text: str) -> dict[str, str]:
-    """Operation -> the scopes it was traced in, from a compiled program."""
+    """Returns {operation: scopes it was traced in} from the text of a compiled program."""
     return dict(re.findall(r"%?([\w.\-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
 
 
 def part_of(operation: str, scope: str) -> str:
-    """vision, attention, loss, optimizer; matmul for the decoder's other products; collectives; other."""
+    """Returns one of PARTS, collectives, matmul (the decoder's other products) or other."""
     if COLLECTIVE.search(operation):
         return "collectives"
     for part in PARTS:
@@ -79,21 +79,21 @@ def part_of(operation: str, scope: str) -> str:
 
 
 def own_times(line) -> list[tuple[str, float]]:
-    """(operation, seconds of its own, without operations that run inside it) of one line of a trace."""
+    """Returns (operation, seconds without nested operations) of one line of a trace."""
     events = sorted(spans_of(line), key=lambda event: (event[0], -event[1]))
-    own, stack = [0.0] * len(events), []
+    exclusive, stack = [0.0] * len(events), []
     for number, (start, end, _) in enumerate(events):
         while stack and events[stack[-1]][1] <= start:
             stack.pop()
-        own[number] += (end - start) / 1e9
+        exclusive[number] += (end - start) / 1e9
         if stack:
-            own[stack[-1]] -= (end - start) / 1e9
+            exclusive[stack[-1]] -= (end - start) / 1e9
         stack.append(number)
-    return [(event[2], max(time, 0.0)) for event, time in zip(events, own, strict=True)]
+    return [(event[2], max(time, 0.0)) for event, time in zip(events, exclusive, strict=True)]
 
 
 def spans_of(line) -> list[tuple[float, float, str]]:
-    """(start, end in nanoseconds, operation) of the operations of a line of a trace."""
+    """Returns (start, end, operation) of the operations on a line of a trace, in nanoseconds."""
     spans = []
     for event in line.events:
         operation = next((value for key, value in event.stats if key == "hlo_op"), None)

@@ -1,8 +1,8 @@
-"""The train step compiled for devices that need not be there, and what the compiler says about it.
+"""Compiles the train step for devices that need not be present, and reads its memory and collectives.
 
-jax's CUDA plugin compiles for a GPU it is only told about (its facts: oq2vl_jax/devices.py), on a machine without one.
-Buffers come from XLA's own assignment, collectives from the text of the compiled program, where a loop's body counts as
-often as the loop runs. Nothing is run, so there are no times here; cuDNN calls are not validated by such a compilation.
+jax's CUDA plugin compiles for a GPU from a description (oq2vl_jax/devices.py), on a machine without one. Memory comes
+from XLA's buffer assignment, collectives from the text of the compiled program; a loop's body counts once per
+iteration. Nothing runs, so there are no times, and cuDNN calls are not validated.
 """
 
 import math
@@ -28,7 +28,7 @@ from oq2vl_jax.train.step import compile_train_step, init_train_state, state_sha
 
 
 class Memory(NamedTuple):
-    """Bytes of one device. activations: what the peak has beyond everything that is known by name."""
+    """Bytes on one device. activations: the peak minus all other fields."""
 
     parameters: int
     optimizer: int
@@ -40,20 +40,20 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """collectives: kind -> (how many run in a step, bytes of the whole arrays they bring together)."""
+    """A compiled step. collectives: kind -> (number in a step, bytes of the unsharded arrays)."""
 
     memory: Memory
     collectives: dict[str, tuple[int, int]]
     compile_seconds: float
     text: str
     executable: jax.stages.Compiled
-    """(TrainState, Batch) -> (TrainState, StepMetrics), where the devices are there."""
+    """(TrainState, Batch) -> (TrainState, StepMetrics); it runs only if the devices are present."""
 
 
 def mesh_of(device: Device | None, num_devices: int, data: int, fsdp: int) -> Mesh:
-    """A (data, fsdp) mesh of absent GPUs; of this machine's CPU devices for None.
+    """Returns a (data, fsdp) mesh of absent GPUs, or of this machine's CPU devices if device is None.
 
-    Raises UserError where jax cannot compile for GPUs here.
+    Raises UserError if jax cannot compile for GPUs here, or has fewer CPU devices than num_devices.
     """
     if device is None:
         devices = jax.devices("cpu")
@@ -68,7 +68,7 @@ def mesh_of(device: Device | None, num_devices: int, data: int, fsdp: int) -> Me
             description = topologies.get_topology_desc(
                 platform="cuda", target_config=device.target_config(), topology=f"1x{nodes}x{num_devices // nodes}"
             )
-        except Exception as error:  # of the plugin or of its absence
+        except Exception as error:  # raised by the plugin or because it is absent
             raise UserError(
                 f"jax cannot compile for {device.name} here ({str(error).splitlines()[0]}); install the extra plan: "
                 "pip install 'oq2vl-jax[plan]', or look at the structure alone with --device cpu."
@@ -78,9 +78,9 @@ def mesh_of(device: Device | None, num_devices: int, data: int, fsdp: int) -> Me
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
-    """Compiles the whole optimizer step of a configuration; nothing is allocated.
+    """Compiles the whole optimizer step of a configuration, without allocating its arrays.
 
-    Raises UserError where jax does not know an absent GPU well enough for its Pallas kernels (0.11: the L40S).
+    Raises UserError if jax cannot compile its Pallas kernels for an absent GPU (jax 0.11: the L40S).
     """
     shardings = state_shardings(config, mesh)
     state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
@@ -121,7 +121,7 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
 
 
 def batch_shapes(config: TrainConfig, mesh: Mesh) -> Batch:
-    """The shapes of a global batch, rows over all devices."""
+    """Returns the shapes of a global batch with its rows sharded over all devices."""
     rows, size = row_sharding(mesh), config.model.vision.image_size
     numbers = jax.ShapeDtypeStruct((config.global_batch_size, config.data.num_tokens), jnp.int32, sharding=rows)
     shape = (config.global_batch_size, config.data.max_images, size, size, 3)
@@ -129,10 +129,10 @@ def batch_shapes(config: TrainConfig, mesh: Mesh) -> Batch:
 
 
 def named_temporaries(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
-    """(bytes of the weights a device holds whole, bytes of its float32 gradients) during a step.
+    """Returns (bytes of gathered weights, bytes of float32 gradients) on a device during a step.
 
-    FSDP holds whole what is frozen and what lies outside the decoder's layers, and one layer at a time; so it does with
-    gradients, but that those of the layers are shares from the start.
+    zero1 holds all weights and all gradients whole. FSDP holds whole the frozen weights, the weights outside the
+    decoder's layers, and one layer at a time. Its gradients are whole outside the layers and sharded within them.
     """
     model = jax.eval_shape(lambda: compute_copy(init_train_state(jax.random.key(0), config).model, config))
     trained, _ = split_trainable(model, config.trainable)
@@ -150,22 +150,22 @@ def total_bytes(tree: Any) -> int:
 
 
 def count_collectives(text: str) -> dict[str, tuple[int, int]]:
-    """kind -> (count, bytes of the whole arrays) over one run of a compiled program.
+    """Returns {kind: (count, bytes of the unsharded arrays)} of one run of a compiled program.
 
-    A loop whose length is known only when it runs counts once, a branch as if it were taken.
+    A loop without a known trip count counts once; every branch of a conditional counts as taken.
     """
-    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for instruction, times, _ in executions(computations(text)):
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
-            found[kind][0] += int(times)
-            found[kind][1] += int(times) * whole_bytes(instruction)
-    return {kind: (count, size) for kind, (count, size) in found.items()}
+            totals[kind][0] += int(times)
+            totals[kind][1] += int(times) * whole_bytes(instruction)
+    return {kind: (count, size) for kind, (count, size) in totals.items()}
 
 
 def group_size(line: str) -> int:
-    """Devices that take part in a collective: {{0,1,2,3}}; in short [groups,devices]<=[...]; from jax 0.11 on by the
-    axes of the mesh that it runs over, mesh['data'=1,'fsdp'=8] {'fsdp'}."""
+    """Returns the number of devices in a group of a collective, 1 if the line names no groups. replica_groups has three
+    forms: {{0,1,2,3}}, [groups,devices]<=[...], and from jax 0.11 on mesh['data'=1,'fsdp'=8] {'fsdp'}."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return len(listed[1].split(","))
@@ -178,7 +178,8 @@ def group_size(line: str) -> int:
 
 
 def whole_bytes(collective: Instruction) -> int:
-    """Bytes of the whole arrays of a collective: the larger side. A started one names both, another what comes out."""
+    """Returns the bytes of the unsharded arrays of a collective: the larger of its operands and its results.
+    all-gather-start and reduce-scatter-start name both in their shape; others name the results only."""
     sizes, op = array_bytes(collective.shape), collective.op
     if op in ("all-gather-start", "reduce-scatter-start"):
         half = len(sizes) // 2

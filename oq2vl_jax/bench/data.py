@@ -1,6 +1,6 @@
-"""The loader measured: rows and images per second alone, and the seconds that a step of a given length waits for it.
+"""Measures the loader: rows/s and images/s alone, and the seconds that a step of a given length waits for it.
 
-python -m oq2vl_jax.bench data configs/pretrain.py --step-seconds 9     # on the packed folders the config names
+python -m oq2vl_jax.bench data configs/pretrain.py --step-seconds 9     # on the packed folders of the config
 """
 
 import dataclasses
@@ -20,23 +20,23 @@ Seconds = Annotated[float, Between(0.0, 3600.0)]
 
 @dataclass(frozen=True)
 class Data:
-    """Rows/s and images/s of the loader alone, and what a step waits for it."""
+    """Rows/s and images/s of the loader alone, and the seconds that a step waits for it."""
 
     config: Positional[str] = "configs/pretrain.py"
     sources: tuple[str, ...] = ()
-    """Packed folders, in place of those of the config."""
+    """Packed folders to read in place of the config's."""
     num_batches: Count = 8
     global_rows: SmallCount | None = None
-    """Rows of a batch; None: as configured."""
+    """Rows in a batch; None: as configured."""
     num_threads: Workers | None = None
     num_workers: WorkersOrZero | None = None
     step_seconds: Seconds | None = None
-    """Length of the step it has to hide behind; None: a step as long as the loader alone takes."""
+    """Length of the simulated step; None: the mean time that the loader alone takes for a batch."""
     json: bool = False
 
 
 def measure(options: Data) -> list[dict[str, Any]]:
-    """alone: batches taken as fast as they come; under a step: taken every step_seconds, while nothing else runs."""
+    """Measures the loader alone, with no pause, and under a step, with a sleep of step_seconds before each batch."""
     from oq2vl_jax.data.loading.loader import make_loader
 
     check_bounds(options, as_flags=True)
@@ -73,7 +73,7 @@ def measure(options: Data) -> list[dict[str, Any]]:
 
 
 def take(batches, number: int, pause: float, model) -> tuple[list[float], int]:
-    """(seconds waited for each batch, images in all of them)."""
+    """Takes batches, each after a sleep of `pause` seconds; returns (seconds waited for each, images in all)."""
     import numpy as np
 
     waits, images = [], 0

@@ -1,4 +1,4 @@
-"""Generation against transformers' generate on the exported model: the same weights, prompts and pictures, in turns."""
+"""Measures generation against transformers' generate on the exported model: same weights, prompts, images, in turns."""
 
 import statistics
 import tempfile
@@ -18,12 +18,12 @@ DECODERS = {
 }
 """The demo's decoder, and Qwen2.5-0.5B's."""
 IMAGE_TOKEN = 268
-"""Of a tokenizer of bytes."""
+"""Id of the image token in the byte tokenizer."""
 
 
 @dataclass(frozen=True)
 class Decode:
-    """New tokens per second, float32, greedy: of decoding alone, and with prompt and picture."""
+    """New tokens per second in float32, greedy: of decoding alone, and including prompt and picture."""
 
     shapes: tuple[str, ...] = ("tiny", "0.5b")
     batch_sizes: tuple[SmallCount, ...] = (1, 8)
@@ -67,10 +67,10 @@ def measure_shape(config: Decode, shape: str, folder: Path) -> list[dict]:
         sides = {"ours": OurSide(generator, requests), "transformers": theirs.with_requests(prompt, images)}
         seconds = {(side, n): [] for side in sides for n in (1, config.num_tokens)}
         for _ in range(config.repeats):
-            for (side, num_tokens), found in seconds.items():
+            for (side, num_tokens), times in seconds.items():
                 start = time.perf_counter()
                 sides[side](num_tokens)
-                found.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - start)
         results.append(
             {"shape": shape, "batch": batch_size, "same tokens": written == expected}
             | rates(seconds, batch_size, config)
@@ -79,7 +79,7 @@ def measure_shape(config: Decode, shape: str, folder: Path) -> list[dict]:
 
 
 class OurSide:
-    """Writes num_tokens tokens to every request; the pictures are encoded each time."""
+    """Generates num_tokens tokens for every request; each call encodes the pictures again."""
 
     def __init__(self, generator, requests):
         self._generator, self._requests = generator, requests
@@ -93,8 +93,8 @@ class OurSide:
 
 
 def rates(seconds: dict[tuple[str, int], list[float]], batch_size: int, config: Decode) -> dict[str, float]:
-    """Tokens per second from prompt to end, and of decoding alone: what the tokens after the first one add."""
-    median = {key: statistics.median(found) for key, found in seconds.items()}
+    """Returns tokens per second from prompt to end ("whole"), and of the tokens after the first ("decoding")."""
+    median = {key: statistics.median(runs) for key, runs in seconds.items()}
     rate = {}
     for side in ("ours", "transformers"):
         whole, first = median[side, config.num_tokens], median[side, 1]
@@ -112,7 +112,7 @@ def rates(seconds: dict[tuple[str, int], list[float]], batch_size: int, config: 
 
 
 def write_random_checkpoint(folder: Path, decoder: DecoderConfig, seed: int) -> None:
-    """Random weights in the form of a converted checkpoint, with a tokenizer of bytes."""
+    """Writes random weights and a byte tokenizer in the form of a converted checkpoint."""
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Filtering: uid membership, and metadata rows through a three-rule expression, parquet files to uid set."""
+"""Measures filtering: uid membership, and a three-rule expression over metadata, from parquet files to a uid set."""
 
 import tempfile
 import time
@@ -14,25 +14,25 @@ from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.memory import check_fits, host_bytes
 
 BYTES_PER_ROW = 250
-"""Of made-up metadata, at the least: an id as text and as numbers, a caption, sizes, a score."""
+"""Least host memory for a row of made-up metadata: an id as text and as numbers, a caption, sizes, a score."""
 EXPRESSION = "clip_l14_top(0.3) & basic | uids({folder}/subset.npy)"
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Uid membership, and `clip_l14_top(0.3) & basic | uids(...)` over made-up metadata, language rule left out."""
+    """Uid membership, and `clip_l14_top(0.3) & basic | uids(...)` over made-up metadata, without the language rule."""
 
     num_rows: Count = 4_000_000
     subset_share: Share = 0.2
-    """Of the rows, in the uid set."""
+    """Share of the rows that are in the uid set."""
     seed: Seed = 0
     repeats: Count = 3
-    """The fastest counts."""
+    """Runs of each measurement; the fastest counts."""
     json: bool = False
 
 
 def write_metadata(folder: Path, num_rows: int, subset_share: float, seed: int) -> None:
-    """DataComp-like metadata, random captions of 1-12 words, in eight files."""
+    """Writes DataComp-like metadata with random captions of 1-12 words in eight files, and the uid set subset.npy."""
     import polars as pl
 
     rng = np.random.default_rng(seed)
@@ -77,6 +77,6 @@ def measure(config: Filter) -> list[dict]:
             membership.append(time.perf_counter() - start)
     measured = {"uid membership": min(membership), f"three rules, {kept} kept": min(filtering)}
     return [
-        {"what": what, "rows": config.num_rows, "seconds": seconds, "rows_per_second": config.num_rows / seconds}
-        for what, seconds in measured.items()
+        {"what": label, "rows": config.num_rows, "seconds": seconds, "rows_per_second": config.num_rows / seconds}
+        for label, seconds in measured.items()
     ]

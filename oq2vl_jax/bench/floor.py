@@ -1,4 +1,4 @@
-"""What a compiled step has to take on a GPU: its FLOPs, its kernels by their roofline, its communication."""
+"""Estimates the time of a compiled step on a GPU from its FLOPs, the roofline of its kernels and its communication."""
 
 import math
 from typing import Any
@@ -17,20 +17,20 @@ from oq2vl_jax.train.gradients import chunk_size, rows_per_device
 def floor(
     config: TrainConfig, device: Device | None, mesh: Mesh, compiled: Compiled, row: Work, num_kernels: int = 0
 ) -> dict[str, Any]:
-    """FLOPs of a row by the model's formula, and times at the rates of the device and its links.
+    """Returns the FLOPs of a row by the model's formula, and times at the rates of the device and its links.
 
-    row: what a row holds. num_kernels: so many of the kernels are listed.
+    row: contents of a row. num_kernels: number of the longest kernels to list. Without a device there are no times.
     """
     rows_per_step, rows = config.global_batch_size / mesh.size, rows_per_device(config, mesh)
     needed, executed = model_flops(config, row), executed_flops(config, row, rows, 1)
-    found = {
+    result = {
         "images_per_row": round(row.images, 2),
         "model_tflop_per_row": {**{k: round(v / 1e12, 2) for k, v in needed._asdict().items()},
                                 "total": round(needed.total / 1e12, 2)},
         "executed_tflop_per_row": round(executed.total / 1e12, 2),
     }  # fmt: skip
     if device is None:
-        return found | {"roofline_ms_with_communication": None}
+        return result | {"roofline_ms_with_communication": None}
     compute = rows_per_step * executed.total / device.peak_flops
     communication = communication_seconds(compiled.collectives, device, mesh.size)
     kernels = kernels_of(config, row, rows, compiled, device)
@@ -39,7 +39,7 @@ def floor(
         kind: round(1e3 * sum(kernel.seconds for kernel in kernels if kernel.kind == kind))
         for kind in ("matmul", "attention", "memory")
     }
-    return found | {
+    return result | {
         "floor_ms_per_step": round(1e3 * compute, 1),
         "floor_tokens_per_second_per_gpu": round(rows_per_step * row.tokens / compute),
         "mfu_at_floor": round(needed.total / executed.total, 3),
@@ -64,9 +64,10 @@ def shown(kernel: Kernel) -> dict[str, Any]:
 
 
 def kernels_of(config: TrainConfig, row: Work, rows: int, compiled: Compiled, device: Device | Rates) -> list[Kernel]:
-    """The kernels of a step on rows like `row`: their labels fill chunks of the loss, their images of the encoder.
+    """Returns the kernels of a step on rows like `row`. Its labels set the number of loss chunks, its images the
+    share of encoder chunks that run.
 
-    Loops of blocked attention, whose length depends on the documents, count once: too little.
+    Loops of blocked attention count once, because their length depends on the documents; their time is too low.
     """
     loss_chunks = math.ceil(rows * row.labelled / chunk_size(rows * config.data.num_tokens))
     slots = max(1, math.ceil(rows * config.data.max_images / IMAGES_PER_CHUNK))
@@ -75,9 +76,10 @@ def kernels_of(config: TrainConfig, row: Work, rows: int, compiled: Compiled, de
 
 
 def communication_seconds(collectives: dict[str, tuple[int, int]], device: Device, num_devices: int) -> float:
-    """Bytes over the links as rings move them, nothing hidden behind computation.
+    """Returns the seconds of ring collectives over the links, with none hidden behind computation.
 
-    Gathers and scatters stay within a node; what is reduced over nodes moves this GPU's share over the network.
+    All-gathers and reduce-scatters stay within a node; an all-reduce over nodes moves this GPU's shard over the
+    network. All-to-alls and collective-permutes are left out.
     """
     node = min(num_devices, NODE_DEVICES)
     if num_devices == 1:

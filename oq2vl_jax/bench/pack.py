@@ -1,9 +1,9 @@
-"""Packing end to end, tars of JPEGs to rows, against the approach of the published code in the same run.
+"""Measures packing end to end, from tars of JPEGs to rows, against the published code's approach in the same run.
 
 The published packer (mm_sequence_packing/sequence_packing_image_to_json.py there) was rebuilt here from its
 description, independently of our packer: decode each image, encode it again as JPEG and base64, tokenise, first-fit
-decreasing with a sum over the bin in its inner loop, and one indented JSON file per row. There a data-loader process
-decodes and hands each sample over; so it does here. Both use all workers, a tar each.
+decreasing with a sum over the bin in its inner loop, and one indented JSON file per row. As in the published code, a
+data-loader process decodes each sample and hands it over. Both packers use all workers, one tar per worker at a time.
 """
 
 import base64
@@ -29,7 +29,7 @@ NUM_TOKENS, VISUAL_TOKENS = 4096, 144
 
 @dataclass(frozen=True)
 class Pack:
-    """Tars to packed rows, ours and the published approach, samples per second."""
+    """Samples per second from tars to packed rows, by our packer and by the published approach."""
 
     tokenizer: str
     """Hugging Face tokenizer folder."""
@@ -87,7 +87,7 @@ def pack_as_published(config: Pack, tokenizer: str, shards: list[str], folder: P
 
 
 def pack_shard_as_published(tokenizer_folder: str, out: Path, shard: str) -> None:
-    """One tar: a data-loader process decodes and hands over, this one collects, places and writes."""
+    """Packs one tar: a data-loader process decodes the samples; this process collects, places and writes them."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue(maxsize=2)
     loader = context.Process(target=load_as_published, args=(tokenizer_folder, shard, queue))
@@ -98,9 +98,9 @@ def pack_shard_as_published(tokenizer_folder: str, out: Path, shard: str) -> Non
     loader.join()
     bins: list[list[tuple[str, int]]] = []
     for item in sorted(lengths.items(), key=lambda item: item[1], reverse=True):
-        for there in bins:
-            if sum(length for _, length in there) + item[1] <= NUM_TOKENS:
-                there.append(item)
+        for candidate in bins:
+            if sum(length for _, length in candidate) + item[1] <= NUM_TOKENS:
+                candidate.append(item)
                 break
         else:
             bins.append([item])
@@ -137,7 +137,7 @@ def load_as_published(tokenizer_folder: str, shard: str, queue) -> None:
 
 
 def check_image_bytes(shards: list[str], folder: Path) -> None:
-    """Every image in our rows is the input's, byte for byte."""
+    """Raises UserError unless every image in our rows equals the input's, byte for byte."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     from oq2vl_jax.data.packing.rows import decode_row

@@ -1,4 +1,4 @@
-"""Bin assignment alone: fill and documents per second on the two length distributions of docs/experiments.md."""
+"""Measures bin assignment: fill and documents per second on the two length distributions of docs/experiments.md."""
 
 import time
 from dataclasses import dataclass
@@ -12,23 +12,24 @@ from oq2vl_jax.memory import check_fits, host_bytes
 NUM_TOKENS, MAX_IMAGES = 4096, 28
 VISUAL_TOKENS = 144
 BYTES_PER_DOCUMENT = 100
-"""Of its lengths and of the lists of the rows."""
+"""Host memory for a document's lengths and for its entry in the rows."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Fill and speed of bin assignment on caption lengths, and with 30 % long documents among them."""
+    """Fill and speed of bin assignment, on caption lengths and on captions mixed with 30 % long documents."""
 
     num_documents: Count = 20_000
     seed: Seed = 1
     repeats: Count = 3
-    """The fastest counts."""
+    """Runs of the assignment; the fastest counts."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def document_lengths(count: int, share_long: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, images) of captions of one image, a share of them long documents: both log-normal, as web text is."""
+    """Returns (tokens, images) of one-image captions with a share of long documents; both lengths are log-normal,
+    as on the web."""
     rng = np.random.default_rng(seed)
     short = VISUAL_TOKENS + np.clip(rng.lognormal(2.8, 0.6, count), 5, 200).astype(int)
     long = np.clip(rng.lognormal(6.8, 0.7, count), 200, NUM_TOKENS).astype(int)

@@ -1,4 +1,4 @@
-"""Tars of captioned photographs for measurements: crops of scikit-image's own pictures, sized as by img2dataset."""
+"""Writes tars of captioned photographs to measure with: crops of scikit-image's pictures, sized as by img2dataset."""
 
 import io
 import random
@@ -15,7 +15,7 @@ NUM_DIFFERENT_CROPS = 1000
 
 
 def load_pictures() -> list:
-    """Photographs as PIL images. Raises UserError where scikit-image is missing."""
+    """Returns photographs as PIL images. Raises UserError if scikit-image is missing."""
     try:
         import skimage.data
     except ImportError as error:
@@ -26,13 +26,14 @@ def load_pictures() -> list:
     for name in PICTURES:
         try:
             pictures.append(Image.fromarray(getattr(skimage.data, name)()).convert("RGB"))
-        except Exception:  # some pictures are fetched on first use; those that come in the package will do
+        except Exception:  # some pictures are downloaded on first use; those in the package are enough
             continue
     return pictures
 
 
 def write_photo_shards(folder: Path, num_shards: int, samples_per_shard: int, seed: int) -> list[str]:
-    """NNNNN.tar with KEY.jpg (longer side 512, random crops), KEY.txt (5-40 words) and KEY.json; returns the paths."""
+    """Writes NNNNN.tar with KEY.jpg (random crops, longer side 512), KEY.txt (5-40 words) and KEY.json; returns the
+    paths."""
     rng, pictures = random.Random(seed), load_pictures()
     crops = [random_crop(rng, pictures) for _ in range(min(NUM_DIFFERENT_CROPS, num_shards * samples_per_shard))]
     for shard in range(num_shards):

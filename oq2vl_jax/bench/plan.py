@@ -1,11 +1,11 @@
-"""What a configuration needs on GPUs that are not at hand: memory, communication, and the floor of its time.
+"""Plans a configuration for GPUs that are not here: memory, communication and lower bounds of its time.
 
     python -m oq2vl_jax.bench plan configs/pretrain.py --device a100-40g --num-devices 8
 
 compiles the real train step (bench/compiled.py), then tries which rows per microbatch, recomputation and sharding fit,
-and prints the command line of the best. Two times to measure a run against: its FLOPs at the device's peak
-("floor", by the formula of train/flops.py), and the compiled program by its roofline (bench/roofline.py), communication
-aside. Nothing is timed here.
+and prints the command line of the best. It prints two times to compare a run with: the FLOPs at the device's peak
+("floor", by the formula of train/flops.py) and the roofline of the compiled program (bench/roofline.py), both without
+communication. Nothing is timed.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from oq2vl_jax.runtime import COMPILE_ONLY_FLAGS, set_environment
 
 @dataclass(frozen=True)
 class Plan:
-    """Compile the train step for GPUs that are not there: memory, collectives, floor, and what fits."""
+    """Compile the train step for absent GPUs: memory, collectives, floor, and the options that fit."""
 
     config: Positional[str]
     """A file of configs/, or a resolved config.json."""
@@ -38,18 +38,18 @@ class Plan:
     remats: tuple[Literal["none", "dots", "attention", "full"], ...] = ("none", "dots", "attention", "full")
     """Recomputation to try, from most memory to most recomputation."""
     search: bool = True
-    """Try which combinations fit; otherwise the configuration as it stands alone."""
+    """Try which combinations fit; if off, compile only the configuration as it is."""
     scaling: tuple[SmallCount, ...] = ()
-    """Instead: compute, communication and efficiency on these numbers of GPUs, such as 1 8 64."""
+    """Show compute, communication and efficiency on these numbers of GPUs instead, such as 1 8 64."""
     text_tokens_per_image: Length | None = None
-    """Of a typical document, for the FLOPs of a row; None: 27 (captions) or 260 (conversations)."""
+    """Text tokens of a typical document, for the FLOPs of a row; None: 27 (captions) or 260 (conversations)."""
     kernels: CountOrZero = 0
-    """Show this many kernels of the compiled program, those that must take longest first."""
+    """Show this many kernels of the compiled program, the longest by roofline first."""
     json: bool = False
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """The plan as one JSON object; see show for what is in it."""
+    """Returns the plan as one JSON object; show() prints its parts."""
     check_bounds(plan, as_flags=True)
     device = None if plan.device == "cpu" else find_device(plan.device)
     config = load_config(plan.config)
@@ -72,14 +72,14 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 
 def prepare_jax(device: Device | None, num_devices: int) -> None:
-    """Before jax is imported. The GPUs are absent, so jax itself runs on the CPU."""
+    """Sets the environment before jax is imported. The GPUs are absent, so jax itself runs on the CPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     simulated = {"--xla_force_host_platform_device_count": str(num_devices)} if device is None else COMPILE_ONLY_FLAGS
     set_environment(simulated)
 
 
 def search(config: TrainConfig, device: Device | None, plan: Plan) -> list[dict]:
-    """Every combination, from few rows to many; where one does not fit, more rows do not either."""
+    """Tries every combination, from few rows to many; once one does not fit, more rows are not tried."""
     tried = []
     for sharding in ("zero1", "fsdp") if plan.num_devices > 1 else (config.mesh.sharding,):
         for remat in plan.remats:
@@ -88,19 +88,19 @@ def search(config: TrainConfig, device: Device | None, plan: Plan) -> list[dict]
                     continue
                 mesh = dataclasses.replace(config.mesh, sharding=sharding)
                 candidate = dataclasses.replace(config, mesh=mesh, remat=remat, rows_per_device=rows)
-                found = examine(candidate, device, plan.num_devices, plan)
+                examined = examine(candidate, device, plan.num_devices, plan)
                 keys = ("sharding", "rows_per_microbatch", "remat", "peak_gib", "fits", "executed_tflop_per_row",
                         "roofline_ms_with_communication", "roofline_tokens_per_second_per_gpu")  # fmt: skip
-                tried.append({key: found.get(key) for key in keys})
+                tried.append({key: examined.get(key) for key in keys})
                 if not plan.json:
-                    print(f"  {sharding} {remat} {rows}: {found['peak_gib']:.1f} GiB", file=sys.stderr, flush=True)
-                if not found["fits"]:
+                    print(f"  {sharding} {remat} {rows}: {examined['peak_gib']:.1f} GiB", file=sys.stderr, flush=True)
+                if not examined["fits"]:
                     break
     return tried
 
 
 def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: Plan) -> dict[str, Any]:
-    """One configuration, compiled: memory by kind, collectives, FLOPs, floor."""
+    """Compiles one configuration; returns memory by kind, collectives, FLOPs and floor."""
     from oq2vl_jax.bench.compiled import compile_step, mesh_of
     from oq2vl_jax.bench.floor import floor
     from oq2vl_jax.train.attention_choice import choose_attention
@@ -134,7 +134,8 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
 
 
 def mesh_shape(config: TrainConfig, num_devices: int) -> tuple[int, int]:
-    """(data, fsdp): as configured where both numbers are given, else parameters over the GPUs of a node."""
+    """Returns (data, fsdp) as configured if both are given and match num_devices. Otherwise fsdp is NODE_DEVICES, or
+    num_devices if NODE_DEVICES does not divide it."""
     data, fsdp = config.mesh.data, config.mesh.fsdp
     if min(data, fsdp) > 0 and data * fsdp == num_devices:
         return data, fsdp
@@ -143,23 +144,23 @@ def mesh_shape(config: TrainConfig, num_devices: int) -> tuple[int, int]:
 
 
 def scaling_row(config: TrainConfig, device: Device | None, num_devices: int, plan: Plan) -> dict[str, Any]:
-    """Compute against communication of one step, the same rows per GPU at every size."""
+    """Returns compute and communication of one step with global_batch_size // NODE_DEVICES rows per GPU."""
     if device is None:
         raise UserError("--scaling needs a GPU of the table; a CPU has no stated rates.")
     rows_per_gpu = config.global_batch_size // NODE_DEVICES
     candidate = dataclasses.replace(config, global_batch_size=rows_per_gpu * num_devices)
-    found = examine(candidate, device, num_devices, plan)
-    compute, communication = found["roofline_ms_per_step"]["total"], found["communication_ms_per_step"]
+    examined = examine(candidate, device, num_devices, plan)
+    compute, communication = examined["roofline_ms_per_step"]["total"], examined["communication_ms_per_step"]
     return {
         "gpus": num_devices,
-        "mesh": f"{found['mesh']['data']} x {found['mesh']['fsdp']}",
+        "mesh": f"{examined['mesh']['data']} x {examined['mesh']['fsdp']}",
         "rows_per_step": candidate.global_batch_size,
-        "peak_gib": found["peak_gib"],
-        "fits": found["fits"],
+        "peak_gib": examined["peak_gib"],
+        "fits": examined["fits"],
         "compute_ms_by_roofline": compute,
         "communication_ms": communication,
         "efficiency_nothing_hidden": round(compute / (compute + communication), 4),
-        "tokens_per_second": round(found["roofline_tokens_per_second_per_gpu"] * num_devices),
+        "tokens_per_second": round(examined["roofline_tokens_per_second_per_gpu"] * num_devices),
     }
 
 
@@ -172,7 +173,7 @@ def command(plan: Plan, best: dict, mesh: dict) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The plan for a person."""
+    """Prints the plan as tables."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""The text of a compiled program (XLA's HLO): its instructions, how often each runs, the bytes of its arrays."""
+"""Reads the text of a compiled program (XLA's HLO): instructions, how often each runs, and the bytes of its arrays."""
 
 import math
 import re
@@ -13,7 +13,7 @@ INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*
 
 
 class Instruction(NamedTuple):
-    """shape: as the text says it, a tuple's in parentheses. op: its opcode. line: the whole of it."""
+    """A line of HLO. shape: as written, a tuple in parentheses. op: the opcode. line: the whole line."""
 
     name: str
     shape: str
@@ -36,11 +36,11 @@ def executions(
     unknown_trips: dict[str, float] | None = None,
     longest_branch: float | None = None,
 ) -> Iterator[Execution]:
-    """Every instruction of one run of a program, loops unrolled; what a fusion is made of does not show.
+    """Yields every instruction of one run of a program with its number of runs; the inside of fusions is left out.
 
-    bodies: its computations. unknown_trips: of loops whose length is known only when they run, by the named scope they
-    stand in; of others 1.
-    longest_branch: how often the longest branch of a choice is taken; None: all of them always.
+    bodies: the program's computations. unknown_trips: trip counts, by named scope, of loops whose length the text does
+    not state; 1 for other scopes.
+    longest_branch: share of the runs in which a conditional takes its longest branch; None: count every branch fully.
     """
 
     def unknown(line: str) -> float:
@@ -75,22 +75,22 @@ def executions(
 
 
 def computations(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of each computation of a module by its name, "ENTRY" for the first one run."""
+    """Returns {name: instructions} of the computations of a module; the entry computation is named "ENTRY"."""
     bodies: dict[str, list[Instruction]] = {}
     name = ""
     for line in text.splitlines():
         if head := HEAD.match(line):
             name = "ENTRY" if head[1] else head[2]
             bodies[name] = []
-        elif name and (found := INSTRUCTION.match(line)):
-            is_root, own, shape, op, rest = found.groups()
-            operands = re.findall(r"%([\w.\-]+)", rest[: end_of_arguments(rest)])
-            bodies[name].append(Instruction(own, shape, op, tuple(operands), line, bool(is_root)))
+        elif name and (match := INSTRUCTION.match(line)):
+            is_root, instruction_name, shape, op, arguments = match.groups()
+            operands = re.findall(r"%([\w.\-]+)", arguments[: end_of_arguments(arguments)])
+            bodies[name].append(Instruction(instruction_name, shape, op, tuple(operands), line, bool(is_root)))
     return bodies
 
 
 def end_of_arguments(text: str) -> int:
-    """Where the parenthesis closes that was opened just before `text`."""
+    """Returns the index of the parenthesis that closes the one just before `text`; len(text) if it is not closed."""
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -100,9 +100,9 @@ def end_of_arguments(text: str) -> int:
 
 
 def called(line: str, key: str) -> str:
-    """The computation that an instruction names, "" if it names none."""
-    found = re.search(rf"\b{key}=%([\w.\-]+)", line)
-    return found[1] if found else ""
+    """Returns the computation that an instruction names under `key`, "" if it names none."""
+    match = re.search(rf"\b{key}=%([\w.\-]+)", line)
+    return match[1] if match else ""
 
 
 def branches(line: str) -> list[str]:
@@ -113,7 +113,7 @@ def branches(line: str) -> list[str]:
 
 
 def array_bytes(shape: str) -> list[int]:
-    """Bytes of every array of a shape."""
+    """Returns the bytes of each array in a shape."""
     return [
         math.prod(int(n) for n in dims.split(",") if n) * DTYPE_BYTES[dtype]
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
@@ -122,6 +122,6 @@ def array_bytes(shape: str) -> list[int]:
 
 
 def dims_of(shape: str) -> list[int]:
-    """Dimensions of the first array of a shape."""
-    found = re.search(r"\w+\[([\d,]*)\]", shape)
-    return [int(n) for n in found[1].split(",") if n] if found else []
+    """Returns the dimensions of the first array in a shape."""
+    match = re.search(r"\w+\[([\d,]*)\]", shape)
+    return [int(n) for n in match[1].split(",") if n] if match else []

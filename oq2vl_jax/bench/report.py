@@ -1,13 +1,13 @@
-"""Everything that a device can tell, in one command: `python -m oq2vl_jax.bench report --out DIR`.
+"""Runs every measurement of one device in one command: `python -m oq2vl_jax.bench report --out DIR`.
 
-    a  what the device is, its measured roof          e  tuning, full pre-training, decoding
+    a  the device, its measured peak rates            e  tuning, full pre-training, decoding
     b  exactness of attention and of the step         f  a profile of the step
     c  the step, then one change at a time            g  a loss curve in bfloat16 and float32
     d  PyTorch's two forms, in turns                  h  bench plan for GPUs that are not here
 
-In order of value, within --minutes; the same command goes on where it was cut off, and compiles nothing twice. One
-device is used, whatever is there. DIR/report.md is the page, DIR/report.json its figures. Parts a, b and c need what
-training needs without its data: jax, flax, optax, orbax, numpy and tyro.
+The most valuable parts run first, within --minutes. The same command resumes a report that was cut off and compiles
+nothing twice. It uses one device even if there are more. DIR/report.md is the page, DIR/report.json holds its figures.
+Parts a, b and c need only what training without data needs: jax, flax, optax, orbax, numpy and tyro.
 """
 
 import hashlib
@@ -34,32 +34,33 @@ GPU_CONFIG, CPU_CONFIG = "configs/pretrain.py", "configs/bench_mid.py"
 GPU_MINUTES, CPU_MINUTES = 8.0, 3.7
 GPU_SHARES = {"a": 0.06, "b": 0.16, "c": 0.38, "d": 0.15, "e": 0.13, "f": 0.05, "g": 0.06, "h": 0.01}
 CPU_SHARES = {"a": 0.03, "b": 0.22, "c": 0.14, "d": 0, "e": 0.28, "f": 0.15, "g": 0.17, "h": 0.01}
-"""Of the minutes: on a GPU a guess, on two cores as measured. There d, two minutes long, runs when all others have."""
+"""Shares of the minutes: a guess on a GPU, measured on two CPU cores. There part d takes two minutes and has no
+share; it runs after the others unless a to c end early."""
 Minutes = Annotated[float, Between(0.0, 24.0 * 60, is_above=True)]
 SOURCES = ("oq2vl_jax/**/*.py", "configs/*.py", "tests/peers/*.py", "convert/**/*.py")
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that this device can tell: exactness, speed, memory, beside what was predicted."""
+    """Exactness, speed and memory of this device, beside the predicted values."""
 
     out: str
-    """Folder of the report; an unfinished one is gone on with."""
+    """Folder of the report; an unfinished report is resumed."""
     minutes: Minutes | None = None
-    """Of one call; None: 8 on a GPU, 3.7 on a CPU."""
+    """Time limit of one call; None: 8 on a GPU, 3.7 on a CPU."""
     only: str | None = None
     """Parts by their letters, such as b,c; parts that these need are run as well."""
     config: str | None = None
-    """Of the measured step; None: configs/pretrain.py on a GPU, configs/bench_mid.py on a CPU."""
+    """Configuration of the measured step; None: configs/pretrain.py on a GPU, configs/bench_mid.py on a CPU."""
     overwrite: bool = False
-    """Begin anew where --out holds a report of another commit, device or configuration."""
+    """Start a new report; needed if --out holds one of another source, device, configuration or version of jax."""
     commit: str | None = None
-    """As the page names it; None: asks git."""
+    """Commit that the page names; None: ask git."""
     json: bool = False
 
 
 def measure(options: Report) -> dict[str, Any]:
-    """The report's record: {"identity", "commit", "items": {name: {"status", "why", "figures", ..}}}."""
+    """Returns the report's record: {"identity", "commit", "items": {name: {"status", "why", "figures", ..}}}."""
     check_bounds(options, as_flags=True)
     groups = chosen_groups(options)
     folder = Path(options.out)
@@ -90,7 +91,7 @@ def chosen_groups(options: Report) -> set[str]:
 
 
 def report_items(setting: dict[str, Any], minutes: float) -> list[Item]:
-    """What is run, in the order of its value."""
+    """Returns the items to run, the most valuable first."""
     shares, named = dict(GPU_SHARES if setting["is_gpu"] else CPU_SHARES), set()
 
     def item(name: str, group: str, limit: float, needs: str | None = None) -> Item:
@@ -116,7 +117,7 @@ def report_items(setting: dict[str, Any], minutes: float) -> list[Item]:
 
 
 def one_device(folder: Path) -> dict[str, str]:
-    """The environment of every part: the first device alone, compiled programs kept in the folder."""
+    """Returns the environment of every part: one visible device, and a compilation cache in the folder."""
     environment = dict(os.environ)
     environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     flags = environment.get("XLA_FLAGS", "").split()
@@ -127,7 +128,7 @@ def one_device(folder: Path) -> dict[str, str]:
 
 
 def probed(folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """What the device is, asked in a process of its own: this one never holds it. Raises UserError if there is none."""
+    """Probes the device in another process, so that this one never holds it. Raises UserError if there is none."""
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     command = (sys.executable, "-m", "oq2vl_jax.bench.parts", "probe", json.dumps(
         {"folder": str(folder), "config": "", "is_default": True, "is_gpu": False}))  # fmt: skip
@@ -138,7 +139,7 @@ def probed(folder: Path, environment: dict[str, str]) -> dict[str, Any]:
 
 
 def begun(options: Report, folder: Path, config: str, probe: dict[str, Any]) -> dict[str, Any]:
-    """The record of the folder, or a new one. Raises UserError for a report of something else."""
+    """Returns the record of the folder, or a new one. Raises UserError if the folder holds another report."""
     identity = {
         "source": source_digest(), "config": config, "device": probe["kind"], "jax": probe["versions"]["jax"],
     }  # fmt: skip
@@ -167,7 +168,7 @@ def begun(options: Report, folder: Path, config: str, probe: dict[str, Any]) -> 
 
 
 def source_digest() -> str:
-    """SHA-256 over what is measured, the same for the same files wherever they lie."""
+    """Returns 16 hex digits of a SHA-256 over the measured source files, independent of the checkout's path."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     for file in sorted(path for pattern in SOURCES for path in root.glob(pattern)):
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
@@ -175,7 +176,7 @@ def source_digest() -> str:
 
 
 def git_commit() -> str:
-    """The commit of the checkout, "and changes" if it has some; "unknown" outside of one."""
+    """Returns the commit of the checkout, with "and changes" if files are modified; "unknown" outside a checkout."""
     root = Path(__file__).parents[2]
     try:
         asked = [
@@ -195,7 +196,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 class interrupted_by_sigterm:  # noqa: N801 (a context manager)
-    """SIGTERM ends the part under way as Ctrl-C does; what was measured is written already."""
+    """Makes SIGTERM end the running part as Ctrl-C does; finished parts are already written."""
 
     def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGTERM, self._interrupt)
@@ -209,12 +210,12 @@ class interrupted_by_sigterm:  # noqa: N801 (a context manager)
 
 
 def exit_code(record: dict[str, Any]) -> int:
-    """1 if a part failed; what had no time or could not run here is no failure."""
+    """Returns 1 if a part failed; parts that were skipped or not reached are not failures."""
     return int(any(item["status"] == "failed" for item in record["items"].values()))
 
 
 def show(record: dict[str, Any]) -> None:
-    """A line for each part, and where the page is."""
+    """Prints a line for each part, and the path of the page."""
     for name, item in record["items"].items():
         print(f"{item['group']}  {name:22s} {item['status']:12s} {item['seconds']:6.1f} s  {item['why'] or ''}")
     print(f"\n{record['page']}")

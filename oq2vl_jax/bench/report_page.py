@@ -1,4 +1,4 @@
-"""The page of a report, report.md: a section a part, what was predicted beside what was measured, the largest gaps."""
+"""Writes the page of a report, report.md: a section per part, predictions beside measurements, the largest gaps."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ def write_page(folder: Path, record: dict[str, Any]) -> None:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The whole page as Markdown, of a report that may be unfinished."""
-    found = {name: item["figures"] for name, item in record["items"].items() if item["status"] == "done"}
+    """Returns the page as Markdown; the report may be unfinished."""
+    results = {name: item["figures"] for name, item in record["items"].items() if item["status"] == "done"}
     sections: list[tuple[str, Callable[[dict[str, Figures]], Iterable[str]]]] = [
         ("a. The device", device_section), ("b. Exactness", exactness_section), ("c. The step", step_section),
         ("d. PyTorch on the same rows and weights", peers_section), ("e. Tuning and decoding", other_section),
@@ -26,10 +26,10 @@ def page(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     lines = [*head(record)]
     for title, section in sections:
-        body = list(section(found))
+        body = list(section(results))
         if body:
             lines += ["", f"## {title}", "", *body]
-    lines += ["", "## Predicted and measured", "", *prediction_section(found)]
+    lines += ["", "## Predicted and measured", "", *prediction_section(results)]
     return "\n".join([*lines, "", "## Every part", "", *parts_section(record), ""])
 
 
@@ -50,7 +50,7 @@ def head(record: dict[str, Any]) -> Iterable[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of the same keys as a Markdown table."""
+    """Returns rows as a Markdown table; a missing value shows as "-"."""
     if not rows:
         return []
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -68,8 +68,8 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/").replace("\n", " ")
 
 
-def device_section(found: dict[str, Figures]) -> Iterable[str]:
-    if figures := found.get("device"):
+def device_section(results: dict[str, Figures]) -> Iterable[str]:
+    if figures := results.get("device"):
         side = figures["product_side"]
         rows = [{"measured": f"{name} product {side}^3", "rate": f"{rate:,.2f} TFLOP/s"}
                 for name, rate in figures["product_tflops"].items()]  # fmt: skip
@@ -80,8 +80,8 @@ def device_section(found: dict[str, Figures]) -> Iterable[str]:
             yield "Not in oq2vl_jax/devices.py: the rooflines below use these rates, and there is no MFU."
 
 
-def exactness_section(found: dict[str, Figures]) -> Iterable[str]:
-    if figures := found.get("exactness"):
+def exactness_section(results: dict[str, Figures]) -> Iterable[str]:
+    if figures := results.get("exactness"):
         yield "Largest error over the largest value, against float32 with exact products; xla is the reference's own"
         yield "rounding in that type."
         yield ""
@@ -101,10 +101,10 @@ STEP_COLUMNS = {
 }  # fmt: skip
 
 
-def step_section(found: dict[str, Figures]) -> Iterable[str]:
-    if base := found.get("step"):
+def step_section(results: dict[str, Figures]) -> Iterable[str]:
+    if base := results.get("step"):
         names = ["step", *(f"step_{name}" for name in steps.VARIANTS)]
-        rows = [step_row(name, found[name]) for name in names if name in found]
+        rows = [step_row(name, results[name]) for name in names if name in results]
         yield (
             f"{base['num_layers']} of {base['of_layers']} decoder layers, {base['rows_per_step']} rows a step of "
             f"{cell(base['fill'])} fill, {base['device']}. Changes one at a time, times against the first row."
@@ -128,8 +128,8 @@ def step_row(name: str, figures: Figures) -> dict[str, Any]:
     return row | {title: figures.get(key) for key, title in STEP_COLUMNS.items()}
 
 
-def peers_section(found: dict[str, Figures]) -> Iterable[str]:
-    if figures := found.get("peers"):
+def peers_section(results: dict[str, Figures]) -> Iterable[str]:
+    if figures := results.get("peers"):
         ratios = figures["times_as_fast"]
         yield from table([
             {"form": side, "s a step": seconds, "ours is times as fast": ratios.get(side),
@@ -141,12 +141,12 @@ def peers_section(found: dict[str, Figures]) -> Iterable[str]:
             yield f"{side} {why}."
 
 
-def other_section(found: dict[str, Figures]) -> Iterable[str]:
-    rows = [step_row(name, found[name]) | {"change": name} for name in ("sft", "full_pretrain") if name in found]
+def other_section(results: dict[str, Figures]) -> Iterable[str]:
+    rows = [step_row(name, results[name]) | {"change": name} for name in ("sft", "full_pretrain") if name in results]
     if rows:
         yield from table([{"configuration": row.pop("change")} | row for row in rows])
         yield ""
-    ours, theirs = found.get("decoding"), found.get("decoding_transformers")
+    ours, theirs = results.get("decoding"), results.get("decoding_transformers")
     if ours:
         yield (
             f"Decoding in bfloat16, prompts of {ours['prompt_tokens']} tokens, {ours['new_tokens']} new ones, "
@@ -164,15 +164,15 @@ def other_section(found: dict[str, Figures]) -> Iterable[str]:
         ])  # fmt: skip
 
 
-def profile_section(found: dict[str, Figures]) -> Iterable[str]:
-    if figures := found.get("profile"):
+def profile_section(results: dict[str, Figures]) -> Iterable[str]:
+    if figures := results.get("profile"):
         yield f"{figures['num_steps']} steps; the device waits {100 * figures['idle_share']:.1f} % of the time."
         yield ""
         yield from table(figures["kernels"])
 
 
-def learning_section(found: dict[str, Figures]) -> Iterable[str]:
-    if figures := found.get("learning"):
+def learning_section(results: dict[str, Figures]) -> Iterable[str]:
+    if figures := results.get("learning"):
         yield f"{figures['num_steps']} steps on pictures made here; last is the mean of ten. Colour and shape guessed:"
         yield f"{cell(figures['chance'])} nats."
         yield ""
@@ -180,9 +180,9 @@ def learning_section(found: dict[str, Figures]) -> Iterable[str]:
                           for dtype in figures["losses"]])  # fmt: skip
 
 
-def plan_section(found: dict[str, Figures]) -> Iterable[str]:
-    measured = found.get("step")
-    rows = [row for name in plans.DEVICES if (plan := found.get(f"plan_{name}")) for row in plan_rows(plan, measured)]
+def plan_section(results: dict[str, Figures]) -> Iterable[str]:
+    measured = results.get("step")
+    rows = [row for name in plans.DEVICES if (plan := results.get(f"plan_{name}")) for row in plan_rows(plan, measured)]
     yield from table(rows)
 
 
@@ -199,8 +199,8 @@ def plan_rows(plan: Figures, measured: Figures | None) -> Iterable[dict[str, Any
         }  # fmt: skip
 
 
-def prediction_section(found: dict[str, Figures]) -> Iterable[str]:
-    rows = [row for figures in found.values() for row in figures.get("predictions", ())]
+def prediction_section(results: dict[str, Figures]) -> Iterable[str]:
+    rows = [row for figures in results.values() for row in figures.get("predictions", ())]
     if not rows:
         yield "Nothing yet."
         return

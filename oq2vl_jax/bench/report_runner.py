@@ -1,10 +1,10 @@
-"""Runs the parts of a report one after the other, each in a process of its own, within some minutes.
+"""Runs the parts of a report one after the other, each in its own process, within a time limit.
 
     DIR/report.json        every part with its status, rewritten whole after each
-    DIR/parts/NAME.json    what a part has found; DIR/parts/NAME.log: what it said
+    DIR/parts/NAME.json    figures of a part; DIR/parts/NAME.log: its output
 
-A part that crashes, hangs or runs out of memory is ended and named, and the next one runs. Every group of parts has a
-share of the minutes: past it no further item of the group is started before the other groups have had their turn.
+A part that crashes, hangs or runs out of memory is ended and recorded as failed, and the next one runs. Every group of
+parts has a share of the minutes; once it is used, the group's other items wait until all groups have had their turn.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ENDED = ("done", "skipped", "failed")
-"""A later call tries what failed once more; report.begun sees to it."""
+"""Statuses of items that do not run again in this call. A later call retries failed items (report.begun)."""
 WORTH_STARTING_SECONDS = 10.0
 
 
 class Item(NamedTuple):
-    """group: the letter of its part. limit_seconds: past which it counts as hanging. share: of the minutes for its
-    whole group, named by the first item of one. needs: an item that must be done before."""
+    """group: the letter of its part. limit_seconds: an item that runs longer counts as hung. share: of the minutes, for
+    the whole group; set on the first item of the group, 0 on the others. needs: an item that must be done before."""
 
     name: str
     group: str
@@ -39,12 +39,12 @@ class Runner:
     """Runs items into a folder; `record` is the report so far."""
 
     def __init__(self, folder: Path, record: dict[str, Any], written: Callable[[dict[str, Any]], None]):
-        """written: told of the record after every change."""
+        """written: called with the record after every change."""
         self._folder, self._record, self._written = folder, record, written
         (folder / "parts").mkdir(parents=True, exist_ok=True)
 
     def run(self, items: Iterable[Item], seconds: float, environment: dict[str, str]) -> None:
-        """Every item in turn, then those that their group's share did not reach, until `seconds` are over."""
+        """Runs every item in turn, then those for which their group's share was too small, until `seconds` are over."""
         items = list(items)
         start, share = time.monotonic(), 0.0
         total = sum(item.share for item in items) or 1.0
@@ -81,7 +81,7 @@ class Runner:
 
 
 def run_item(item: Item, folder: Path, seconds: float, environment: dict[str, str]) -> tuple[str, str | None]:
-    """(status, why) of an item, its process and what that started ended after `seconds`."""
+    """Runs an item for at most `seconds`, then ends its process and all that it started; returns (status, why)."""
     out, log = folder / "parts" / f"{item.name}.json", folder / "parts" / f"{item.name}.log"
     out.unlink(missing_ok=True)
     with log.open("w") as said:
@@ -103,8 +103,8 @@ def run_item(item: Item, folder: Path, seconds: float, environment: dict[str, st
         return "failed", f"it was ended by {signal.Signals(-code).name}"
     if code or not out.exists():
         return "failed", f"exit code {code}: {last_line(log)}"
-    found = json.loads(out.read_text())
-    return ("skipped", found["skipped"]) if "skipped" in found else ("done", None)
+    figures = json.loads(out.read_text())
+    return ("skipped", figures["skipped"]) if "skipped" in figures else ("done", None)
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -117,6 +117,6 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def last_line(log: Path) -> str:
-    """What a process said last, shortened."""
+    """Returns the last line of a log, at most 300 characters."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else "it said nothing"

@@ -1,9 +1,9 @@
-"""The time of a program compiled for a GPU by its roofline: what every kernel multiplies, reads and writes.
+"""Estimates the time of a program compiled for a GPU by the roofline of each kernel: its FLOPs and its bytes.
 
 A kernel takes at least its FLOPs at the device's peak, and at least its bytes at the rate of its memory; the larger of
-the two counts (the roofline model, doi 10.1145/1498765.1498785). What a kernel finds in the cache and how long it waits
-to start are left out; of Pallas kernels, whose FLOPs the text does not say, only the bytes count. So this is no
-prediction: it tells two programs apart, and says which kernels the time outside matrix products goes to.
+the two counts (the roofline model, doi 10.1145/1498765.1498785). Cache hits and launch latency are left out. Pallas
+kernels count by their bytes only, because the text does not state their FLOPs. The result is not a prediction. It
+serves to compare two programs and to find the kernels that take the time outside matrix products.
 """
 
 import math
@@ -25,13 +25,13 @@ from oq2vl_jax.devices import Device, Rates
 
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "while", "conditional", "call",
         "async-start", "copy-start", "partition-id", "replica-id"}  # fmt: skip
-"""What takes no time of its own; nor does the end of what was started (-done)."""
+"""Opcodes that take no time of their own, as do all that end in -done."""
 SLICES, UPDATES = {"dynamic-slice", "slice", "gather"}, {"dynamic-update-slice", "scatter"}
 
 
 class Kernel(NamedTuple):
-    """seconds: of all runs. kind: matmul, attention or memory. name: without XLA's number. shape: of the output.
-    instructions: by their names in the program, which a profile names as well."""
+    """Equal kernels of a program. seconds, times: of all runs. kind: matmul, attention or memory. flops, num_bytes: of
+    one run. name: without XLA's number. shape: of the output. instructions: names in the program and in a profile."""
 
     seconds: float
     kind: str
@@ -49,7 +49,7 @@ def roofline(
     unknown_trips: dict[str, float] | None = None,
     longest_branch: float | None = None,
 ) -> list[Kernel]:
-    """The kernels of one run, the longest first; those alike in name, shape and bytes are added up.
+    """Returns the kernels of one run, the longest first; kernels equal in name, shape, FLOPs and bytes are added up.
 
     unknown_trips, longest_branch: see program.executions.
     """
@@ -77,9 +77,9 @@ def roofline(
 
 
 def kind_and_flops(execution: Execution, bodies: dict[str, list[Instruction]]) -> tuple[str, float]:
-    """What a kernel does, and the FLOPs of matrix products and of cuDNN's attention; 0 for what is not known.
+    """Returns the kind of a kernel and its FLOPs: those of matrix products and of cuDNN's attention, otherwise 0.
 
-    A fusion that holds a product (Triton's on a GPU, any on a CPU) is one.
+    A fusion that holds a matrix product (Triton's on a GPU, any on a CPU) counts as matmul.
     """
     instruction, shapes = execution.instruction, operand_shapes(execution)
     products = product_flops(instruction, execution.scope, bodies)
@@ -99,7 +99,7 @@ def kind_and_flops(execution: Execution, bodies: dict[str, list[Instruction]]) -
 
 
 def product_flops(instruction: Instruction, scope: dict[str, Instruction], bodies: dict) -> float:
-    """FLOPs of a dot, or of the dots within a fusion."""
+    """Returns the FLOPs of a dot, or of the dots within a fusion."""
     if instruction.op == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.line)
         left = dims_of(scope[instruction.operands[0]].shape)
@@ -112,7 +112,8 @@ def product_flops(instruction: Instruction, scope: dict[str, Instruction], bodie
 
 
 def bytes_moved(execution: Execution, bodies: dict[str, list[Instruction]]) -> int:
-    """Bytes that a kernel reads and writes: of what it slices or updates in place, the part alone."""
+    """Returns the bytes that a kernel reads and writes; an array that a fusion slices or updates in place counts by the
+    accessed part only."""
     instruction, shapes = execution.instruction, operand_shapes(execution)
     if instruction.op in ("fusion", "fusion-start"):
         return fusion_bytes(bodies[called(instruction.line, "calls")])
@@ -149,7 +150,7 @@ def fusion_bytes(body: list[Instruction]) -> int:
             return sum(written(by_name[operand]) for operand in instruction.operands)
         if instruction.op == "dynamic-update-slice":
             return sum(array_bytes(by_name[instruction.operands[1]].shape))
-        if instruction.op == "scatter":  # reads what it adds to
+        if instruction.op == "scatter":  # also reads the values that it adds to
             return 2 * sum(array_bytes(by_name[instruction.operands[-1]].shape))
         return sum(array_bytes(instruction.shape))
 

@@ -1,4 +1,4 @@
-"""Reading packed rows: random rows per second, and decoded images per second and core, against a plain decode loop."""
+"""Measures reading of packed rows: random rows per second; images per second and core, against a plain decode loop."""
 
 import dataclasses
 import io
@@ -53,7 +53,7 @@ def measure(config: Rows) -> list[dict]:
         read = [seconds_of(lambda: [source[i] for i in order]) for _ in range(config.repeats)]
         num_images, ours, plain = 0, 0.0, 0.0
         for _ in range(config.repeats):
-            for i in range(len(source)):  # in turns, row by row: the machine's moods fall on both
+            for i in range(len(source)):  # in turns, row by row, so that other load slows both
                 element = source[i]
                 images = decode_row(element).images
                 plain += seconds_of(lambda images=images: [plain_decode(x, model.vision.image_size) for x in images])
@@ -66,8 +66,8 @@ def measure(config: Rows) -> list[dict]:
     }
     plain_rate = rates["images, plain decode loop"]
     return [
-        {"what": what, "per_second": rate, "of_plain": rate / plain_rate if what.startswith("images") else ""}
-        for what, rate in rates.items()
+        {"what": label, "per_second": rate, "of_plain": rate / plain_rate if label.startswith("images") else ""}
+        for label, rate in rates.items()
     ]
 
 
@@ -78,6 +78,6 @@ def seconds_of(work) -> float:
 
 
 def plain_decode(data: bytes, size: int) -> np.ndarray:
-    """What one would write without thinking of anything else."""
+    """Decodes and resizes an image with PIL alone, as a baseline."""
     image = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)

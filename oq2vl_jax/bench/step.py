@@ -1,9 +1,9 @@
-"""The train step measured: synthetic rows with real lengths, the step of oq2vl_jax.train, nothing else.
+"""Measures the train step of oq2vl_jax.train alone, on synthetic rows with realistic lengths.
 
     python -m oq2vl_jax.bench step configs/pretrain.py --global-rows 16 --profile trace
 
-Needs no data, no grain: jax, flax and optax, and the pure-Python packages that the model and the command line import
-(jaxtyping, tyro). FLOPs by train/flops.py; MFU needs a GPU of oq2vl_jax/devices.py.
+It needs neither data nor grain, only jax, flax, optax and the pure-Python packages that the model and the command line
+import (jaxtyping, tyro). FLOPs are those of train/flops.py; MFU needs a GPU of oq2vl_jax/devices.py.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Step:
     config: Positional[str] = "configs/pretrain.py"
     """A file of configs/, or a resolved config.json."""
     global_rows: SmallCount | None = None
-    """Rows of an optimizer step over all devices; None: as configured."""
+    """Rows in an optimizer step over all devices; None: as configured."""
     rows_per_device: SmallCount | None = None
     """Rows per microbatch; None: as configured."""
     remat: Literal["none", "dots", "attention", "full"] | None = None
@@ -43,7 +43,7 @@ class Step:
 
 
 def measure(options: Step) -> dict[str, Any]:
-    """Every figure of the docstring, with what it was measured on."""
+    """Returns the figures of the step, with the device and the options that they were measured with."""
     check_bounds(options, as_flags=True)
     set_environment()
     config = configured(options)
@@ -66,7 +66,7 @@ def measure(options: Step) -> dict[str, Any]:
 
 
 def start(config: TrainConfig, mesh: Any, seed: int) -> tuple[Any, Any, Any]:
-    """(rows on the host, a fresh train state, the rows on the devices)."""
+    """Returns (rows on the host, a fresh train state, the rows on the devices)."""
     import jax
 
     from oq2vl_jax.bench.synthetic_rows import make_rows
@@ -81,7 +81,7 @@ def start(config: TrainConfig, mesh: Any, seed: int) -> tuple[Any, Any, Any]:
 def figures(
     config: TrainConfig, mesh: Any, compiled: Any, rows: Any, losses: list[float], seconds: list[float]
 ) -> dict[str, Any]:
-    """What some timed steps on `rows` say. compiled: bench.compiled.Compiled; seconds: of each step."""
+    """Returns the figures of some timed steps on `rows`. compiled: bench.compiled.Compiled. seconds: of each step."""
     import jax
 
     from oq2vl_jax.devices import device_of_kind
@@ -117,7 +117,7 @@ def figures(
 
 
 def timed_steps(step: Any, state: Any, batch: Any, number: int) -> tuple[Any, list[float], list[float]]:
-    """(state after the last one, losses, seconds) of steps that each wait for their loss."""
+    """Runs `number` steps and waits for the loss of each; returns (last state, losses, seconds)."""
     seconds, losses = [], []
     for _ in range(number):
         start = time.perf_counter()
@@ -128,7 +128,7 @@ def timed_steps(step: Any, state: Any, batch: Any, number: int) -> tuple[Any, li
 
 
 def configured(options: Step) -> TrainConfig:
-    """The configuration with the options over it; weights are random and nothing is read or written."""
+    """Returns the configuration with the options applied; weights are random, no checkpoint is read or written."""
     config = load_config(options.config)
     changes = {
         "global_batch_size": options.global_rows,
@@ -143,7 +143,7 @@ def configured(options: Step) -> TrainConfig:
 
 
 def check(config: TrainConfig, num_devices: int) -> None:
-    """The configuration's own checks; the data it names is not used."""
+    """Checks the configuration, except for its data, which is not used."""
     from oq2vl_jax.train.checks import check_config
 
     data = dataclasses.replace(config.data, sources=("synthetic",), packing="offline", images=None)
@@ -163,7 +163,7 @@ def profiled(step: Any, state: Any, batch: Any, folder: str | None) -> dict[str,
 
 
 def show(result: dict[str, Any]) -> None:
-    """One line a figure."""
+    """Prints one line per figure."""
     for name, value in result.items():
         if name == "breakdown":
             shares = "  ".join(f"{part} {100 * share:.1f} %" for part, share in value.items())

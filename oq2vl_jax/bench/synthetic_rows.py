@@ -1,4 +1,4 @@
-"""Packed rows without a data set: real lengths, real numbers of images, random contents."""
+"""Makes packed rows without a data set: realistic lengths and numbers of images, random contents."""
 
 import numpy as np
 
@@ -7,13 +7,13 @@ from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.train.flops import text_tokens
 
 SIGMA = 0.6
-"""Of the log-normal length of a document's text, around train/flops.py's typical number of tokens."""
+"""Of the log-normal length of a document's text; its mean is train/flops.py's typical number of tokens."""
 
 
 def make_rows(config: TrainConfig, num_rows: int, seed: int = 0) -> Batch:
-    """A batch of rows filled with documents of one image and some text each, until tokens or image slots end.
+    """Returns a batch of rows, each filled with documents of one image and some text until tokens or image slots end.
 
-    All of the text is labelled (of conversations only answers would be); ids are random.
+    All text is labelled (in conversations only answers would be); token ids are random.
     """
     rng = np.random.default_rng(seed)
     num_tokens, visual = config.data.num_tokens, config.model.num_visual_tokens
@@ -36,7 +36,7 @@ def make_rows(config: TrainConfig, num_rows: int, seed: int = 0) -> Batch:
 
 
 def documents(config: TrainConfig, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(start, length) of the documents of one row; the last one is cut where the row ends, text first."""
+    """Returns (start, length) of the documents in one row; the text of the last one is cut at the end of the row."""
     mean = text_tokens(config)
     visual, placed, start = config.model.num_visual_tokens, [], 0
     while len(placed) < config.data.max_images:

@@ -1,15 +1,14 @@
-"""Tuning on packed conversations against padded batches: real tokens per second of forward and backward pass.
+"""Compares tuning on packed conversations with padded batches: real tokens per second of forward and backward pass.
 
-The lengths are modelled on LLaVA-665k (no copy of it was to be had): 40k of 665k entries are text alone (ShareGPT), the
-file has 1.03 GB, some 250 text tokens an entry, and a picture takes 729 tokens. Four ways to make batches of the same
-entries:
+The lengths are modelled on LLaVA-665k (no copy was available): 40k of 665k entries are text only (ShareGPT), the file
+has 1.03 GB, some 250 text tokens per entry, and a picture takes 729 tokens. The same entries are batched in four ways:
 
-    packed         rows of 4,096 tokens, documents that do not see each other (data/packing/bins.py)
-    sorted         batches of 128, with or without pictures, sorted by length, padded in device batches: as published
+    packed         rows of 4,096 tokens in which documents do not see each other (data/packing/bins.py)
+    sorted         batches of 128, with or without pictures, sorted by length, padded per device batch: as published
     random         the same without sorting
-    full length    every entry padded to the longest, the way of static shapes
+    full length    every entry padded to the longest, as static shapes need
 
-The seconds of a shape are measured once and added up over the batches that have it.
+Each shape is timed once; the seconds of a way are the sum over its batches.
 """
 
 import statistics
@@ -28,20 +27,20 @@ IMAGE_TOKEN = 1
 TEXT_ONLY_SHARE = 40 / 665
 TEMPLATE_TOKENS = 25
 BUCKET = 256
-"""Padded lengths are rounded up to it, in the padded ways' disfavour by 128 tokens a batch; the measured share of that
-stands in the table ("fill" counts it, "fill, exact" does not)."""
+"""Padded lengths are rounded up to a multiple of this, which lengthens padded batches by 128 tokens on average. In the
+table, "fill" counts this padding and "fill, exact" does not."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Packed against padded tuning, at a width that fits two cores; attention weighs more there than at 1,536."""
+    """Packed against padded tuning, at a width that two cores can run; attention takes a larger share than at 1,536."""
 
     num_entries: SmallCount = 512
     num_tokens: Length = 4096
     max_images: SmallCount = 5
     global_batch: SmallCount = 128
     device_batch: SmallCount = 4
-    """Entries in one forward pass of the padded ways."""
+    """Entries in one forward pass of padded batches."""
     width: Width = 256
     layers: Depth = 4
     repeats: Count = 2
@@ -79,7 +78,7 @@ def measure(config: Tuning) -> list[dict]:
 
 
 def make_lengths(config: Tuning) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, images) of each entry: one picture and a log-normal text of mean 235, or text alone of mean 900."""
+    """Returns (tokens, images) of each entry: a picture and a log-normal text of mean 235, or text only of mean 900."""
     rng = np.random.default_rng(config.seed)
     is_text = rng.random(config.num_entries) < TEXT_ONLY_SHARE
     text = np.where(is_text, lognormal(rng, 900, 0.8, len(is_text)), lognormal(rng, 235, 0.7, len(is_text)))
@@ -92,7 +91,7 @@ def lognormal(rng: np.random.Generator, mean: float, sigma: float, count: int) -
 
 
 def packed(config: Tuning, lengths: np.ndarray, images: np.ndarray) -> list[tuple[int, int, int]]:
-    """(rows, tokens, image slots a row) of each batch."""
+    """Returns (rows, tokens, image slots per row) of each batch."""
     from oq2vl_jax.data.packing.bins import pack_rows
 
     return [(1, config.num_tokens, config.max_images)] * len(
@@ -101,7 +100,8 @@ def packed(config: Tuning, lengths: np.ndarray, images: np.ndarray) -> list[tupl
 
 
 def padded(config: Tuning, lengths: np.ndarray, images: np.ndarray, is_sorted: bool) -> list[tuple[int, int, int]]:
-    """Batches of entries with and without pictures, in random order; the text-only ones carry an empty picture."""
+    """Returns (rows, tokens, image slots per row) of the padded batches: entries with pictures, then without, in random
+    order, sorted within a global batch if is_sorted. Text-only batches carry an empty picture."""
     rng, batches = np.random.default_rng(config.seed), []
     for kind in (1, 0):
         of_kind = rng.permutation(np.flatnonzero(images == kind))
@@ -119,7 +119,7 @@ def bucketed(tokens: int, config: Tuning) -> int:
 
 
 def step_seconds(config: Tuning, rows: int, num_tokens: int, slots: int) -> float:
-    """Median seconds of loss and gradients for a batch of this shape, half of the text labelled."""
+    """Returns the median seconds of loss and gradients for a batch of this shape, with half of the text labelled."""
     import jax
 
     from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
@@ -134,12 +134,12 @@ def step_seconds(config: Tuning, rows: int, num_tokens: int, slots: int) -> floa
     step = jax.jit(lambda model, batch: loss_and_gradients(model, batch, train, mesh))
     batch = make_batch(config, rows, num_tokens, slots)
     jax.block_until_ready(step(model, batch))
-    found = []
+    seconds = []
     for _ in range(config.repeats):
         start = time.perf_counter()
         jax.block_until_ready(step(model, batch))
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def train_config(config: Tuning, rows: int, num_tokens: int, slots: int) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Scores of a CLIP: the cosine similarity of each image and its text, -1..1, in the column clip_score."""
+"""Scores captions with a CLIP: the cosine similarity of image and text, -1..1, in the column clip_score."""
 
 import jax
 import numpy as np
@@ -17,8 +17,8 @@ from oq2vl_jax.sharding import make_mesh, replicated, row_sharding
 
 COLUMN = "clip_score"
 MAX_ASPECT = 20
-"""Longer strips are cut before they are resized, one grey level off at most: a strip of 1,000,000 x 2 would else
-become 25 billion pixels."""
+"""Images with a larger aspect ratio are cropped before they are resized, because a strip of 1,000,000 x 2 would become
+25 billion pixels. Pixels differ by one grey level at most from those of resizing first."""
 
 
 class ClipScorer:
@@ -47,13 +47,13 @@ class ClipScorer:
         self.batch_size = batch_size
 
     def prepare(self, sample: Sample) -> tuple[np.ndarray, list[int]]:
-        """(pixels, token ids) of a caption. Raises ImageError."""
+        """Returns (pixels, token ids) of a captioned image. Raises ImageError."""
         assert sample.text is not None
         tokens = self.tokenizer(sample.text, truncation=True, max_length=self.config.max_text_tokens).input_ids
         return crop(sample.images[0], self.config.image_size), tokens
 
     def score(self, prepared: list[tuple[np.ndarray, list[int]]]) -> list[dict[str, float | None]]:
-        """At most batch_size samples; a shorter batch is filled up, so that one program serves all."""
+        """Scores at most batch_size samples. A shorter batch is padded, so that only one program is compiled."""
         size = self.config.image_size
         images = np.zeros((self.batch_size, size, size, 3), np.uint8)
         tokens = np.full((self.batch_size, self.config.max_text_tokens), self.config.eos_id, np.int32)
@@ -64,7 +64,8 @@ class ClipScorer:
 
 
 def crop(data: bytes, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: shorter side resized to `size` (bicubic), the middle cut out, as in CLIPImageProcessor."""
+    """Resizes the shorter side to `size` (bicubic) and crops the centre, as CLIPImageProcessor does. Returns uint8
+    [size, size, 3]."""
     image = open_rgb(data)
     shorter = min(image.size)
     width, height = (max(size, int(size * side / shorter)) for side in image.size)

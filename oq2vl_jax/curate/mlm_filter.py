@@ -1,13 +1,13 @@
-"""Scores of an MLM-Filter (arXiv 2403.02677): a model of this project's own architecture that reads image and caption
-and writes an integer 0-100 for each of four metrics, greedily.
+"""Scores captions with an MLM-Filter (arXiv 2403.02677): a model of this project's own architecture reads image and
+caption and writes an integer 0-100 for each of four metrics, with greedy decoding.
 
-The criteria text belongs to the weights. Ours (criteria.json) is the default; pass the one a model was trained with.
-Two profiles say how it is asked and how the reply is read:
+The criteria texts belong to the weights. Ours (criteria.json) are the default; pass those a model was trained with.
+Two profiles define the prompt and the parsing of the reply:
   own         the checkpoint's template, then a space; three new tokens, so that 100 can be written
   mlm_filter  the published scorer for Qwen2.5 (github.com/Victorwz/MLM_Filter, conversation qwen_instruct): a system
-              message without a full stop, no line break behind <|im_end|>, at most 2,040 tokens with the image as one,
-              then a space; two new tokens, so that 100 reads 10; "85," is 85
-A reply that is no integer 0-100 scores null and is counted.
+              message without a full stop, no line break after <|im_end|>, at most 2,040 tokens with the image counted
+              as one, then a space; two new tokens, so that 100 is read as 10; "85," is read as 85
+A reply that is not an integer 0-100 gets the score null and is counted.
 """
 
 import re
@@ -32,7 +32,7 @@ Profile = Literal["own", "mlm_filter"]
 
 
 class Question(NamedTuple):
-    """One metric of one sample. sample: its place in the batch."""
+    """One metric of one sample. sample: the sample's index in the batch."""
 
     prompt: list[int]
     image: bytes
@@ -59,7 +59,8 @@ class MLMFilterScorer:
         self.batch_size = batch_size
 
     def prepare(self, sample: Sample) -> tuple[bytes, list[list[int]]]:
-        """(encoded image, a prompt for each metric). Raises ImageError, and SampleError for a caption without UTF-8."""
+        """Returns (encoded image, one prompt per metric). Raises ImageError, and SampleError if the caption is not
+        UTF-8."""
         assert sample.text is not None
         decode_image(sample.images[0], self.generator.model_config.vision.image_size)
         caption = sample.text.replace(IMAGE, IMAGE_IN_TEXT)
@@ -74,7 +75,7 @@ class MLMFilterScorer:
         return self.generator.encode_prompt(text, 1) + codec.encode(" ")
 
     def score(self, prepared: list[tuple[bytes, list[list[int]]]]) -> list[dict[str, int | None]]:
-        """At most batch_size samples. Questions are asked in batches of one shape, sorted by length."""
+        """Scores at most batch_size samples. Questions are sorted by length; the last batch is padded."""
         options = SamplingOptions(2 if self.profile == "mlm_filter" else 3)
         parse = parse_published_score if self.profile == "mlm_filter" else parse_score
         questions = [Question(prompt, image, i, metric) for i, (image, prompts) in enumerate(prepared)
@@ -92,8 +93,9 @@ class MLMFilterScorer:
 
 
 def published_prompt(codec: TextCodec, text: str, num_visual_tokens: int) -> list[int]:
-    """Tokens as the published scorer asks. What the text spells of special tokens stays text here, and does not there.
-    Raises SampleError.
+    """Returns the token ids of the published scorer's prompt. Raises SampleError.
+
+    Deviation: a special token that is spelled out in the text stays text; the published scorer encodes it as the token.
     """
     special = codec.special
     head = [special.turn_start, *codec.encode(f"system\n{PUBLISHED_SYSTEM}"), special.eos]
@@ -104,7 +106,7 @@ def published_prompt(codec: TextCodec, text: str, num_visual_tokens: int) -> lis
 
 
 def read_criteria(path: str, metrics: tuple[str, ...]) -> dict[str, str]:
-    """{metric: text with {caption}} of the wanted metrics, in their order. Raises UserError."""
+    """Reads {metric: text with {caption}} for the given metrics, in their order. Raises UserError."""
     texts = paths.read_json(path)
     if not isinstance(texts, dict) or not all(isinstance(text, str) and "{caption}" in text for text in texts.values()):
         raise UserError(f"{path}: expected a JSON object of texts by metric, each with {{caption}} in it.")
@@ -115,13 +117,14 @@ def read_criteria(path: str, metrics: tuple[str, ...]) -> dict[str, str]:
 
 
 def parse_score(reply: str) -> int | None:
-    """The integer 0-100 that a reply begins with, and consists of; None for anything else."""
+    """Returns the integer 0-100 if the reply is only that, with or without a final full stop; else None."""
     match = re.fullmatch(r"([0-9]{1,3})\.?", reply.strip())
     return int(match[1]) if match and int(match[1]) <= 100 else None
 
 
 def parse_published_score(reply: str) -> int | None:
-    """As the published filter reads a score: the integer in the first line, less commas, then semicolons, around it."""
+    """Reads a score as the published filter does: strips commas, then semicolons, around the first line and parses an
+    integer. Returns None unless that gives 0-100."""
     try:
         score = int(reply.split("\n")[0].strip(",").strip(";"))
     except ValueError:

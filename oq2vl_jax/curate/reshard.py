@@ -1,8 +1,8 @@
-"""python -m oq2vl_jax.curate.reshard: the samples of a uid set, from tars to new tars.
+"""python -m oq2vl_jax.curate.reshard: copies the samples of a uid set from tars to new tars.
 
-One task reads `--tars-per-task` tars and writes one, NNNNNNNN.tar, in their order, the bytes of each member as they
-came. A sample whose id is in the set n times is written n times (KEY, KEY-1, ...); keys that two input tars share get
-such a number too. jobs.py says how tasks are run, resumed and spread over machines.
+One task reads `--tars-per-task` tars and writes one, NNNNNNNN.tar. The order of the samples and the bytes of their
+files are kept. A sample whose id is in the set n times is written n times (KEY, KEY-1, ...); a key that occurs again
+in the tars of one task gets a number too. jobs.py describes how tasks are run, resumed and spread over machines.
 """
 
 import functools
@@ -22,23 +22,24 @@ TOTALS = ("samples", "kept", "written")
 
 @dataclass(frozen=True)
 class ReshardConfig:
-    """WebDataset tars to tars of the samples in a uid set."""
+    """Copies the samples in a uid set from WebDataset tars to new tars."""
 
     shards: str
-    """Tars whose KEY.json holds "uid": 'DIR/{00000000..00000009}.tar', a glob, or one path."""
+    """Tars: 'DIR/{00000000..00000009}.tar', a glob, or one path. KEY.json holds "uid"; without it, a numeric KEY (as of
+    img2dataset) gives the id."""
     uids: str
     """Uid set, a sorted .npy of dtype u8,u8, as oq2vl_jax.curate.filter writes it."""
     out: str
     """Folder for the new tars and manifest.json."""
     tars_per_task: Count = 1
-    """Input tars that become one output tar; about 1 / (share of samples that are kept) keeps their size."""
+    """Input tars per output tar. About 1 / (share of samples kept) gives output tars of the same size."""
     broken_shards: Literal["stop", "keep"] = "stop"
-    """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
+    """For a tar that is cut off: stop with an error, or keep its complete samples and count the tar."""
     execution: Execution = Execution()
 
 
 def reshard(config: ReshardConfig) -> dict | None:
-    """Writes the tars and returns the manifest; None while other ranks are at work. Raises UserError."""
+    """Writes the tars and returns the manifest, or None while other ranks have tasks left. Raises UserError."""
     from oq2vl_jax import paths
 
     files = paths.expand_paths("--shards", config.shards)
@@ -73,7 +74,7 @@ def reshard(config: ReshardConfig) -> dict | None:
 
 @functools.lru_cache(maxsize=1)
 def load_uids(path: str):
-    """One set per worker process."""
+    """Loads the set once per worker process."""
     from oq2vl_jax.curate.uids import UidSet
 
     return UidSet.load(path)
@@ -107,7 +108,7 @@ def reshard_files(config: ReshardConfig, files: tuple[str, ...], target: Path) -
 
 
 def write_members(tar: tarfile.TarFile, key: str, files: dict[str, bytes]) -> None:
-    """The files of a key. Headers hold name and size alone, so that the same samples make the same bytes."""
+    """Writes the files of a key. Headers hold only name and size, so that equal samples give equal bytes."""
     for suffix, data in files.items():
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(data)
@@ -115,7 +116,7 @@ def write_members(tar: tarfile.TarFile, key: str, files: dict[str, bytes]) -> No
 
 
 def number_of_copies(members, uids) -> tuple[int, str | None]:
-    """(how often the sample is wanted, why it cannot be used). A sample outside the set is no problem."""
+    """Returns (number of copies, problem). A sample outside the set has 0 copies and no problem."""
     from oq2vl_jax.data.samples.ids import parse_uid
     from oq2vl_jax.data.samples.shards import uid_of
 
@@ -126,7 +127,7 @@ def number_of_copies(members, uids) -> tuple[int, str | None]:
 
 
 def unused_key(key: str, used: set[str]) -> str:
-    """The key itself the first time, then KEY-1, KEY-2, ..."""
+    """Returns the key itself the first time, then KEY-1, KEY-2, ..., and records it as used."""
     candidate, number = key, 0
     while candidate in used:
         number += 1

@@ -1,10 +1,10 @@
-"""python -m oq2vl_jax.curate.score: captioned tars to one parquet of scores per tar.
+"""python -m oq2vl_jax.curate.score: scores the captions of tars and writes one parquet file per tar.
 
-    KEY, uid, one column a score (null where there is none), status ("scored", or why not)
+    key, uid, one column per score (null if there is none), status ("scored", or the reason why not)
 
---model clip: clip_score, the cosine similarity of a CLIP that convert.from_clip brought in. --model mlm-filter: up to
-four integers 0-100 that a model of this project's own architecture writes. jobs.py says how tasks are run,
-resumed and spread over machines; one process uses all devices it sees, so give each rank its own.
+--model clip: clip_score, the cosine similarity of a CLIP that convert.from_clip converted. --model mlm-filter: up to
+four integers 0-100 that a model of this project's own architecture writes. jobs.py describes how tasks are run,
+resumed and spread over machines. One process uses all devices it sees, so give each rank its own devices.
 """
 
 import functools
@@ -22,7 +22,7 @@ Metric = Literal["image_text_matching", "object_detail_fulfillment", "caption_te
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """WebDataset tars of captions to parquet files of scores."""
+    """Scores the captions of WebDataset tars and writes parquet files."""
 
     shards: str
     """Tars: 'DIR/{00000..00009}.tar', a glob, or one path."""
@@ -30,23 +30,25 @@ class ScoreConfig:
     """Folder for the parquet files and manifest.json."""
     model: Literal["clip", "mlm-filter"]
     checkpoint: str
-    """Of convert.from_clip; or for mlm-filter any checkpoint of this project, such as convert.from_prismatic writes."""
+    """clip: a checkpoint from convert.from_clip. mlm-filter: any checkpoint of this project, for example from
+    convert.from_prismatic."""
     batch_size: SmallCount = 64
     metrics: tuple[Metric, ...] = (
         "image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding",
     )  # fmt: skip
-    """Of mlm-filter."""
+    """Metrics that mlm-filter scores."""
     criteria: str | None = None
-    """JSON file {metric: text with {caption}}, what the mlm-filter model was trained with. Default: our own wording."""
+    """JSON file {metric: text with {caption}} with the texts that the mlm-filter model was trained with. Default: our
+    own wording (criteria.json)."""
     profile: Literal["own", "mlm_filter"] = "own"
-    """How the mlm-filter model is asked and read; mlm_filter: as by the published scorer, which needs --criteria."""
+    """Prompt and parser of mlm-filter. own: this project's; mlm_filter: the published scorer's, needs --criteria."""
     broken_shards: Literal["stop", "keep"] = "stop"
-    """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
+    """For a tar that is cut off: stop with an error, or keep its complete samples and count the tar."""
     execution: Execution = Execution(num_workers=1)
 
 
 def score_shards(config: ScoreConfig) -> dict | None:
-    """Scores every shard and returns the manifest; None while other ranks are at work. Raises UserError."""
+    """Scores every shard and returns the manifest, or None while other ranks have tasks left. Raises UserError."""
     from oq2vl_jax import paths
 
     paths.check_has_polars("oq2vl_jax.curate.score")
@@ -57,10 +59,10 @@ def score_shards(config: ScoreConfig) -> dict | None:
             "the texts that its weights were trained with."
         )
     settings: dict[str, Any] = {"model": config.model, "checkpoint": checkpoint_identity(config.checkpoint)}
-    settings["batch_size"] = config.batch_size  # the last bits of a score can depend on it
+    settings["batch_size"] = config.batch_size  # the last bits of a score can depend on the batch size
     if config.model == "mlm-filter":
         settings |= {"metrics": list(config.metrics), "criteria": criteria_identity(config)}
-        if config.profile != "own":  # scores of earlier versions are of this profile
+        if config.profile != "own":  # settings of earlier versions have no profile and mean "own"
             settings["profile"] = config.profile
     job = Job(
         out=config.out,
@@ -83,7 +85,7 @@ def score_shards(config: ScoreConfig) -> dict | None:
 
 
 def checkpoint_identity(path: str) -> str:
-    """Changes with the weights: where they stand, and when they were written."""
+    """Returns a text that changes with the weights: its absolute path and the newest time of a _CHECKPOINT_METADATA."""
     import os
 
     file = Path(path)
@@ -104,7 +106,7 @@ def criteria_identity(config: ScoreConfig) -> str:
 
 @functools.lru_cache(maxsize=1)
 def load_scorer(config: ScoreConfig):
-    """One model per process."""
+    """Loads the scorer once per process."""
     if config.model == "clip":
         from oq2vl_jax.curate.clip_scorer import ClipScorer
 

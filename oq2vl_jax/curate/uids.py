@@ -1,6 +1,7 @@
-"""Sets of sample ids in DataComp's format: a sorted .npy of dtype "u8,u8", the high and low 64 bits of 32 hex digits.
+"""Reads, writes and searches sets of sample ids in DataComp's format: a sorted .npy of dtype "u8,u8", the high and low
+64 bits of 32 hex digits.
 
-A set may hold an id several times; a sample is then wanted that many times.
+A set may hold an id n times; it then asks for n copies of the sample.
 """
 
 import functools
@@ -15,7 +16,8 @@ from oq2vl_jax.errors import UserError
 
 UID_DTYPE = np.dtype("u8,u8")
 MAX_PER_BUCKET = 64
-"""Random ids put about one into each bucket of the index."""
+"""Limit on ids per bucket of the index, and on ids with the same high half; sets above it use a slower search. Random
+ids give about one per bucket."""
 
 
 class UidSet:
@@ -37,7 +39,7 @@ class UidSet:
 
     @staticmethod
     def load(path: str) -> "UidSet":
-        """Raises UserError for a file that is none."""
+        """Loads a set. Raises UserError for a file that is not a uid set."""
         try:
             with paths.open_input(path) as file:
                 uids = np.load(file, allow_pickle=False)
@@ -60,7 +62,7 @@ class UidSet:
             np.save(file, uids)
 
     def sha256(self) -> str:
-        """Identity of the set."""
+        """Returns the hash that identifies the set."""
         return hashlib.sha256(self.high.astype("<u8").tobytes() + self.low.astype("<u8").tobytes()).hexdigest()
 
     def unique(self) -> "UidSet":
@@ -69,21 +71,21 @@ class UidSet:
         return UidSet(self.high[is_first], self.low[is_first])
 
     def find(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        """The first position of each id in the set, -1 where it is not in it."""
-        found = np.full(len(high), -1, np.int64)
+        """Returns the first position of each id in the set, or -1 for an id that is not in the set."""
+        indices = np.full(len(high), -1, np.int64)
         if not len(self):
-            return found
+            return indices
         if self._longest_run > MAX_PER_BUCKET:
             return self._find_pairs(high, low)
         start = self._lower_bound(high)
-        for offset in range(self._longest_run - 1, -1, -1):  # ids with the same high half; 1 for random ids
+        for offset in range(self._longest_run - 1, -1, -1):  # a run shares the high half; random ids have runs of 1
             position = np.minimum(start + offset, len(self) - 1)
             matches = (self.high[position] == high) & (self.low[position] == low)
-            found[matches] = position[matches]
-        return found
+            indices[matches] = position[matches]
+        return indices
 
     def _find_pairs(self, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-        """find for sets whose high halves are not random: numpy's structured comparison, 0.1M ids a second."""
+        """Replaces find if the high halves are not random: numpy's structured comparison, 0.1M ids a second."""
         ours, asked = np.empty(len(self), UID_DTYPE), np.empty(len(high), UID_DTYPE)
         ours["f0"], ours["f1"], asked["f0"], asked["f1"] = self.high, self.low, high, low
         position = np.minimum(ours.searchsorted(asked), len(self) - 1)
@@ -94,7 +96,7 @@ class UidSet:
         return _index(self.high)
 
     def _lower_bound(self, high: np.ndarray) -> np.ndarray:
-        """np.searchsorted(self.high, high), but at most the last position; three times as fast for random ids."""
+        """Returns np.searchsorted(self.high, high), at most the last position; three times as fast for random ids."""
         last = len(self) - 1
         shift, starts = self._index
         if starts is None:
@@ -111,7 +113,7 @@ class UidSet:
         return self.find(high, low) >= 0
 
     def count(self, high: int, low: int) -> int:
-        """How many times an id is in the set."""
+        """Returns how many times an id is in the set."""
         start, end = (np.searchsorted(self.high, np.uint64(high), side) for side in ("left", "right"))
         return int((self.low[start:end] == np.uint64(low)).sum())
 
@@ -121,7 +123,7 @@ def _is_sorted(high: np.ndarray, low: np.ndarray) -> bool:
 
 
 def _longest_run(values: np.ndarray) -> int:
-    """Length of the longest run of equal values in a sorted array."""
+    """Returns the length of the longest run of equal values in a sorted array."""
     if not len(values):
         return 0
     starts = np.flatnonzero(values[1:] != values[:-1]) + 1
@@ -129,7 +131,8 @@ def _longest_run(values: np.ndarray) -> int:
 
 
 def _index(high: np.ndarray) -> tuple[np.uint64, np.ndarray | None]:
-    """(shift, starts): ids with leading bits b begin at starts[b]. None where leading bits are far from random."""
+    """Returns (shift, starts): ids with high >> shift == b begin at starts[b]. starts is None if a bucket holds more
+    than MAX_PER_BUCKET ids, so that the high halves are far from random."""
     bits = min(max(len(high).bit_length() + 1, 1), 26)
     shift = np.uint64(64 - bits)
     counts = np.bincount((high >> shift).astype(np.int64), minlength=1 << bits)

@@ -1,7 +1,7 @@
-"""python -m oq2vl_jax.data.inspect ROWS...: packed rows as one HTML page: pictures in their places, text, documents.
+"""python -m oq2vl_jax.data.inspect ROWS...: shows packed rows on one HTML page, with pictures in place.
 
-Text that is labelled (trained on) is black, the rest grey; special tokens stand as they are. Files are those of a
-packed folder (rows-NNNNN.array_record), or the folder itself; its tokenizer and settings are found beside them.
+Labelled text (trained on) is black, other text grey; special tokens are shown. ROWS are files of one packed folder
+(rows-NNNNN.array_record), or the folder itself; its tokenizer and settings are read from the same folder.
 """
 
 import html
@@ -28,7 +28,7 @@ STYLE = """<style>
 
 @dataclass(frozen=True)
 class InspectCommand:
-    """Packed rows as an HTML page."""
+    """Shows packed rows on an HTML page."""
 
     rows: tyro.conf.Positional[tuple[str, ...]]
     """rows-NNNNN.array_record files of one packed folder, or the folder."""
@@ -39,7 +39,7 @@ class InspectCommand:
 
 
 def inspect_rows(command: InspectCommand) -> str:
-    """Writes the page and returns a line about the rows. Raises UserError for files that are no packed rows."""
+    """Writes the page and returns a line about the rows. Raises UserError for files that are not packed rows."""
     from oq2vl_jax import paths
     from oq2vl_jax.data.text.codec import TextCodec
     from oq2vl_jax.html import page
@@ -91,7 +91,7 @@ def open_rows(files: list[Path]):
 
     try:
         return ArrayRecordDataSource([str(file) for file in files])
-    except Exception as error:  # the reader of a broken file raises what its C++ library says
+    except Exception as error:  # for a broken file the reader raises its C++ library's error
         raise UserError(f"{files[0]}: cannot be read as ArrayRecord ({error}); pack it again.") from error
 
 
@@ -103,12 +103,12 @@ def read_row(source, index: int, files: list[Path]):
         if not row.lengths or sum(row.lengths) != len(row.tokens) or len(row.keys) != len(row.lengths):
             raise ValueError("its documents do not add up")
         return row
-    except Exception as error:  # the same, or bytes of another format
+    except Exception as error:  # as in open_rows, or bytes of another format
         raise UserError(f"{files[0].parent}: row {index} cannot be read ({error}); pack the shards again.") from error
 
 
 def statistics(source, settings: dict, files: list[Path]) -> tuple[str, list[str]]:
-    """A line, and charts, over every row."""
+    """Returns a summary line and charts over every row."""
     from oq2vl_jax.data.packing.packer import LENGTH_BIN, histogram
     from oq2vl_jax.data.packing.report import numbers
     from oq2vl_jax.html import bars
@@ -150,7 +150,7 @@ def row_html(index: int, row, codec, visual_tokens: int) -> str:
 def document_pieces(
     tokens: np.ndarray, is_labelled: np.ndarray, images: Iterator[bytes], codec, visual_tokens: int
 ) -> Iterator[str]:
-    """Runs of text with the same label, and an image for each run of its visual tokens."""
+    """Yields HTML: runs of text with the same label, and a picture in place of its visual tokens."""
     from oq2vl_jax.data.samples.thumbnail import picture
 
     is_image = tokens == codec.special.image

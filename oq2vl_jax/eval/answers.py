@@ -1,4 +1,5 @@
-"""Open answers: yes or no, numbers, short texts, VQA accuracy. Pure text rules; sources as in choices.py."""
+"""Parses and compares open answers by pure text rules: yes or no, numbers, short texts, VQA accuracy. The sources are
+those of choices.py and EvalAI's VQA evaluation."""
 
 import math
 import re
@@ -24,11 +25,11 @@ NUMBERS = (
 )
 NUM_ANNOTATORS_FOR_FULL_SCORE = 3
 MAX_PERIODS = 32
-"""The official functions remove no more; a slip there (re.UNICODE passed as a count)."""
+"""The official functions remove no more than these, because they pass re.UNICODE (32) as the count."""
 
 
 def yes_or_no(reply: str) -> str | None:
-    """ "yes" or "no" where the reply has one of the words and not the other, else None (VLMEvalKit's POPE)."""
+    """Returns "yes" or "no" if the reply has exactly one of the two words, else None (VLMEvalKit's POPE)."""
     words = without_punctuation(reply.lower()).split()
     if ("yes" in words) == ("no" in words):
         return None
@@ -36,8 +37,9 @@ def yes_or_no(reply: str) -> str | None:
 
 
 def without_punctuation(text: str, keeps_period_after_digit: bool = True) -> str:
-    """The VQA evaluation's rule: a mark beside a space, or in a text with a number like 1,000, is deleted, any other
-    becomes a space; a period goes unless a digit follows it, or stands before it where that is kept."""
+    """Removes punctuation by the VQA evaluation's rule. A mark is deleted if it occurs next to a space or the text has
+    a number like 1,000; else it becomes a space. A period is deleted unless a digit follows it, or precedes it if
+    keeps_period_after_digit."""
     has_thousands = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in PUNCTUATION:
@@ -48,7 +50,7 @@ def without_punctuation(text: str, keeps_period_after_digit: bool = True) -> str
 
 
 def normalize_vqa_answer(text: str) -> str:
-    """EvalAI's normalisation for TextVQA: case, punctuation, articles, number words, contractions."""
+    """Applies EvalAI's normalisation for TextVQA: case, punctuation, articles, number words, contractions."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = without_punctuation(text.replace("\n", " ").replace("\t", " ").strip(), keeps_period_after_digit=False)
     words = [DIGIT_OF.get(word, word) for word in text.split()]
@@ -56,17 +58,18 @@ def normalize_vqa_answer(text: str) -> str:
 
 
 def vqa_accuracy(reply: str, answers: Iterable[str]) -> float:
-    """Mean over the annotators of min(1, n / 3), n = how many of the others gave the reply (VQA, TextVQA)."""
-    normalized, given = [normalize_vqa_answer(answer) for answer in answers], normalize_vqa_answer(reply)
+    """Returns the mean over annotators of min(1, n / 3), n = how many others gave the reply (VQA, TextVQA)."""
+    normalized, wanted = [normalize_vqa_answer(answer) for answer in answers], normalize_vqa_answer(reply)
     scores = [
-        min(1.0, sum(other == given for j, other in enumerate(normalized) if j != i) / NUM_ANNOTATORS_FOR_FULL_SCORE)
+        min(1.0, sum(other == wanted for j, other in enumerate(normalized) if j != i) / NUM_ANNOTATORS_FOR_FULL_SCORE)
         for i in range(len(normalized))
     ]
     return sum(scores) / len(scores)
 
 
 def parse_open_reply(reply: str) -> list[str | float]:
-    """MMMU's parser: the shortest text behind words such as "is" or "answer", and every number, normalised."""
+    """Parses as MMMU does: per line the shortest text after words such as "is" or "answer", else the whole reply, and
+    all numbers in these texts; everything is normalised."""
     reply = reply.strip().strip(".").lower()
     lines = reply.split("\n")
     pieces = []
@@ -85,7 +88,8 @@ def parse_open_reply(reply: str) -> list[str | float]:
 
 
 def normalize_open_answer(text: str) -> list[str | float]:
-    """A number rounded to two places, or the text in lower case; one character alone only beside a space."""
+    """Returns the number rounded to two places, or the text in lower case. A single character x becomes " x"
+    and "x ", so that it matches only beside a space."""
     text = text.strip()
     number = to_number(text)
     if number is not None:
@@ -95,7 +99,7 @@ def normalize_open_answer(text: str) -> list[str | float]:
 
 
 def matches_open_answer(parsed: list[str | float], answers: Iterable[str]) -> bool:
-    """MMMU's comparison: an answer's text stands in what was parsed, or its number is among it."""
+    """Compares as MMMU does: an answer's text occurs in a parsed text, or its number equals a parsed number."""
     wanted = [value for answer in answers for value in normalize_open_answer(answer)]
     return any(
         any(isinstance(want, str) and want in value for want in wanted) if isinstance(value, str) else value in wanted
@@ -104,7 +108,7 @@ def matches_open_answer(parsed: list[str | float], answers: Iterable[str]) -> bo
 
 
 def to_number(text: str) -> float | None:
-    """1,200 -> 1200.0; None for anything that is no number."""
+    """Parses a number: 1,200 -> 1200.0. Returns None for other text."""
     try:
         return float(text.replace(",", ""))
     except ValueError:
@@ -112,7 +116,7 @@ def to_number(text: str) -> float | None:
 
 
 def last_number(reply: str) -> float | None:
-    """The last finite number of a reply: "The answer is 12 cm." -> 12."""
-    found = re.findall(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+", reply)
-    number = to_number(found[-1]) if found else None
+    """Returns the last number of a reply: "The answer is 12 cm." -> 12.0. None without one, or if it is not finite."""
+    numbers = re.findall(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+", reply)
+    number = to_number(numbers[-1]) if numbers else None
     return number if number is not None and math.isfinite(number) else None

@@ -1,7 +1,8 @@
-"""What a benchmark is: how its rows become questions, how they are asked, how a reply is judged, how scores add up.
+"""Defines a benchmark: how rows become questions, how they are asked, how a reply is judged, how scores are combined.
 
-Two profiles, always named beside a number: `official` is what leaderboards mean, `open_qwen2vl` what the harness of
-arXiv 2504.00595 computed (raw prompts, laxer matching). docs/evaluation.md lists the rules and where they differ.
+There are two profiles, and every number names its own: `official` follows the rules of leaderboards, `open_qwen2vl`
+those of the harness of arXiv 2504.00595 (raw prompts, laxer matching). docs/evaluation.md lists the rules and their
+differences.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ PUBLISHED_NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Item:
-    """A question. index: unique in its benchmark; answer: what the scorer compares with; choices: text by letter, empty
-    for open questions; facts: other columns that the rules need; categories: what results are split by."""
+    """A question. index: unique in its benchmark; answer: the ground truth; choices: option text by letter, empty for
+    open questions; facts: other columns that the rules need; categories: the groups that results are split by."""
 
     index: str
     question: str
@@ -33,16 +34,17 @@ class Item:
     facts: dict[str, Any] = field(default_factory=dict)
     categories: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
-    """Why the row cannot be asked or judged; it counts as wrong and is named."""
+    """Why the row cannot be asked or judged; the item counts as wrong and is listed in bad_rows."""
 
 
 class RowError(ValueError):
-    """Why one row of a benchmark's files can not be asked or judged."""
+    """Raised for a row of a benchmark's files that cannot be asked or judged; the message is the reason."""
 
 
 class Prompt(NamedTuple):
-    """text: with <image> where the pictures stand. options: score these instead of writing a reply. is_raw: a plain
-    completion, whatever the checkpoint's template. images: in the order of their places, where it is not the item's."""
+    """A prompt for an item. text: has <image> for each picture. options: texts to score instead of generating, with
+    --method options or is_raw. is_raw: a plain completion, independent of the checkpoint's template. images: pictures
+    in the order of the <image> markers; None for the item's images."""
 
     text: str
     max_new_tokens: int = 64
@@ -53,7 +55,7 @@ class Prompt(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """score: 0..1. parsed: what the reply was taken to say; None where the rules found no answer in it."""
+    """A judged reply. score: 0..1. parsed: the answer in the reply; None if the rules found none."""
 
     score: float
     parsed: str | None
@@ -61,8 +63,8 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark. read: rows to items; prompt and judge: by profile; combine: the unit scores that the accuracy and
-    its interval are taken over, with the item each stands for; extra: further metrics."""
+    """One benchmark. read: rows to items; prompt and judge: depend on the profile; combine: returns the units (item,
+    score) over which the accuracy and its interval are computed; extra: further metrics."""
 
     name: str
     files: tuple[str, ...]
@@ -74,18 +76,18 @@ class Benchmark:
 
 
 def each_item(items: list[Item], judgements: list[Judgement], profile: Profile) -> list[tuple[Item, float]]:
-    """Every item counts for itself."""
+    """Counts every item as one unit."""
     return [(item, judgement.score) for item, judgement in zip(items, judgements, strict=True)]
 
 
 def choices_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
-    """{letter: text} of the options that a row has; columns: the column of each letter."""
+    """Returns {letter: text} of the options that a row has. columns: the column of each letter."""
     return {letter: str(row[column]) for letter, column in columns.items() if is_given(row.get(column))}
 
 
 def check_answers(items: list[Item]) -> list[Item]:
-    """The items, those with a problem that can never be right: an answer that is none of the options, an index that
-    stands twice."""
+    """Returns the items. An item gets a problem if its answer is not among its options, or if its index occurred
+    before."""
     seen: dict[str, int] = {}
     checked = []
     for item in items:
@@ -101,28 +103,28 @@ def check_answers(items: list[Item]) -> list[Item]:
 
 
 def options_text(choices: dict[str, str], have_pictures: bool = False) -> str:
-    """have_pictures: <image> in them stands for one; else it is what an option says."""
+    """Formats the options, one per line. have_pictures: <image> in an option is a picture; else it is escaped."""
     texts = choices if have_pictures else {letter: without_markers(text) for letter, text in choices.items()}
     return "".join(f"\n{letter}. {text}" for letter, text in texts.items())
 
 
 def chat_prompt(item: Item, question: str, instruction: str, max_new_tokens: int = 64) -> Prompt:
-    """The official form: a turn of a conversation, pictures first where neither question nor options place them."""
+    """Builds the official form: one turn of a conversation, pictures first unless question or options place them."""
     return Prompt(f"{placed(item, question)}\n{instruction}", max_new_tokens)
 
 
 def raw_prompt(item: Item, question: str, instruction: str) -> Prompt:
-    """The published harness's form: a plain completion of few tokens that stops at punctuation."""
+    """Builds the published harness's form: a short plain completion that stops at punctuation."""
     text = f"{placed(item, question)}\n{instruction}\nAnswer:"
     return Prompt(text, PUBLISHED_NEW_TOKENS, PUBLISHED_STOPS, is_raw=True)
 
 
 def placed(item: Item, question: str) -> str:
-    """Question and options with the pictures in their places, or before them."""
+    """Returns question and options with <image> at the marked places, or in front if none is marked."""
     text = question + options_text(item.choices, item.facts.get("has_placed_pictures", False))
     return text if IMAGE in text else f"{IMAGE}\n" * len(item.images) + text
 
 
 def without_markers(text: str) -> str:
-    """A text of the files as text: what looks like a picture's place is none."""
+    """Escapes <image> in a text of the files, so that it does not place a picture."""
     return text.replace(IMAGE, "<image-placeholder>")

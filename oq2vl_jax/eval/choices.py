@@ -1,14 +1,14 @@
-"""Which option a free-form reply names. Pure text rules.
+"""Finds the option that a free-form reply names, by pure text rules.
 
 The rules are those of VLMEvalKit (matching_util.can_infer, exact matching, no judge model) and of MMMU's own parser,
-written anew from their behaviour and held to recorded outputs of both (tests/eval/official_scores.json).
+reimplemented from their behaviour and tested against recorded outputs of both (tests/eval/official_scores.json).
 """
 
 import random
 import re
 
 REFUSED = "Z"
-"""What VLMEvalKit calls a reply that refuses."""
+"""VLMEvalKit's letter for a refusal."""
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -18,11 +18,12 @@ REFUSALS = (
 SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 NUM_LAST_WORDS = 4
-"""A letter counts where it stands among the last words: "A dog is what I see here today" names no option."""
+"""A letter counts only among this many last words: "A dog is what I see here today" names no option."""
 
 
 def infer_choice(reply: str, choices: dict[str, str]) -> str | None:
-    """The letter a reply names, by letter or else by the text of one option; REFUSED, or None where neither does."""
+    """Returns the letter that a reply names, by the letter or else by the text of one option. Returns REFUSED for a
+    refusal, None if the reply names no option."""
     return infer_letter(reply, choices) or infer_text(reply, choices)
 
 
@@ -32,36 +33,37 @@ def infer_letter(reply: str, choices: dict[str, str]) -> str | None:
     if any(refusal in reply for refusal in REFUSALS):
         return REFUSED
     words = reply.translate(SEPARATORS).split()
-    found = [letter for letter in choices if letter in words]
-    if len(found) == 1 and words.index(found[0]) >= len(words) - NUM_LAST_WORDS:
-        return found[0]
-    if not found and REFUSED in words:
+    letters = [letter for letter in choices if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - NUM_LAST_WORDS:
+        return letters[0]
+    if not letters and REFUSED in words:
         return REFUSED
     said = ANSWER_IS.search(reply)
     return said[1].upper() if said and said[1].upper() in choices else None
 
 
 def infer_text(reply: str, choices: dict[str, str]) -> str | None:
-    """The only option whose text stands in the reply, unless the reply is far longer than all options together."""
+    """Returns the only option whose text is in the reply; None if the reply is over twice as long as all options."""
     texts = {letter: text.lower() for letter, text in choices.items()}
     if len(reply) > 2 * sum(len(text) for text in texts.values()):
         return None
-    found = [letter for letter, text in texts.items() if text in reply.lower()]
-    return found[0] if len(found) == 1 else None
+    letters = [letter for letter, text in texts.items() if text in reply.lower()]
+    return letters[0] if len(letters) == 1 else None
 
 
 def parse_mmmu_choice(reply: str, choices: dict[str, str], rng: random.Random) -> tuple[str, bool]:
-    """(letter, whether it was found) by MMMU's parser: "(A)", then "A ", then "A.", then the text of an option in a
-    reply of more than five words; of several the last one. A reply that names none gets a random letter."""
+    """Returns (letter, whether it was found) by MMMU's parser. It looks for "(A)", then "A ", then "A.", then, if the
+    reply has more than five words, for the text of an option. The last one in the reply wins. A reply that names no
+    option gets a random letter."""
     for character in ",.!?;:'":
         reply = reply.strip(character)
     reply = f" {reply} "
     for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        found = [letter for letter in choices if form.format(letter) in reply]
-        if found:
-            return max(found, key=lambda letter: reply.rfind(place.format(letter))), True
+        letters = [letter for letter in choices if form.format(letter) in reply]
+        if letters:
+            return max(letters, key=lambda letter: reply.rfind(place.format(letter))), True
     if len(reply.split()) > 5:
-        found = [letter for letter, text in choices.items() if text.lower() in reply.lower()]
-        if found:
-            return max(found, key=lambda letter: reply.lower().rfind(choices[letter].lower())), True
+        letters = [letter for letter, text in choices.items() if text.lower() in reply.lower()]
+        if letters:
+            return max(letters, key=lambda letter: reply.lower().rfind(choices[letter].lower())), True
     return rng.choice(list(choices)), False

@@ -1,4 +1,4 @@
-"""What an evaluation is told, and what can be wrong with it; imports nothing that takes long."""
+"""Defines and checks the options of the eval command; no heavy imports, so that --help is quick."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,21 +20,21 @@ class EvalConfig:
     tasks: str
     """Names, separated by commas: mmbench, seedbench, mmstar, mathvista, ai2d, textvqa, pope, mmmu, easy_vqa."""
     data: str
-    """Folder with the benchmarks' files anywhere below: Hugging Face parquet or VLMEvalKit TSV."""
+    """Folder that holds the benchmarks' files at any depth: Hugging Face parquet or VLMEvalKit TSV."""
     out: str
     """Folder for the results."""
     profile: Literal["official", "open_qwen2vl"] = "official"
-    """official: the rules of leaderboards. open_qwen2vl: what the published harness computed, laxer."""
+    """official: the rules of leaderboards. open_qwen2vl: the laxer rules of the published harness."""
     method: Literal["generate", "options"] = "generate"
-    """How an answer is found: in a generated reply, or as the likeliest of the options."""
+    """generate: find the answer in a generated reply. options: take the likeliest option."""
     template: Template | None = None
-    """How questions are written; default: as the checkpoint's data was. Raw prompts (open_qwen2vl) are always plain."""
+    """Template of the questions; default: that of the training data. Raw prompts (profile open_qwen2vl) are plain."""
     prompt_form: PromptForm = "training"
-    """published: questions as the code of the paper asks them in template open_qwen2vl; of no effect on the raw prompts
-    that its harness and profile open_qwen2vl use."""
+    """published: questions as the paper's code writes them; only for template open_qwen2vl. It does not change the raw
+    prompts of profile open_qwen2vl."""
     batch_size: SmallCount = 32
     limit: Count | None = None
-    """Only so many items of each task, evenly spaced; named in the results."""
+    """Number of items to evaluate per task, evenly spaced; default: all. Recorded in the results."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Default: float32 on CPUs, bfloat16 elsewhere."""
 
@@ -44,7 +44,7 @@ class EvalConfig:
 
 
 def check(config: EvalConfig) -> None:
-    """Raises UserError for what can be wrong before anything is loaded."""
+    """Raises UserError for a wrong option, before anything is loaded."""
     check_bounds(config, as_flags=True)
     if not config.task_names:
         raise UserError("--tasks is empty.")

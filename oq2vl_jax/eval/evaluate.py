@@ -1,7 +1,7 @@
-"""The evaluation itself: items to predictions, in batches of a fixed plan, resumed exactly.
+"""Evaluates a checkpoint: predicts the items in batches of a fixed plan and resumes exactly.
 
-A batch is written whole and in the order of the plan, so that an interrupted evaluation repeats no finished batch, and
-the batches it goes on with are those it would have had anyway: the same replies, the same results.json.
+Batches are written whole and in the order of the plan. After an interruption no finished batch is repeated and the
+remaining batches are unchanged, so replies and results.json are the same as without one.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.jsonl import read_whole_lines
 
 ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError)
-"""What a cell of another kind than expected can raise while a row is read."""
+"""Errors that a cell of an unexpected type can raise while a row is read."""
 
 INDEX_COLUMNS = ("index", "id", "question_id", "pid")
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Runs every task and writes OUT; returns what results.json holds. Raises UserError."""
+    """Runs every task and writes OUT. Returns the results by task, as in results.json. Raises UserError."""
     tasks = {name: find_files(config.data, name, BENCHMARKS[name].files) for name in config.task_names}
     for (
         name,
         files,
-    ) in tasks.items():  # checked before the checkpoint is loaded; pictures are held of one task at a time
+    ) in tasks.items():  # checks files before the checkpoint is loaded; keeps pictures of one task only
         read_items(name, files)
     generator = Generator(config.checkpoint, config.template, config.dtype, config.prompt_form)
     results = {}
@@ -62,8 +62,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def read_items(name: str, files: list[Path]) -> list[Item]:
-    """Rows that hold something else than they should become items with a problem. Raises UserError where none is left,
-    and for columns that are missing."""
+    """Reads the items of a benchmark. A row with unexpected values becomes an item with a problem. Raises UserError if
+    no row can be asked, and for missing columns."""
     table, read = read_table(name, files), BENCHMARKS[name].read
     try:
         items = read(table)
@@ -95,7 +95,7 @@ def evenly_spaced(items: list[Item], limit: int | None) -> list[Item]:
 
 
 def run_settings(config: EvalConfig, generator: Generator, files: list[Path]) -> dict[str, Any]:
-    """What the predictions depend on; predictions of other settings in OUT are refused."""
+    """Returns the settings that the predictions depend on; predict refuses an OUT with other settings."""
     identity = (Path(generator.checkpoint) / "_CHECKPOINT_METADATA").read_bytes()
     return {
         "profile": config.profile,
@@ -114,7 +114,7 @@ def run_settings(config: EvalConfig, generator: Generator, files: list[Path]) ->
 
 
 def image_problem(item: Item) -> str | None:
-    """Why one of the pictures cannot be used; such an item counts as wrong and is listed."""
+    """Returns why a picture of the item cannot be used, or None. Such an item counts as wrong and is listed."""
     if not item.images:
         return "no image"
     try:
@@ -134,7 +134,7 @@ def predict(
     settings: dict[str, Any],
     folder: Path,
 ) -> dict[str, str]:
-    """{index: reply, or the likeliest option}, of earlier runs of the same command as well."""
+    """Returns {index: reply or likeliest option}, with those of earlier runs of the same command. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder, settings)
     file = folder / "replies.jsonl"
@@ -157,8 +157,8 @@ def predict(
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / "settings.json"
     if file.exists():
-        there = json.loads(file.read_text())
-        changed = [key for key in settings if there.get(key) != json.loads(json.dumps(settings[key]))]
+        saved = json.loads(file.read_text())
+        changed = [key for key in settings if saved.get(key) != json.loads(json.dumps(settings[key]))]
         if changed:
             raise UserError(
                 f"--out {folder.parent} holds an evaluation with another {', '.join(changed)}; choose another folder."
@@ -172,7 +172,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def plan(
     benchmark: Benchmark, items: list[Item], generator: Generator, config: EvalConfig
 ) -> list[tuple[list[Item], list[Prompt], list[Request]]]:
-    """The batches, each of one kind of prompt. A function of items and settings alone."""
+    """Returns the batches, each with one kind of prompt. They depend only on items and settings. Raises UserError."""
     prompts = [benchmark.prompt(item, config.profile) for item in items]
     if config.method == "options" and any(not prompt.options for prompt in prompts):
         open_item = next(item for item, prompt in zip(items, prompts, strict=True) if not prompt.options)
@@ -198,9 +198,9 @@ def request_of(generator: Generator, prompt: Prompt, item: Item) -> Request:
 
 
 def ask(generator: Generator, prompts: list[Prompt], requests: list[Request], config: EvalConfig) -> list[str]:
-    """One batch: replies, or the likeliest option of each."""
+    """Returns the reply, or the likeliest option, for each request of one batch."""
     padded = requests + [requests[-1]] * (config.batch_size - len(requests))
-    is_published_choice = prompts[0].is_raw and bool(prompts[0].options)  # AI2D there: the likeliest letter
+    is_published_choice = prompts[0].is_raw and bool(prompts[0].options)  # AI2D in the published harness
     if config.method == "options" or is_published_choice:
         options = [prompt.options for prompt in prompts]
         options += [options[-1]] * (len(padded) - len(options))
@@ -233,7 +233,7 @@ def write_predictions(
 
 
 def show_progress(batches: list, name: str, total: int) -> Iterator[tuple[list[Item], list[Prompt], list[Request]]]:
-    """A bar on a terminal, a line for every tenth of the items otherwise (stderr)."""
+    """Yields the batches and shows progress on stderr: a bar on a terminal, else a line per tenth of the items."""
     import sys
 
     if sys.stderr.isatty():

@@ -1,9 +1,9 @@
-"""A checkpoint as a model of lmms-eval 0.7.3 (extra `lmms-eval`), found through the entry point in pyproject.
+"""Makes a checkpoint a model of lmms-eval 0.7.3 (extra `lmms-eval`), which finds it by the entry point in pyproject.
 
     python -m lmms_eval --model oq2vl_jax --model_args checkpoint=runs/sft_llava --tasks mmstar --batch_size 16
 
-Two things of lmms-eval to know: multiple_choice takes the smallest loss, so loglikelihood returns minus the
-log-probability; and a bare (loss, flag) pair is turned into text there, so it is wrapped in a GenerationResult.
+lmms-eval's multiple_choice takes the smallest loss, so loglikelihood returns minus the log-probability. lmms-eval turns
+a bare (loss, flag) pair into text, so the pair is wrapped in a GenerationResult.
 """
 
 import io
@@ -22,14 +22,14 @@ DEFAULT_NEW_TOKENS = 128
 
 
 class LossAndFlag(tuple):
-    """(loss, is_greedy). lmms-eval strips results before it caches them; an empty text is not cached."""
+    """(loss, is_greedy). lmms-eval calls strip() on a result before caching it; the empty text prevents caching."""
 
     def strip(self) -> str:
         return ""
 
 
 class OQ2VL(lmms):
-    """A checkpoint of this project. template: how prompts are written, by default as its data was."""
+    """A checkpoint of this project. template: the prompt template; default: that of the checkpoint's training data."""
 
     is_simple = True
 
@@ -47,7 +47,7 @@ class OQ2VL(lmms):
         self.batch_size, self.device = int(batch_size), device or "cpu"
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """One reply per request, in their order. Requests of the same generation arguments share batches."""
+        """Returns one reply per request, in order. Requests with the same generation arguments share batches."""
         groups: dict[SamplingOptions, list[int]] = {}
         encoded = []
         for number, request in enumerate(requests):
@@ -62,7 +62,7 @@ class OQ2VL(lmms):
         return replies
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """The loss of each continuation: minus its log-probability, summed over its tokens."""
+        """Returns the loss of each continuation: minus its log-probability, summed over its tokens."""
         results = []
         for first in range(0, len(requests), self.batch_size):
             some = [request.args for request in requests[first : first + self.batch_size]]
@@ -78,7 +78,7 @@ class OQ2VL(lmms):
         return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """The replies of all rounds of each request; doc_to_text says what is asked next."""
+        """Returns the replies of all rounds of each request. doc_to_text gives the next question."""
         results = []
         for request in requests:
             context, arguments, doc_to_visual, doc_to_text, doc_id, task, split = request.args
@@ -95,7 +95,7 @@ class OQ2VL(lmms):
         return results
 
     def _request(self, context: str, visuals: Any) -> Request:
-        """Pictures where the text says <image> if it says so once for each, else before the text."""
+        """Places the pictures at the <image> markers if there is one per picture, else before the text."""
         images = encoded_images(visuals)
         if context.count(IMAGE) != len(images):
             context = f"{IMAGE}\n" * len(images) + context.replace(IMAGE, "").strip()
@@ -103,7 +103,7 @@ class OQ2VL(lmms):
 
 
 def sampling_options(arguments: dict[str, Any]) -> SamplingOptions:
-    """lmms-eval's generation arguments; greedy unless do_sample or a temperature asks for more."""
+    """Converts lmms-eval's generation arguments; greedy unless do_sample or a temperature asks for sampling."""
     until = arguments.get("until") or []
     is_sampled = arguments.get("do_sample", bool(arguments.get("temperature")))
     return SamplingOptions(
@@ -115,7 +115,7 @@ def sampling_options(arguments: dict[str, Any]) -> SamplingOptions:
 
 
 def encoded_images(visuals: Any) -> list[bytes]:
-    """PIL images, {"bytes", "path"} of parquet files, paths, or lists of them, as encoded bytes."""
+    """Converts PIL images, {"bytes", "path"} of parquet files, paths, or lists of these to encoded bytes."""
     if visuals is None:
         return []
     if isinstance(visuals, list | tuple):

@@ -1,5 +1,5 @@
-"""What lmms-eval's entry-point group finds. Its imports wait until it is called: at the top of a module they would be
-circular, and lmms-eval would only warn and go on without the model."""
+"""Provides the function for lmms-eval's entry point. Its import is inside the function: at the top of the module it
+would be circular, and lmms-eval would only warn and continue without the model."""
 
 
 def manifest():

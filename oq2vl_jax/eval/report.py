@@ -1,4 +1,4 @@
-"""results.json and the page of mistakes."""
+"""Writes results.json and the page of mistakes."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from oq2vl_jax.html import page, table
 
 NUM_RESAMPLES = 2000
 JOINED = ","
-"""POPE.tsv holds a question of several splits once, as "popular,random"; it counts in each of them."""
+"""Separator of categories: POPE.tsv holds a question of several splits once, as "popular,random"; it counts in each."""
 MISTAKES_SHOWN = 60
 SEED = 0
 MISTAKE_STYLE = (
@@ -34,7 +34,7 @@ def task_results(
     unreadable: dict[str, str],
     bad_rows: dict[str, str],
 ) -> dict[str, Any]:
-    """What results.json says about one task. Scores and rates are 0..1."""
+    """Returns the entry of one task in results.json. Scores and rates are 0..1."""
     units = benchmark.combine(items, judgements, settings["profile"])
     scores = np.array([score for _, score in units])
     by_category: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -60,7 +60,7 @@ def task_results(
 
 
 def bootstrap_interval(scores: np.ndarray) -> list[float]:
-    """95 % interval of the mean by the percentile bootstrap, 2,000 resamples, always the same ones."""
+    """Returns the 95 % interval of the mean by the percentile bootstrap: 2,000 resamples with a fixed seed."""
     rng = np.random.default_rng(SEED)
     means = [scores[rng.integers(0, len(scores), len(scores))].mean() for _ in range(NUM_RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -68,10 +68,10 @@ def bootstrap_interval(scores: np.ndarray) -> list[float]:
 
 
 def write_results(out: Path, results: dict[str, Any]) -> None:
-    """Results of tasks that an earlier command left in OUT stay."""
+    """Writes results.json. Results of other tasks from earlier commands in OUT are kept."""
     file, partial = out / "results.json", out / "results.json.partial"
-    there = json.loads(file.read_text()) if file.exists() else {}
-    partial.write_text(json.dumps(dict(sorted((there | results).items())), indent=2) + "\n")
+    previous = json.loads(file.read_text()) if file.exists() else {}
+    partial.write_text(json.dumps(dict(sorted((previous | results).items())), indent=2) + "\n")
     partial.replace(file)
 
 
@@ -83,7 +83,7 @@ def write_mistakes(
     predictions: dict[str, str],
     result: dict[str, Any],
 ) -> None:
-    """Numbers, and a random sample of what scored below 1."""
+    """Writes a page with the numbers and a random sample of the items that scored below 1."""
     wrong = [(item, judgement) for item, judgement in zip(items, judgements, strict=True) if judgement.score < 1]
     shown = random.Random(SEED).sample(wrong, min(MISTAKES_SHOWN, len(wrong)))
     low, high = result["interval_95"]

@@ -1,7 +1,7 @@
-"""Benchmark files as their projects distribute them: Hugging Face parquet and VLMEvalKit TSV. Local files only.
+"""Reads benchmark files as their projects distribute them: Hugging Face parquet and VLMEvalKit TSV. Local files only.
 
 An image in parquet is a struct {"bytes", "path"}, plain bytes, or a list of either. An image in a TSV is base64, a list
-of base64 written as Python, or, where it is 64 characters or shorter, the index of another row that holds it.
+of base64 written as Python, or, if it has at most 64 characters, the index of the row that holds the image.
 """
 
 import ast
@@ -19,12 +19,12 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import check_has_polars
 
 MAX_REFERENCE_CHARACTERS = 64
-"""A shorter image cell of a TSV names the row that holds the image; VLMEvalKit's rule."""
+"""An image cell of a TSV up to this length is the index of the row that holds the image (VLMEvalKit's rule)."""
 HASH_BLOCK_BYTES = 2**20
 
 
 class Table(NamedTuple):
-    """The rows of a benchmark's files, in order. `is_tsv` tells VLMEvalKit's columns from Hugging Face's."""
+    """The rows of a benchmark's files, in order. is_tsv: VLMEvalKit's columns, else Hugging Face's."""
 
     rows: list[dict[str, Any]]
     is_tsv: bool
@@ -32,19 +32,19 @@ class Table(NamedTuple):
 
 
 def find_files(data: str, task: str, patterns: Iterable[str]) -> list[Path]:
-    """The files of the first pattern that matches anything below --data. Raises UserError naming the patterns."""
+    """Returns the files of the first pattern with a match below --data. Raises UserError naming the patterns."""
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"--data {data}: no such folder.")
     for pattern in patterns:
-        found = sorted(path for path in root.rglob(pattern) if path.is_file())
-        if found:
-            return found
+        matches = sorted(path for path in root.rglob(pattern) if path.is_file())
+        if matches:
+            return matches
     raise UserError(f"--data {data}: no file of {task} here; looked for {', '.join(patterns)}.")
 
 
 def read_table(task: str, files: list[Path]) -> Table:
-    """Raises UserError for files that are damaged, empty, or TSV and parquet mixed."""
+    """Reads files into one table. Raises UserError if they are damaged, empty, or a mix of TSV and parquet."""
     is_tsv = files[0].suffix == ".tsv"
     rows = []
     for file in files:
@@ -55,13 +55,13 @@ def read_table(task: str, files: list[Path]) -> Table:
 
 
 def check_columns(task: str, table: Table, expected: Iterable[str]) -> None:
-    """Raises UserError that names every missing column, and those that are there."""
-    there = set().union(*(row.keys() for row in table.rows))
-    missing = [name for name in expected if name not in there]
+    """Raises UserError naming every missing column and the columns found."""
+    present = set().union(*(row.keys() for row in table.rows))
+    missing = [name for name in expected if name not in present]
     if missing:
         raise UserError(
             f"{table.files[0]}: column {', '.join(missing)} is missing for {task}; "
-            f"expected {', '.join(expected)}, found {', '.join(sorted(there))}."
+            f"expected {', '.join(expected)}, found {', '.join(sorted(present))}."
         )
 
 
@@ -74,7 +74,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def read_tsv(path: Path) -> list[dict[str, Any]]:
-    """Empty cells are None. Every cell is text."""
+    """Reads a TSV. Every cell is text; an empty cell is None. Raises UserError."""
     csv.field_size_limit(sys.maxsize)
     with path.open("rb") as tail:
         tail.seek(max(0, path.stat().st_size - 1))
@@ -94,7 +94,7 @@ def read_tsv(path: Path) -> list[dict[str, Any]]:
 
 
 def resolve_references(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with every image in place of the index that named it."""
+    """Replaces every image cell that is the index of another row by that row's image. Raises UserError."""
     if "image" not in rows[0]:
         return rows
     image_of = {str(row.get("index")): row["image"] for row in rows}
@@ -110,7 +110,7 @@ def resolve_references(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def images_of(value: Any) -> list[bytes]:
-    """The encoded images of a cell of either format. What cannot be base64 is an empty image: it does not decode."""
+    """Returns the encoded images of a cell, in either format. Invalid base64 becomes b"", which does not decode."""
     if value is None:
         return []
     if isinstance(value, bytes):
@@ -128,7 +128,7 @@ def images_of(value: Any) -> list[bytes]:
 
 
 def literal_list(text: Any) -> list:
-    """A list, or one written as Python in a cell; anything else is a list of itself."""
+    """Returns a list as it is and parses a list written as Python; any other value becomes a list of one."""
     if isinstance(text, list):
         return text
     if isinstance(text, str) and text.startswith("[") and text.endswith("]"):
@@ -141,12 +141,12 @@ def literal_list(text: Any) -> list:
 
 
 def is_given(cell: Any) -> bool:
-    """False for what the files mean by "none": null, an empty text, NaN, and the text "nan"."""
+    """Returns False for a missing value: null, NaN, an empty text or the text "nan"."""
     return cell is not None and cell == cell and str(cell).strip() not in ("", "nan")
 
 
 def sha256_of(files: list[Path]) -> str:
-    """Of the contents of all files, in order."""
+    """Hashes the contents of all files, in order."""
     digest = hashlib.sha256()
     for file in files:
         for block in blocks(file):

@@ -1,12 +1,12 @@
-"""python -m oq2vl_jax.generate: asks a checkpoint, one question or a file of them.
+"""python -m oq2vl_jax.generate: asks a checkpoint one question or a file of questions.
 
     python -m oq2vl_jax.generate --checkpoint runs/tiny --image cat.png --prompt "what is the blue shape?"
     python -m oq2vl_jax.generate --checkpoint runs/tiny --requests test.jsonl --out predictions.jsonl
 
 A request is {"prompt": text, "image": path or list of paths, relative to the file, ...}; a prediction is the request
 with "reply" and "finish_reason" added. Requests are answered in batches of similar length; the order of the file is
-kept. Predictions are written as they come, and the same command goes on where it was ended. The reply to a single
-prompt is printed as it is written.
+kept. Predictions are written as they complete, and the same command resumes an interrupted run. The reply to a single
+prompt is printed as it is generated.
 """
 
 from oq2vl_jax.bounds import parse

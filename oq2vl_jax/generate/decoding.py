@@ -1,13 +1,13 @@
-"""Generation on the device: one prefill over the prompts, then cached decoding, each jitted once per shape.
+"""Generates on the device: one prefill over the prompts, then cached decoding, each jitted once per shape.
 
 Prompts of a batch are padded on the right, and a token's slot in the cache is its position. A row's first new token
-therefore overwrites its first padding slot, and a token at position p sees slots 0..p, all of them real: batched output
-is one-by-one output, without masks or shifted positions (padding on the left would need both).
+therefore overwrites its first padding slot, and a token at position p sees slots 0..p, which hold no padding. A
+batch gives the same output as its prompts one by one, without the masks and shifted positions of left padding.
 
     prompt of 3, padded to 5   a b c . .      the row sees slots 0..2
     after two new tokens       a b c x y      the row sees slots 0..4
 
-Rows are independent of each other down to the random numbers, which depend on a row's seed and position alone.
+Rows are independent of each other. Their random numbers depend only on a row's seed and position.
 """
 
 from functools import partial
@@ -22,18 +22,18 @@ from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import KVCache, Qwen2Layer, fused
 
 NOTHING = -1
-"""Stands after the stop token of a row, and for "no visual token here"."""
+"""Marks places after the stop token of a row, positions without a visual token, and the padding of options."""
 
 
 class Weights(NamedTuple):
-    """A model taken apart for decoding: `model` without the decoder's layers, and these one by one."""
+    """A model split for decoding: `model` without the decoder's layers, and `layers`, the same layers unstacked."""
 
     model: OpenQwen2VL
     layers: tuple[Qwen2Layer, ...]
 
 
 class Sampling(NamedTuple):
-    """How each of B rows chooses its tokens. temperature 0 = the most likely one; top_k 0 = any; top_p 1 = any."""
+    """Sampling options of each of B rows. temperature 0 = the most likely token; top_k 0, top_p 1 = no limit."""
 
     temperature: Float[Array, "B"]
     top_p: Float[Array, "B"]
@@ -42,7 +42,7 @@ class Sampling(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """token: chosen last and not in the cache yet, at `position`; is_done: a stop token was chosen."""
+    """token: the last chosen token, at `position`, not in the cache yet; is_done: a stop token was chosen."""
 
     token: Int[Array, "B"]
     position: Int[Array, "B"]
@@ -51,8 +51,8 @@ class DecodeState(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Log-probabilities under the model, before temperature, top-k and top-p, of the tokens that were chosen and of the
-    K most likely ones, best first."""
+    """Log-probabilities under the model, before temperature, top-k and top-p. chosen: of the chosen tokens; top: of the
+    K most likely tokens, best first."""
 
     chosen: Float[Array, "B steps"]
     top: Float[Array, "B steps K"]
@@ -60,13 +60,13 @@ class TokenScores(NamedTuple):
 
 
 def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
-    """The weights as decoding reads them, the decoder's matrices in `dtype`. The stacked layers are let go."""
+    """Splits a model for decoding and casts the decoder's matrices to `dtype`. The result has no stacked layers."""
     layers = tuple(with_transposed_kernels(fused(layer)) for layer in model.decoder.unstacked_layers())
-    rest = jax.tree.map(lambda x: x, model)
-    rest.decoder.layers = None  # type: ignore[assignment]
+    shell = jax.tree.map(lambda x: x, model)
+    shell.decoder.layers = None  # type: ignore[assignment]
     if dtype != "float32":
-        layers, rest.decoder = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, (layers, rest.decoder))
-    return Weights(rest, layers)
+        layers, shell.decoder = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, (layers, shell.decoder))
+    return Weights(shell, layers)
 
 
 def with_transposed_kernels(layer: Qwen2Layer) -> Qwen2Layer:
@@ -83,7 +83,7 @@ def with_transposed_kernels(layer: Qwen2Layer) -> Qwen2Layer:
 def encode_images(
     model: OpenQwen2VL, images: UInt8[Array, "I height width 3"], dtype: str = "float32"
 ) -> Float[Array, "I M D"]:
-    """Visual tokens of images, from Weights.model."""
+    """Encodes images to visual tokens. model: Weights.model."""
     return model.encode(images, Compute(dtype=jnp.dtype(dtype)))
 
 
@@ -97,10 +97,10 @@ def prefill(
     num_slots: int,
     dtype: str = "float32",
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """float32 logits of the token after each prompt, and the cache of num_slots >= T slots.
+    """Runs the prompts. Returns float32 logits of the token after each, and a cache of num_slots >= T slots.
 
-    tokens: row b is real up to lengths[b] >= 1. visual_index: which of the visual tokens stands at a position, or
-    NOTHING; visual tokens are shared by the rows.
+    tokens: row b holds lengths[b] >= 1 tokens, then padding. visual_index: index of the visual token at each position,
+    or NOTHING. The rows share visual_tokens.
     """
     x = weights.model.decoder.embed(tokens, jnp.dtype(dtype))
     if visual_tokens is not None:
@@ -125,12 +125,12 @@ def start(
 
 @partial(jax.jit, static_argnames="num_top")
 def first_scores(logits: Float[Array, "B V"], token: Int[Array, "B"], num_top: int) -> TokenScores:
-    """Of the first new tokens."""
+    """Scores the first new tokens; the axis of steps has length 1."""
     return TokenScores(*(x[:, None] for x in score_tokens(logits, token, num_top)))
 
 
 def score_tokens(logits: Float[Array, "B V"], token: Int[Array, "B"], num_top: int) -> TokenScores:
-    """Of one token a row; the axis of steps is not there."""
+    """Scores one token per row; the result has no axis of steps."""
     scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     top, top_tokens = jax.lax.top_k(scores, min(num_top, scores.shape[-1]))
     chosen = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
@@ -147,9 +147,10 @@ def decode(
     dtype: str = "float32",
     num_top: int = 0,
 ) -> tuple[DecodeState, Int[Array, "B num_steps"], TokenScores | None]:
-    """num_steps more tokens of each row, its stop token included, NOTHING after it; ends early when all are done.
+    """Generates num_steps more tokens per row, up to and including its stop token, then NOTHING.
 
-    num_top: above 0, the scores of the tokens with this many alternatives.
+    Ends early when all rows are done. num_top: if above 0, also returns scores of the chosen tokens and of the num_top
+    most likely ones.
     """
     batch = state.token.shape[0]
 
@@ -182,7 +183,7 @@ def decode(
 
 @partial(jax.jit, donate_argnums=0)
 def insert_row(state: DecodeState, row: DecodeState, index: Int[Array, ""]) -> DecodeState:
-    """`state` with its row `index` replaced by the only row of `row`, whose cache may have fewer slots."""
+    """Replaces row `index` of `state` with the only row of `row`, whose cache may have fewer slots."""
 
     def put(old, new):
         start = (index, *[0] * (old.ndim - 1))
@@ -192,8 +193,8 @@ def insert_row(state: DecodeState, row: DecodeState, index: Int[Array, ""]) -> D
 
 
 def choose(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, "B"]) -> Int[Array, "B"]:
-    """The next token of each row: the most likely, or drawn after temperature, then top-k, then top-p, in the order
-    of transformers' warpers. Tokens as likely as the last one that is kept are kept."""
+    """Chooses the next token of each row: the most likely, or a draw after temperature, top-k and top-p, in the order
+    of transformers' warpers. Tokens as likely as the least likely kept token are kept too."""
     greedy = logits.argmax(-1).astype(jnp.int32)
 
     def draw():
@@ -216,7 +217,7 @@ def choose(logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array
 
 
 def row_noise(seed: Int[Array, ""], position: Int[Array, ""], num_tokens: int) -> Float[Array, "V"]:
-    """Gumbel noise of one row at one position."""
+    """Returns the Gumbel noise of one row at one position."""
     return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (num_tokens,))
 
 
@@ -229,10 +230,10 @@ def score_options(
     options: Int[Array, "B O T"],
     dtype: str = "float32",
 ) -> Float[Array, "B O"]:
-    """Log-probability of each option after its row's prompt, summed over the option's tokens.
+    """Returns the log-probability of each option after its row's prompt, summed over the option's tokens.
 
-    logits, cache: from prefill, with T - 1 slots to spare. options: padded with NOTHING; one of no tokens scores 0.
-    The prompt is run once: its cache is shared by the options, of which the last token is never run.
+    logits, cache: from prefill, with T - 1 spare slots. options: padded with NOTHING; an empty option scores 0. The
+    prompt runs once, and each option continues from a copy of its cache; the last of the T tokens is never run.
     """
     batch, num_options, num_tokens = options.shape
     targets = jnp.maximum(options, 0)
@@ -243,6 +244,6 @@ def score_options(
         positions = jnp.repeat(lengths, num_options)[:, None] + jnp.arange(num_tokens - 1)
         hidden, _ = weights.model.decoder.extend(weights.layers, x, positions, shared)
         following = jax.nn.log_softmax(weights.model.logits(hidden)).reshape(batch, num_options, num_tokens - 1, -1)
-        rest = jnp.take_along_axis(following, targets[:, :, 1:, None], axis=-1)[..., 0]
-        first = jnp.concatenate([first, rest], axis=-1)
+        later = jnp.take_along_axis(following, targets[:, :, 1:, None], axis=-1)[..., 0]
+        first = jnp.concatenate([first, later], axis=-1)
     return jnp.where(options >= 0, first, 0.0).sum(-1)

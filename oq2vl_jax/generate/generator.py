@@ -1,4 +1,4 @@
-"""A loaded checkpoint on the host's side: prompts and images in, text out, in batches of few shapes."""
+"""Runs a loaded checkpoint from the host: prompts and images in, text out, in batches of few shapes."""
 
 import hashlib
 from collections import OrderedDict
@@ -37,23 +37,23 @@ from oq2vl_jax.sharding import device_bytes, make_mesh, parameter_shardings, rep
 
 SMALLEST_BUCKET = 32
 STEPS_PER_CALL = 16
-"""Tokens decoded between two looks at the stop strings."""
+"""Tokens decoded between two checks of the stop strings."""
 STEPS_PER_PIECE = 4
-"""Tokens of a piece of streamed text."""
+"""Tokens decoded per piece of streamed text."""
 NUM_CACHED_IMAGES = 64
-"""Images whose visual tokens are kept: neighbouring questions often ask about one picture."""
+"""Images whose visual tokens are cached, because neighbouring questions often share an image."""
 MAX_IMAGES_AT_ONCE = 32
 
 
 class Request(NamedTuple):
-    """prompt: token ids, a run of num_visual_tokens placeholders per image; images: encoded, in order."""
+    """prompt: token ids, with num_visual_tokens placeholders per image; images: contents of image files, in order."""
 
     prompt: list[int]
     images: list[bytes]
 
 
 def load_model(checkpoint: Path, mesh: Mesh) -> OpenQwen2VL:
-    """The model of a checkpoint, its parameters split over the devices. Raises UserError."""
+    """Loads the model of a checkpoint, with its parameters sharded over the devices. Raises UserError."""
     config = load_description(checkpoint).model
     shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), config))
     shardings = parameter_shardings(shapes, mesh)
@@ -73,7 +73,7 @@ class Generator:
         dtype: str | None = None,
         prompt_form: PromptForm = "training",
     ):
-        """dtype: of weights and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
+        """dtype: of decoder matrices and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
         folder = open_checkpoint(checkpoint)
         description = load_description(folder)
         codec, mesh = TextCodec(str(folder / "tokenizer")), make_mesh(MeshConfig())
@@ -89,7 +89,7 @@ class Generator:
     def of_model(
         model: OpenQwen2VL, config: ModelConfig, template: str, codec: TextCodec, mesh: Mesh, dtype: str
     ) -> "Generator":
-        """For a model in memory, while it is trained."""
+        """Makes a Generator of a model in memory, for replies during training."""
         generator = Generator.__new__(Generator)
         generator._set_up(model, config, template, codec, mesh, dtype)
         return generator
@@ -104,20 +104,20 @@ class Generator:
         self._visual_tokens: OrderedDict[bytes, jax.Array] = OrderedDict()
 
     def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
-        """Token ids with the images before the text. Raises UserError for a text that names images of its own."""
+        """Returns token ids with the images before the text. Raises UserError if the text contains <image>."""
         if IMAGE in prompt:
             raise UserError(f"the prompt {prompt!r} contains {IMAGE}; images are put before the prompt, in order.")
         return self.encode_turns([f"{IMAGE}\n" * num_images + prompt.strip()])
 
     def encode_turns(self, turns: list[str], system: str | None = None, template: str | None = None) -> list[int]:
-        """Token ids of a conversation, human first and last; images stand where <image> does."""
+        """Returns the token ids of a conversation, human first and last, with the images in place of <image>."""
         template, num_visual_tokens = template or self.template, self.model_config.num_visual_tokens
         if self.prompt_form == "published" and template == "open_qwen2vl":
             return self.codec.published_prompt(turns, num_visual_tokens, system)
         return self.codec.prompt(turns, template, num_visual_tokens, system)
 
     def ask(self, prompt: str, images: Sequence[bytes], options: SamplingOptions) -> str:
-        """The reply to one question about encoded images."""
+        """Returns the reply to one question about images (contents of files)."""
         request = Request(self.encode_prompt(prompt, len(images)), list(images))
         return self.generate([request], options)[0].text.strip()
 
@@ -134,14 +134,14 @@ class Generator:
     def generate_all(
         self, requests: Sequence[Request], options: SamplingOptions, batch_size: int
     ) -> Iterator[tuple[int, Reply]]:
-        """(number, reply) for any number of requests, in batches of similar length; every batch has batch_size rows."""
+        """Yields (index, reply) for any number of requests, in batches of similar length, each of batch_size rows."""
         for chosen in self.batches(requests, batch_size):
             padded = chosen + [chosen[-1]] * (batch_size - len(chosen))
             yield from zip(chosen, self.generate([requests[i] for i in padded], options), strict=False)
 
     @staticmethod
     def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-        """Numbers of the requests, similar lengths together, questions about one picture beside each other."""
+        """Yields batches of request indices: similar lengths together, requests with the same images adjacent."""
         order = sorted(
             range(len(requests)), key=lambda i: (bucket(len(requests[i].prompt)), tuple(requests[i].images), i)
         )
@@ -149,7 +149,7 @@ class Generator:
             yield order[first : first + batch_size]
 
     def stream(self, request: Request, options: SamplingOptions) -> Iterator[str]:
-        """The reply to one request, piece by piece as it is written."""
+        """Yields the reply to one request piece by piece, as it is generated."""
         text = ReplyText(self.codec, self.stops, options)
         for new_tokens in self._decode([request], options, STEPS_PER_PIECE):
             text.add(new_tokens[0])
@@ -160,7 +160,7 @@ class Generator:
                 return
 
     def score(self, requests: Sequence[Request], options: Sequence[Sequence[list[int]]]) -> list[list[float]]:
-        """Log-probability of each option (token ids) after its request, summed over the option's tokens."""
+        """Returns the log-probability of each option (token ids) after its request, summed over the option's tokens."""
         width = power_of_two(max(len(option) for row in options for option in row))
         padded = np.full((len(requests), power_of_two(max(map(len, options))), width), NOTHING, np.int32)
         for row, of_row in enumerate(options):
@@ -173,7 +173,8 @@ class Generator:
         return [scores[row, : len(of_row)].tolist() for row, of_row in enumerate(options)]
 
     def prefill(self, requests: Sequence[Request], num_new: int, num_slots: int | None = None):
-        """(logits, cache, lengths) of a batch, padded to a bucket of tokens and to rows for every device."""
+        """Returns (logits, cache, lengths) of a batch. Tokens are padded to a bucket. Several rows are padded to a
+        multiple of the number of devices; a single row stays one."""
         num_rows = -(-len(requests) // self.mesh.size) * self.mesh.size if len(requests) > 1 else 1
         longest = max(len(request.prompt) for request in requests)
         num_slots = num_slots or bucket(bucket(longest) + num_new)
@@ -201,12 +202,12 @@ class Generator:
         return logits, cache, placed[1]
 
     def check_cache(self, num_rows: int, num_slots: int) -> None:
-        """Raises UserError for keys and values that do not fit on the devices, all of them together."""
+        """Raises UserError if the cache does not fit: on all devices together, or on one if the rows do not divide."""
         num_bytes = cache_bytes(self.model_config.decoder, num_rows, num_slots, self.dtype)
         num_devices = self.mesh.size if num_rows % self.mesh.size == 0 else 1
-        what = f"the cache of {num_rows:,} rows of {num_slots:,} tokens"
+        label = f"the cache of {num_rows:,} rows of {num_slots:,} tokens"
         check_fits(
-            what, num_bytes, num_devices * device_bytes(), "what holds it", "take fewer rows or fewer new tokens"
+            label, num_bytes, num_devices * device_bytes(), "what holds it", "take fewer rows or fewer new tokens"
         )
 
     def sampling(self, options: SamplingOptions, num_rows: int) -> Sampling:
@@ -217,7 +218,7 @@ class Generator:
     def start(
         self, requests: Sequence[Request], options: SamplingOptions, num_slots: int | None = None, num_top: int = 0
     ) -> tuple[DecodeState, TokenScores | None]:
-        """The state after the prompts, with the first new token of each row chosen, and its scores if num_top > 0."""
+        """Runs the prompts. Returns the state with the first new token of each row, and its scores if num_top > 0."""
         logits, cache, lengths = self.prefill(requests, options.max_new_tokens, num_slots)
         state = start(logits, cache, lengths, self.sampling(options, len(lengths)), self.stop_tokens)
         return state, first_scores(logits, state.token, num_top) if num_top else None
@@ -225,7 +226,7 @@ class Generator:
     def _decode(
         self, requests: Sequence[Request], options: SamplingOptions, steps_per_call: int
     ) -> Iterator[list[list[int]]]:
-        """New tokens of each row, call by call, stop tokens included."""
+        """Yields the new tokens of each row after every call, including stop tokens."""
         state, _ = self.start(requests, options)
         sampling = self.sampling(options, len(state.token))
         yield [[token] for token in np.asarray(state.token).tolist()]
@@ -237,7 +238,7 @@ class Generator:
             left -= num_steps
 
     def _encode_images(self, requests: Sequence[Request]) -> tuple[jax.Array | None, dict[bytes, int]]:
-        """(visual tokens of all images of the batch [N, D], number of each image), every picture encoded once."""
+        """Returns (visual tokens [N, D] of the batch's images, index of each image); encodes every image once."""
         wanted = list(dict.fromkeys(data for request in requests for data in request.images))
         if not wanted:
             return None, {}
@@ -261,17 +262,17 @@ class Generator:
         return jax.device_put(stacked, replicated(self.mesh)), {data: i for i, data in enumerate(wanted)}
 
     def _rows(self, array: np.ndarray) -> jax.Array:
-        """On the devices, split by rows where they divide."""
+        """Puts an array on the devices, sharded by rows if they divide evenly, else replicated."""
         divides = len(array) % self.mesh.size == 0
         return jax.device_put(array, row_sharding(self.mesh) if divides else replicated(self.mesh))
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up to one of few sizes: multiples of 32, and of an eighth of the next power of two."""
+    """Rounds `length` up to one of few sizes: a multiple of 32 and of an eighth of the next power of two."""
     step = max(SMALLEST_BUCKET, power_of_two(length) // 8)
     return -(-length // step) * step
 
 
 def power_of_two(number: int) -> int:
-    """The smallest one that is at least `number` >= 1."""
+    """Returns the smallest power of two that is at least `number` >= 1."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The options of python -m oq2vl_jax.generate, and what can be wrong with them."""
+"""Options of python -m oq2vl_jax.generate and their checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +24,20 @@ class GenerateConfig:
     out: str | None = None
     """jsonl file for the predictions of --requests."""
     template: Template | None = None
-    """How the question is written; default: as the checkpoint's data was."""
+    """Template of the prompts; default: the template of the checkpoint."""
     prompt_form: PromptForm = "training"
-    """published: as the code of the paper asks its released weights (template open_qwen2vl alone)."""
+    """training: prompts as in the training data; published: as the paper's code writes them (only open_qwen2vl)."""
     max_new_tokens: Length = 64
     temperature: Temperature = 0.0
-    """Above 0: draw each token, from flatter probabilities the higher it is."""
+    """0: the most likely token; above 0: sample each token, with flatter probabilities at higher values."""
     top_p: TopP = 1.0
-    """Draw from the most likely tokens that together have this probability."""
+    """Sample from the fewest most likely tokens that together have at least this probability."""
     top_k: CountOrZero = 0
-    """Draw from this many most likely tokens; 0: from all."""
+    """Sample from this many most likely tokens; 0: from all."""
     seed: Seed = 0
     """The same request with the same seed gets the same reply."""
     stop: tuple[str, ...] = ()
-    """Texts that end a reply, and are cut off."""
+    """Texts that end a reply and are removed from it."""
     batch_size: SmallCount = 64
 
 
@@ -65,7 +65,7 @@ def check(config: GenerateConfig) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """False for an argument with bytes that are none, which Python holds as lone surrogates."""
+    """Returns False for an argument with bytes that are not UTF-8, which Python holds as lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

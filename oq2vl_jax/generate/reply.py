@@ -1,4 +1,4 @@
-"""How a reply is wanted, and the reply while it is written: tokens to text, its end, what may be shown already."""
+"""Sampling options, and one reply during generation: decodes tokens, finds its end, yields text to show."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,26 +8,26 @@ from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.errors import UserError
 
 NUM_TOP = 20
-"""Alternatives to a token that can be asked for with its log-probability; OpenAI's most."""
+"""Largest number of alternatives per token whose log-probabilities can be requested, as in OpenAI's API."""
 BROKEN_CHARACTER = "\ufffd"
-"""What the decoder writes for a character whose bytes are not all there yet."""
+"""Stands in decoded text for a character with missing bytes."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How replies are written. Greedy by default."""
+    """How replies are sampled. Greedy by default."""
 
     max_new_tokens: Length = 64
     temperature: Temperature = 0.0
     """0: the most likely token."""
     top_p: TopP = 1.0
-    """Draw from the most likely tokens that together have this probability."""
+    """Sample from the fewest most likely tokens that together have at least this probability."""
     top_k: CountOrZero = 0
-    """Draw from this many most likely tokens; 0: from all."""
+    """Sample from this many most likely tokens; 0: from all."""
     seed: Seed = 0
     """The same request with the same seed gets the same reply, whatever else is in its batch."""
     stop: tuple[str, ...] = ()
-    """Texts that end a reply, and are cut off."""
+    """Texts that end a reply and are removed from it."""
 
     def __post_init__(self):
         check_bounds(self)
@@ -36,7 +36,7 @@ class SamplingOptions:
 
 
 class Reply(NamedTuple):
-    """text: without stop token and stop text; finish_reason: "stop", or "length" where max_new_tokens ended it."""
+    """text: without stop token and stop text; finish_reason: "stop", or "length" if max_new_tokens ended it."""
 
     text: str
     tokens: list[int]
@@ -44,9 +44,9 @@ class Reply(NamedTuple):
 
 
 class ReplyText:
-    """One reply while it is written: tokens to text, stop tokens, stop texts, and what may be shown already.
+    """One reply during generation: decodes tokens, applies stop tokens and stop texts, yields text to show.
 
-    Every call decodes and searches what is new alone, so that a long reply costs no more by the token than a short one.
+    Every call decodes and searches only new text, so that the cost per token does not grow with the reply.
     """
 
     def __init__(self, codec: TextCodec, stop_tokens: set[int], options: SamplingOptions):
@@ -54,10 +54,10 @@ class ReplyText:
         self.tokens: list[int] = []
         self.text, self.is_done, self._finish_reason, self._num_shown = "", False, "length", 0
         self._num_whole, self._whole, self._searched_from = 0, "", 0
-        """Tokens whose text ends with a whole character, that text, and how much of it was searched before."""
+        """Number of tokens whose text ends with a whole character, that text, and where the unsearched text begins."""
 
     def add(self, tokens: list[int]) -> None:
-        """New tokens; those after the end of the reply are not taken."""
+        """Adds new tokens; ignores those after the end of the reply."""
         for token in tokens:
             if self.is_done:
                 return
@@ -79,12 +79,12 @@ class ReplyText:
             self._num_whole, self._whole = len(self.tokens), self.text
 
     def _stop_place(self) -> int | None:
-        """Where the first stop text begins, or None; no earlier than one could that the last token completes."""
+        """Returns where the first stop text begins, or None. Searches new text and len(stop) characters before it."""
         places = (self.text.find(stop, max(0, self._searched_from - len(stop))) for stop in self._options.stop)
         return min((place for place in places if place >= 0), default=None)
 
     def new_piece(self) -> str:
-        """Text that was not shown yet and that no later token can change: no half characters, no half stop text."""
+        """Returns the text not shown yet that no later token can change: no half characters, no half stop text."""
         end = len(self.text)
         if not self.is_done:
             end = len(self.text.rstrip(BROKEN_CHARACTER))

@@ -1,4 +1,4 @@
-"""A file of requests, answered line by line and gone on with where it was ended."""
+"""Answers a file of requests in batches, and resumes an interrupted run where it stopped."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from oq2vl_jax.generate.reply import SamplingOptions
 
 REQUESTS_AT_ONCE = 2048
-"""Sorted by length together, their pictures in memory."""
+"""Requests that are sorted by length together, with their images in memory."""
 
 
 def read_images(paths: Iterable[str]) -> list[bytes]:
@@ -28,7 +28,7 @@ def read_images(paths: Iterable[str]) -> list[bytes]:
 def answer_requests(
     generator: "Generator", requests: list[dict], options: "SamplingOptions", batch_size: int
 ) -> Iterator[tuple[int, dict]]:
-    """(number, prediction) for every request. Pictures are read some thousand requests at a time."""
+    """Yields (number, prediction) for every request. Images are read for REQUESTS_AT_ONCE requests at a time."""
     from oq2vl_jax.generate.generator import Request
 
     for first in range(0, len(requests), REQUESTS_AT_ONCE):
@@ -96,8 +96,8 @@ def image_problem(path: str) -> str | None:
 def write_predictions(
     generator: "Generator", requests: list[dict], options: "SamplingOptions", config: GenerateConfig
 ) -> None:
-    """OUT holds the predictions in the order of the requests when all are there; OUT.partial those so far, in the order
-    in which they came. The same command goes on from there."""
+    """Writes OUT, in the order of the requests, when all predictions are complete. Until then OUT.partial holds them in
+    the order in which they completed; the same command resumes from it."""
     from rich.console import Console
     from rich.progress import track
 
@@ -124,7 +124,7 @@ def write_predictions(
 
 
 def settings_of(generator: "Generator", requests: list[dict], options: "SamplingOptions") -> str:
-    """Identity of what the predictions depend on; the pictures count by size and time of change."""
+    """Returns a hash of everything the predictions depend on; images enter by size and modification time."""
     pictures = {path: file_version(path) for request in requests for path in request["image"]}
     values = [
         generator.checkpoint,
@@ -143,10 +143,10 @@ def predictions_so_far(partial: Path, settings: str) -> dict[int, dict]:
 
     try:
         head, *lines = read_whole_lines(partial) or [{}]
-        found = {line["number"]: line["prediction"] for line in lines}
+        predictions = {line["number"]: line["prediction"] for line in lines}
     except (ValueError, KeyError, TypeError):
-        head, found = {}, {}
+        head, predictions = {}, {}
     if partial.exists() and head != {"settings": settings}:
         print(f"{partial} is of other requests or settings, and is begun anew", file=sys.stderr)
         return {}
-    return found
+    return predictions

@@ -1,4 +1,4 @@
-"""The one entry point of attention, and the document mask.
+"""Entry point of every attention, and the document mask.
 
 Packed documents of a row must not see each other:
 
@@ -13,15 +13,15 @@ Packed documents of a row must not see each other:
 
 Row scope (the published behaviour) is the same code with segment_ids 1 1 1 1 1 0 and positions 0 1 2 3 4 0.
 
-Implementations (config.TrainConfig.attention), of which train/attention_choice.py picks one by device:
+Implementations (config.TrainConfig.attention); train/attention_choice.py picks one by device:
 
-    xla      the reference: every score of a row, other documents masked
+    xla      the reference: computes every score of a row and masks other documents
     blocked  plain XLA in blocks of queries and keys, as far back as the longest document reaches (attention_blocked.py)
-    kernel   Pallas-Triton: tiles outside a document are never computed (attention_kernel.py). "kernel_interpreted" is
-             the same kernel run by the interpreter of Pallas, for tests without a GPU
+    kernel   Pallas-Triton: never computes tiles outside a document (attention_kernel.py). "kernel_interpreted" is
+             the same kernel run by Pallas's interpreter, for tests without a GPU
 
-blocked and kernel take the mask as starts[b, t], the index where token t's document begins. They rely on
-data/loading/batch.py: a document is one run of a row, and its positions ascend by one.
+blocked and kernel take the mask as starts[b, t], the index where token t's document begins. They rely
+on data/loading/batch.py: a document is contiguous in its row, and its positions ascend by one.
 """
 
 from typing import NamedTuple
@@ -39,9 +39,9 @@ KERNELS = ("kernel", "kernel_interpreted")
 
 
 class Documents(NamedTuple):
-    """The mask of packed rows in short: token t sees tokens starts[b, t] .. t. A padding token sees itself.
+    """Compact mask of packed rows: token t sees tokens starts[b, t] .. t; a padding token sees only itself.
 
-    tiles: queries and keys of a tile of the kernel, which alone looks at it.
+    tiles: tokens per query tile and per key tile; only the kernel uses them.
     """
 
     starts: Int[Array, "B T"]
@@ -58,9 +58,9 @@ def attention(
     mask: Mask = None,
     implementation: Attention = "xla",
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H)) v with grouped keys and values (N a multiple of K); mask None = everything is seen.
+    """Computes softmax(q k^T / sqrt(H)) v with grouped keys and values (N a multiple of K); mask None hides no key.
 
-    Scores and softmax are float32. A query that sees nothing (padding) gets a finite, meaningless value.
+    Scores and softmax are float32. A query whose keys are all masked (padding) gets a finite, meaningless value.
     A packed row's mask is the one that packed_mask makes for the implementation; any other mask is for "xla". An image
     (no mask) takes cuDNN with "kernel" in bfloat16, and the reference otherwise. Raises ValueError for a mask that the
     implementation does not take.
@@ -84,9 +84,9 @@ def attention(
 def image_attention(
     q: Float[Array, "I P N H"], k: Float[Array, "I P N H"], v: Float[Array, "I P N H"]
 ) -> Float[Array, "I P N H"]:
-    """cuDNN's attention, every patch seen by all of its image.
+    """Runs cuDNN's attention without a mask: every patch sees all patches of its image.
 
-    jax refuses cuDNN's backward pass for odd numbers of patches, such as 729: there one more is masked away.
+    jax refuses cuDNN's backward pass for an odd number of patches, such as 729; one masked patch is then added.
     """
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
@@ -116,12 +116,12 @@ def reference_attention(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """See attention; every score is computed."""
+    """Computes attention with every score of the row; arguments as in `attention`."""
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[2], k.shape[1]
     groups = num_heads // num_kv_heads
-    # One matrix product per kv head, the queries of its group below each other: XLA's CPU backend takes 0.5 (forward)
-    # and 0.8 (with backward) of the time that it takes for one product per query head.
+    # The queries of a group are stacked, so each kv head is one matrix product. XLA's CPU backend takes 0.5 (forward)
+    # and 0.8 (forward and backward) times as long as with one product per query head.
     grouped = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, num_kv_heads, groups * num_queries, head_dim)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -141,7 +141,7 @@ def causal_segment_mask(
     key_segments: Int[Array, "B S"],
     key_positions: Int[Array, "B S"],
 ) -> Bool[Array, "B T S"]:
-    """True where a query may see a key: same segment, not padding (0), not later. See the drawing above."""
+    """Returns True if a query may see a key: same segment, not padding (0), not later. See the module's drawing."""
     same_segment = query_segments[:, :, None] == key_segments[:, None, :]
     not_later = query_positions[:, :, None] >= key_positions[:, None, :]
     return same_segment & not_later & (key_segments > 0)[:, None, :]
@@ -153,7 +153,7 @@ def packed_mask(
     implementation: Attention,
     tiles: tuple[int, int] = TILES,
 ) -> Mask:
-    """The mask of packed rows in the form that an implementation takes; made once for all layers."""
+    """Builds the mask of packed rows in the form that `implementation` takes, once for all layers."""
     if implementation == "xla":
         return causal_segment_mask(segment_ids, positions, segment_ids, positions)
     index = jnp.arange(positions.shape[1], dtype=positions.dtype)

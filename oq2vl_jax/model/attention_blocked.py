@@ -1,16 +1,16 @@
-"""Attention of packed rows in plain XLA that looks only as far back as documents reach: exact, on any device.
+"""Exact attention of packed rows in plain XLA, on any device; it computes only as far back as documents reach.
 
-A row is cut into blocks of queries and blocks of keys of the same size. All blocks of a row look at once at the block
-that lies `back` blocks before their own, for back = 0, 1, 2, ... until the longest document is covered; softmax is
-accumulated on the way (arXiv 2112.05682). Two documents of at most one block and a token need back = 0 and 1:
+A row is cut into blocks of queries and blocks of keys of the same size. In round `back` = 0, 1, 2, ... every query
+block attends to the key block `back` blocks before it, until the longest document is covered; the softmax is
+accumulated over the rounds (arXiv 2112.05682). Documents of at most one block plus one token need back = 0 and 1:
 
     blocks       0       1       2       3
     documents    a a a a a b b b b b c c c c . .
     back = 0     0->0    1->1    2->2    3->3        within the block, causal
-    back = 1             1->0    2->1    3->2        the block before; after it nothing is left to see
+    back = 1             1->0    2->1    3->2        the previous block; no document reaches further back
 
-The number of rounds is read off the batch (a traced loop bound), so a document of any length is exact: one that fills
-the row costs as much as the reference. The gradient is written out (custom_vjp), by the same rounds.
+The number of rounds is a traced loop bound computed from the batch, so documents of any length are exact; a document
+that fills the row costs as much as the reference. The backward pass (custom_vjp) runs the same rounds.
 """
 
 from functools import partial
@@ -21,11 +21,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 HIDDEN_SCORE = -1e30
-"""Of a key that a query may not see; finite, so that a row of nothing else gives no NaN."""
+"""Score of a masked key; finite, so that a query whose keys are all masked gives no NaN."""
 
 
 def block_size(num_tokens: int) -> int:
-    """Tokens in a block. Small blocks skip more, large ones multiply faster (docs/experiments.md)."""
+    """Returns the tokens per block. Small blocks skip more, large ones multiply faster (docs/experiments.md)."""
     return 64 if num_tokens <= 512 else 128
 
 
@@ -37,7 +37,7 @@ def blocked_attention(
     starts: Int[Array, "B T"],
     size: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Token t of a row attends to tokens starts[b, t] .. t. Scores and softmax are float32. size: tokens in a block."""
+    """Token t of a row attends to tokens starts[b, t] .. t. Scores and softmax are float32. size: tokens per block."""
     return _forward(q, k, v, starts, size)[0]
 
 
@@ -66,15 +66,15 @@ def _backward(size, saved, cotangent):
     q, k, v, starts, attended, log_norm = saved
     blocks = _Blocks(q, k, starts, size)
     queries, keys, values = blocks.queries(q), blocks.keys(k), blocks.keys(v)
-    given = blocks.queries(cotangent)
-    own = (given.astype(jnp.float32) * blocks.queries(attended)).sum(-1)
+    output_gradient = blocks.queries(cotangent)
+    delta = (output_gradient.astype(jnp.float32) * blocks.queries(attended)).sum(-1)
 
     def look_back(back, carry):
         q_gradient, k_gradient, v_gradient = carry
         weights = jnp.exp(blocks.scores(queries, keys, back) - log_norm[..., None])
-        v_part = blocks.product("BKbQS,BKbQH->BKbSH", weights.astype(v.dtype), given)
-        from_value = blocks.product("BKbQH,BKbSH->BKbQS", given, blocks.shifted(values, back))
-        error = (blocks.scale * weights * (from_value - own[..., None])).astype(q.dtype)
+        v_part = blocks.product("BKbQS,BKbQH->BKbSH", weights.astype(v.dtype), output_gradient)
+        from_value = blocks.product("BKbQH,BKbSH->BKbQS", output_gradient, blocks.shifted(values, back))
+        error = (blocks.scale * weights * (from_value - delta[..., None])).astype(q.dtype)
         q_gradient += blocks.product("BKbQS,BKbSH->BKbQH", error, blocks.shifted(keys, back))
         k_part = blocks.product("BKbQS,BKbQH->BKbSH", error, queries)
         return q_gradient, blocks.added(k_gradient, k_part, back), blocks.added(v_gradient, v_part, back)
@@ -99,14 +99,14 @@ class _Blocks:
         self.num_blocks = -(-self.num_tokens // self.size)
         self.padding = self.num_blocks * self.size - self.num_tokens
         self.scale = self.head_dim**-0.5
-        own = jnp.arange(self.num_tokens, dtype=starts.dtype)
-        reach = (own // self.size - starts // self.size).max()  # blocks before its own that a token looks into
+        index = jnp.arange(self.num_tokens, dtype=starts.dtype)
+        reach = (index // self.size - starts // self.size).max()  # most blocks that a token looks back
         self.num_rounds = reach + 1
         padded = jnp.pad(starts, ((0, 0), (0, self.padding)), constant_values=self.num_blocks * self.size)
         self.starts = padded.reshape(self.batch, self.num_blocks, self.size)
 
     def queries(self, x: Array) -> Array:
-        """[B T N H] to [B K b Q H], the queries of a group of heads below each other."""
+        """Reshapes [B T N H] to [B K b Q H]; the heads of a group are stacked along Q."""
         x = jnp.pad(x, ((0, 0), (0, self.padding), (0, 0), (0, 0)))
         x = x.reshape(self.batch, self.num_blocks, self.size, self.num_kv_heads, self.groups, self.head_dim)
         x = x.transpose(0, 3, 1, 4, 2, 5)
@@ -119,7 +119,7 @@ class _Blocks:
         return x[:, : self.num_tokens]
 
     def keys(self, x: Array) -> Array:
-        """[B T K H] to [B K 2b S H]: as many empty blocks before the row as it has, for the first blocks to look at."""
+        """Reshapes [B T K H] to [B K 2b S H]; b zero blocks before the row keep the slices of `shifted` in bounds."""
         x = jnp.pad(x, ((0, 0), (0, self.padding), (0, 0), (0, 0)))
         x = x.reshape(self.batch, self.num_blocks, self.size, self.num_kv_heads, self.head_dim).transpose(0, 3, 1, 2, 4)
         return jnp.pad(x, ((0, 0), (0, 0), (self.num_blocks, 0), (0, 0), (0, 0)))
@@ -130,20 +130,20 @@ class _Blocks:
         return x.reshape(self.batch, -1, self.num_kv_heads, self.head_dim)[:, : self.num_tokens]
 
     def shifted(self, keys: Array, back: Array) -> Array:
-        """For each block the one `back` before it."""
+        """Returns for each block the block `back` places before it."""
         return jax.lax.dynamic_slice_in_dim(keys, self.num_blocks - back, self.num_blocks, axis=2)
 
     def added(self, keys: Array, part: Array, back: Array) -> Array:
-        """`part` added where shifted(keys, back) was taken."""
-        there = self.shifted(keys, back) + part
-        return jax.lax.dynamic_update_slice_in_dim(keys, there, self.num_blocks - back, axis=2)
+        """Adds `part` to the blocks that shifted(keys, back) reads."""
+        summed = self.shifted(keys, back) + part
+        return jax.lax.dynamic_update_slice_in_dim(keys, summed, self.num_blocks - back, axis=2)
 
     def scores(self, queries: Array, keys: Array, back: Array) -> Array:
-        """float32 [B K b Q S], HIDDEN_SCORE where a query does not see a key."""
+        """Returns float32 scores [B K b Q S], HIDDEN_SCORE for masked keys."""
         scores = self.scale * self.product("BKbQH,BKbSH->BKbQS", queries, self.shifted(keys, back))
-        own = jnp.arange(self.num_blocks * self.size).reshape(self.num_blocks, self.size)
-        key_index = (own - back * self.size)[:, None, :]
-        is_seen = (key_index >= self.starts[..., None]) & (key_index <= own[:, :, None])
+        query_index = jnp.arange(self.num_blocks * self.size).reshape(self.num_blocks, self.size)
+        key_index = (query_index - back * self.size)[:, None, :]
+        is_seen = (key_index >= self.starts[..., None]) & (key_index <= query_index[:, :, None])
         grouped = scores.reshape(*scores.shape[:3], self.groups, self.size, self.size)
         return jnp.where(is_seen[:, None, :, None], grouped, HIDDEN_SCORE).reshape(scores.shape)
 

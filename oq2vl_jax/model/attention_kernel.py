@@ -1,9 +1,8 @@
 """Attention of packed rows as a Pallas-Triton kernel: tiles outside a document are never loaded (arXiv 2205.14135).
 
-Drawn with square tiles; those of queries and of keys may differ in size, each a multiple of the smaller.
-
-One program computes one tile of queries of one head; it walks from the tile where the first document of its queries
-starts to its own, so a row of short documents costs its diagonal:
+Each program computes one query tile of one head. It loops over key tiles, from the start of its first query's
+document to its own tile, so a row of short documents costs only its diagonal. The drawing has square tiles; query and
+key tiles may differ in size if one is a multiple of the other:
 
     keys      0 1 2 3         documents  a a a a a b b b . .  (tiles of two tokens: |a a|a a|a b|b b|. .|)
     tile 0    x
@@ -12,11 +11,10 @@ starts to its own, so a row of short documents costs its diagonal:
     tile 3        x x                    b starts in tile 2
     tile 4            x
 
-Grouped queries read their key head in place, nothing is repeated. The backward pass has one kernel for the queries'
-gradient, one for keys' and values', which sums over the heads of a group itself. Output and log-sum-exp carry the
-checkpoint names "attention_output" and "attention_log_norm" (layers.remat_layer). Tile sizes were chosen so that the
-kernels compile for compute capability 8.0 and above; none has been timed yet. jax 0.11 calls this backend of Pallas
-deprecated: it is used here alone.
+Grouped queries read their kv head in place; no key or value is repeated. The backward pass has one kernel for dq and
+one for dk and dv, which sums over the heads of a group. The output and the log-sum-exp have the checkpoint names
+"attention_output" and "attention_log_norm" (layers.remat_layer). The tile sizes compile for compute capability 8.0 and
+above; none has been timed yet. jax 0.11 deprecates Pallas's Triton backend; only this file uses it.
 """
 
 from functools import partial
@@ -31,13 +29,13 @@ from jaxtyping import Array, Float, Int
 from oq2vl_jax.model.attention_blocked import HIDDEN_SCORE
 
 TILES = (64, 64)
-"""Tokens in a tile of queries, and in one of keys."""
+"""Tokens per query tile and per key tile."""
 FORWARD_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=3)
 BACKWARD_PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=2)
 
 
 def is_supported(head_dim: int) -> bool:
-    """Triton wants powers of two, and a tile product at least 16 wide."""
+    """Returns whether the kernel runs heads of this width: 16 to 128; Triton needs a power of two, at least 16."""
     return head_dim in (16, 32, 64, 128)
 
 
@@ -52,8 +50,8 @@ def kernel_attention(
 ) -> Float[Array, "B T N H"]:
     """Token t of a row attends to tokens starts[b, t] .. t. Scores and softmax are float32.
 
-    interpret: run by Pallas' interpreter, on any device, slowly. tiles: tokens in a tile of queries, and in one of
-    keys; powers of two.
+    interpret: runs in Pallas's interpreter, slowly, on any device. tiles: tokens per query tile and per key tile;
+    powers of two.
     """
     return _forward(q, k, v, starts, interpret, tiles)[0]
 
@@ -94,18 +92,18 @@ def _forward(q, k, v, starts, interpret, tiles):
 def _backward(interpret, tiles, saved, cotangent):
     q, k, v, starts, attended, log_norm = saved
     num_tokens, num_kv_heads = q.shape[1], k.shape[2]
-    own = (cotangent.astype(jnp.float32) * attended).sum(-1)
-    own = jnp.pad(own, ((0, 0), (0, starts.shape[1] - num_tokens), (0, 0))).transpose(0, 2, 1)
+    delta = (cotangent.astype(jnp.float32) * attended).sum(-1)
+    delta = jnp.pad(delta, ((0, 0), (0, starts.shape[1] - num_tokens), (0, 0))).transpose(0, 2, 1)
     q, k, v, cotangent = (_pad_tokens(x, max(tiles)) for x in (q, k, v, cotangent))
-    q_gradient = _q_gradient(q, k, v, cotangent, own, log_norm, starts, interpret, tiles)
-    k_gradient, v_gradient = _kv_gradients(q, k, v, cotangent, own, log_norm, starts, num_kv_heads, interpret, tiles)
+    q_gradient = _q_gradient(q, k, v, cotangent, delta, log_norm, starts, interpret, tiles)
+    k_gradient, v_gradient = _kv_gradients(q, k, v, cotangent, delta, log_norm, starts, num_kv_heads, interpret, tiles)
     return q_gradient[:, :num_tokens], k_gradient[:, :num_tokens], v_gradient[:, :num_tokens], None
 
 
 kernel_attention.defvjp(_forward, _backward)
 
 
-def _q_gradient(q, k, v, cotangent, own, log_norm, starts, interpret, tiles):
+def _q_gradient(q, k, v, cotangent, delta, log_norm, starts, interpret, tiles):
     (batch, length, num_heads, head_dim), (query_tile, key_tile) = q.shape, tiles
     groups = num_heads // k.shape[2]
     first_tile = starts.reshape(batch, -1, query_tile).min(-1) // key_tile
@@ -125,10 +123,10 @@ def _q_gradient(q, k, v, cotangent, own, log_norm, starts, interpret, tiles):
         compiler_params=BACKWARD_PARAMS,
         interpret=interpret,
         name="document_attention_q_gradient",
-    )(q, k, v, cotangent, own, log_norm, starts, first_tile)  # fmt: skip
+    )(q, k, v, cotangent, delta, log_norm, starts, first_tile)  # fmt: skip
 
 
-def _kv_gradients(q, k, v, cotangent, own, log_norm, starts, num_kv_heads, interpret, tiles):
+def _kv_gradients(q, k, v, cotangent, delta, log_norm, starts, num_kv_heads, interpret, tiles):
     (batch, length, num_heads, head_dim), (query_tile, key_tile) = q.shape, tiles
     groups = num_heads // num_kv_heads
     last_tile = _ends(starts).reshape(batch, -1, key_tile).max(-1) // query_tile
@@ -148,7 +146,7 @@ def _kv_gradients(q, k, v, cotangent, own, log_norm, starts, num_kv_heads, inter
         compiler_params=BACKWARD_PARAMS,
         interpret=interpret,
         name="document_attention_kv_gradients",
-    )(q, k, v, cotangent, own, log_norm, starts, last_tile)  # fmt: skip
+    )(q, k, v, cotangent, delta, log_norm, starts, last_tile)  # fmt: skip
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, first_tile_ref, attended_ref, log_norm_ref, *, key_tile):
@@ -157,12 +155,12 @@ def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, first_tile_ref, attended_re
 
     def over_keys(j, carry):
         highest, total, attended = carry
-        here = pl.ds(j * key_tile, key_tile)
-        scores = _scores(q, k_ref[here, :], starts, first_query, j * key_tile)
+        key_slice = pl.ds(j * key_tile, key_tile)
+        scores = _scores(q, k_ref[key_slice, :], starts, first_query, j * key_tile)
         new_highest = jnp.maximum(highest, scores.max(-1))
         weights = jnp.exp(scores - new_highest[:, None])
         rescale = jnp.exp(highest - new_highest)
-        values = v_ref[here, :]
+        values = v_ref[key_slice, :]
         attended = rescale[:, None] * attended + plgpu.dot(weights.astype(values.dtype), values)
         return new_highest, rescale * total + weights.sum(-1), attended
 
@@ -174,17 +172,17 @@ def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, first_tile_ref, attended_re
 
 
 def _q_gradient_kernel(
-    q_ref, k_ref, v_ref, cotangent_ref, own_ref, log_norm_ref, starts_ref, first_tile_ref, gradient_ref, *, key_tile
+    q_ref, k_ref, v_ref, cotangent_ref, delta_ref, log_norm_ref, starts_ref, first_tile_ref, gradient_ref, *, key_tile
 ):
     q, starts, cotangent = q_ref[...], starts_ref[...], cotangent_ref[...]
-    own, log_norm = own_ref[...], log_norm_ref[...]
+    delta, log_norm = delta_ref[...], log_norm_ref[...]
     first_query, num_queries = pl.program_id(0) * len(starts), len(starts)
 
     def over_keys(j, gradient):
-        here = pl.ds(j * key_tile, key_tile)
-        keys = k_ref[here, :]
+        key_slice = pl.ds(j * key_tile, key_tile)
+        keys = k_ref[key_slice, :]
         weights = jnp.exp(_scores(q, keys, starts, first_query, j * key_tile) - log_norm[:, None])
-        error = weights * (plgpu.dot(cotangent, v_ref[here, :], trans_b=True) - own[:, None])
+        error = weights * (plgpu.dot(cotangent, v_ref[key_slice, :], trans_b=True) - delta[:, None])
         return gradient + plgpu.dot(error.astype(keys.dtype), keys)
 
     end_tile = (first_query + num_queries - 1) // key_tile + 1
@@ -193,7 +191,7 @@ def _q_gradient_kernel(
 
 
 def _kv_gradient_kernel(
-    q_ref, k_ref, v_ref, cotangent_ref, own_ref, log_norm_ref, starts_ref, last_tile_ref, dk_ref, dv_ref, *,
+    q_ref, k_ref, v_ref, cotangent_ref, delta_ref, log_norm_ref, starts_ref, last_tile_ref, dk_ref, dv_ref, *,
     groups, query_tile,
 ):  # fmt: skip
     keys, values = k_ref[...], v_ref[...]
@@ -204,12 +202,12 @@ def _kv_gradient_kernel(
     def over_queries(step, carry):
         k_gradient, v_gradient = carry
         head, i = step // num_tiles, first_tile + step % num_tiles
-        here = pl.ds(i * query_tile, query_tile)
-        q, cotangent = q_ref[here, head, :], cotangent_ref[here, head, :]
-        scores = _scores(q, keys, starts_ref[here], i * query_tile, first_key)
-        weights = jnp.exp(scores - log_norm_ref[head, here][:, None])
+        query_slice = pl.ds(i * query_tile, query_tile)
+        q, cotangent = q_ref[query_slice, head, :], cotangent_ref[query_slice, head, :]
+        scores = _scores(q, keys, starts_ref[query_slice], i * query_tile, first_key)
+        weights = jnp.exp(scores - log_norm_ref[head, query_slice][:, None])
         v_gradient += plgpu.dot(weights.astype(cotangent.dtype), cotangent, trans_a=True)
-        error = weights * (plgpu.dot(cotangent, values, trans_b=True) - own_ref[head, here][:, None])
+        error = weights * (plgpu.dot(cotangent, values, trans_b=True) - delta_ref[head, query_slice][:, None])
         return k_gradient + plgpu.dot(error.astype(q.dtype), q, trans_a=True), v_gradient
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
@@ -219,19 +217,19 @@ def _kv_gradient_kernel(
 
 
 def _scores(q, keys, starts, first_query, first_key):
-    """float32 scores of a tile of queries by a tile of keys, HIDDEN_SCORE where a query does not see a key."""
-    own = first_query + jnp.arange(q.shape[0])
+    """Returns float32 scores of a query tile against a key tile, HIDDEN_SCORE for masked keys."""
+    query_index = first_query + jnp.arange(q.shape[0])
     key_index = first_key + jnp.arange(keys.shape[0])
-    is_seen = (key_index[None, :] >= starts[:, None]) & (key_index[None, :] <= own[:, None])
+    is_seen = (key_index[None, :] >= starts[:, None]) & (key_index[None, :] <= query_index[:, None])
     return jnp.where(is_seen, q.shape[-1] ** -0.5 * plgpu.dot(q, keys, trans_b=True), HIDDEN_SCORE)
 
 
 def _ends(starts: Array) -> Array:
-    """The last token of each token's document."""
+    """Returns the index of the last token of each token's document."""
     num_tokens = starts.shape[1]
-    own = jnp.arange(num_tokens, dtype=starts.dtype)
+    index = jnp.arange(num_tokens, dtype=starts.dtype)
     is_last = jnp.pad(starts[:, 1:] != starts[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    return jax.lax.cummin(jnp.where(is_last, own, num_tokens), axis=1, reverse=True)
+    return jax.lax.cummin(jnp.where(is_last, index, num_tokens), axis=1, reverse=True)
 
 
 def _pad_tokens(x: Array, tile: int) -> Array:
@@ -239,8 +237,8 @@ def _pad_tokens(x: Array, tile: int) -> Array:
 
 
 def _padded(q, k, v, starts, tile):
-    """Rows of whole tiles; a padding token is its own document."""
+    """Pads rows to whole tiles; each added token is a document of its own."""
     q, k, v = (_pad_tokens(x, tile) for x in (q, k, v))
-    own = jnp.arange(q.shape[1], dtype=starts.dtype)
+    index = jnp.arange(q.shape[1], dtype=starts.dtype)
     padded = _pad_tokens(starts, tile)
-    return q, k, v, jnp.where(own < starts.shape[1], padded, own)
+    return q, k, v, jnp.where(index < starts.shape[1], padded, index)

@@ -1,7 +1,7 @@
-"""CLIP's two towers (arXiv 2103.00020; Hugging Face CLIPModel), to score how well a caption fits its image.
+"""CLIP's image and text towers (arXiv 2103.00020; Hugging Face CLIPModel) score how well a caption fits its image.
 
-The blocks are SigLIP's: CLIP has the same ones, with a mask in the text tower and another activation. Scores are
-cosine similarities; the learned temperature is not part of them, as in DataComp's clip_*_similarity_score.
+The blocks are SigLIP's, with a causal mask in the text tower and another activation. Scores are cosine similarities
+without the learned temperature, as in DataComp's clip_*_similarity_score.
 """
 
 from functools import partial
@@ -17,11 +17,11 @@ from oq2vl_jax.model.siglip import SiglipBlock, patchify
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the images CLIP was trained on."""
+"""RGB mean and standard deviation of CLIP's training images."""
 
 
 class ClipImageTower(nnx.Module):
-    """Images to features: the class token after all blocks, normed and projected."""
+    """Maps images to features: the class token after all blocks, normalised and projected."""
 
     def __init__(self, key: Array, config: ClipConfig):
         tower, keys = config.image_tower, jax.random.split(key, 5)
@@ -45,7 +45,7 @@ class ClipImageTower(nnx.Module):
 
 
 class ClipTextTower(nnx.Module):
-    """Token ids to features: the first end-of-text token after all blocks, normed and projected."""
+    """Maps token ids to features: the first end-of-text token after all blocks, normalised and projected."""
 
     def __init__(self, key: Array, config: ClipConfig):
         tower, keys = config.text_tower, jax.random.split(key, 4)
@@ -67,7 +67,7 @@ class ClipTextTower(nnx.Module):
 
 
 class Clip(nnx.Module):
-    """Two towers and their similarity."""
+    """Scores images against texts with the two towers."""
 
     def __init__(self, key: Array, config: ClipConfig):
         image_key, text_key = jax.random.split(key)
@@ -75,7 +75,7 @@ class Clip(nnx.Module):
         self.text_tower = ClipTextTower(text_key, config)
 
     def __call__(self, images: UInt8[Array, "I height width 3"], tokens: Int[Array, "I T"]) -> Float[Array, "I"]:
-        """Cosine similarity of image i and text i, -1..1. images: cropped to image_size."""
+        """Returns the cosine similarity of image i and text i, -1..1. images: already cropped to image_size."""
         features = self.image_tower(images), self.text_tower(tokens)
         image, text = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in features)
         return (image * text).sum(-1)

@@ -1,4 +1,4 @@
-"""Sizes of a CLIP. It scores data and is no part of a trained model, so it stands apart from config.py."""
+"""Configuration of CLIP, kept apart from config.py because CLIP only scores data and is never trained here."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,14 +6,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ClipTowerConfig:
-    """One transformer of a CLIP."""
+    """Sizes of one CLIP transformer, image or text."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"]
-    """OpenAI's weights: quick_gelu."""
+    """OpenAI's weights use quick_gelu."""
     layer_norm_eps: float = 1e-5
 
     @property
@@ -33,7 +33,7 @@ class ClipConfig:
     max_text_tokens: int
     projection_dim: int
     eos_id: int
-    """The text's features are those of its first token with this id."""
+    """The text features are read at the first token with this id."""
 
     @property
     def num_patches(self) -> int:
@@ -42,8 +42,8 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class ClipDescription:
-    """What one needs to know of CLIP weights to run them."""
+    """Description file of converted CLIP weights: their configuration and source."""
 
     model: ClipConfig
     origin: str
-    """What they were converted from."""
+    """Weights that these were converted from."""

@@ -1,4 +1,4 @@
-"""Parameters and the few layers everything else is made of.
+"""Parameters and the basic layers of all models.
 
 A module holds parameters and static configuration only and is a plain pytree: jax.jit, jax.grad and jax.lax.scan take
 it as it is. Parameters are float32 masters; a layer casts them to the type of its input when it uses them.
@@ -18,16 +18,16 @@ from oq2vl_jax.config import Attention
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 ATTENTION_NAMES = ("attention_output", "attention_log_norm")
-"""Checkpoint names that packed attention gives what its backward pass needs; the reference has the first one only, and
-computes its scores again."""
+"""jax checkpoint names of the residuals of packed attention. The reference names only its output, and recomputes its
+scores in the backward pass."""
 
 
 class Compute(NamedTuple):
     """Execution options; they affect results only through rounding.
 
     dtype: of activations and matrix products. remat: as in config.TrainConfig. attention: of packed rows and of images.
-    tiles: queries and keys of a tile of the attention kernel.
-    gather: makes a decoder layer whole from this device's share of it (FSDP); None where weights are whole.
+    tiles: tokens per query tile and per key tile of the attention kernel.
+    gather: all-gathers a decoder layer from its shards (FSDP); None if the weights are already whole.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -38,7 +38,7 @@ class Compute(NamedTuple):
 
 
 def param(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter with the logical name of each of its axes; sharding.py maps the names to mesh axes."""
+    """Makes a parameter with a logical name per axis; sharding.py maps the names to mesh axes."""
     assert value.ndim == len(axes), (value.shape, axes)
     return nnx.Param(value, axes=axes)
 
@@ -65,7 +65,7 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
     def transposed(self) -> "Linear":
-        """The same map, kernel stored [out, in]: a few rows of x then take a CPU 0.75 of the time (decoding)."""
+        """Returns the same map with the kernel stored [out, in]; on few rows (decoding) a CPU takes 0.75 the time."""
         linear = jax.tree.map(lambda x: x, self)
         linear.kernel = param(self.kernel[...].T, self.kernel.axes[-2:][::-1])
         linear.is_transposed = True
@@ -73,7 +73,7 @@ class Linear(nnx.Module):
 
 
 def side_by_side(*linears: Linear) -> Linear:
-    """Maps of one input as one map: their outputs one after the other, in one matrix product. Stacked layers too."""
+    """Joins maps of the same input into one matrix product with concatenated outputs; also for stacked layers."""
     joined = jax.tree.map(lambda x: x, linears[0])
     for name in ("kernel", "bias"):
         parts = [getattr(linear, name) for linear in linears]
@@ -90,10 +90,10 @@ def split_columns(linear: Linear, widths: tuple[int, ...]) -> list[Linear]:
 
 
 def gelu(x: Float[Array, "*batch dim"], approximate: bool = False) -> Float[Array, "*batch dim"]:
-    """x times the normal distribution's share below x; float32 inside and rounded once, as PyTorch does.
+    """Computes x times the normal CDF of x in float32 and rounds once, as PyTorch does.
 
-    jax.nn.gelu rounds every step to the type of x, and a GPU then reads bfloat16 activations three times. approximate:
-    by tanh.
+    jax.nn.gelu rounds every step to the type of x, and a GPU then reads bfloat16 activations three times.
+    approximate: uses the tanh formula.
     """
     return jax.nn.gelu(x.astype(jnp.float32), approximate).astype(x.dtype)
 
@@ -115,7 +115,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Computed in float32, returned in the type of x."""
+    """Normalises in float32, rounds to the type of x, and scales in that type, as Hugging Face does."""
 
     def __init__(self, dim: int, eps: float):
         self.scale = param(jnp.ones(dim), ("norm",))
@@ -128,17 +128,17 @@ class RMSNorm(nnx.Module):
 
 
 def stack_layers(make_layer: Callable[[Array], Layer], key: Array, num_layers: int) -> Layer:
-    """One module whose every parameter has a leading axis "layers": run_layers."""
-    stacked = jax.vmap(make_layer)(jax.random.split(key, num_layers))
+    """Makes num_layers layers as one module whose parameters have a leading axis "layers"; run_layers takes it."""
+    layers = jax.vmap(make_layer)(jax.random.split(key, num_layers))
 
     def name_leading_axis(variable):
         return variable.replace(variable[...], axes=("layers", *variable.axes))
 
-    return jax.tree.map(name_leading_axis, stacked, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return jax.tree.map(name_leading_axis, layers, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 def unstacked(layers: Layer, num_layers: int) -> tuple[Layer, ...]:
-    """The layers of a stack one by one, each with arrays of its own."""
+    """Splits a stack into its layers, each with its own arrays."""
     return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
 
 
@@ -148,10 +148,10 @@ def stacked(layers: tuple[Layer, ...]) -> Layer:
 
 
 def run_layers(apply: Callable[[Array, Layer], Array], x: Array, layers: Layer | tuple[Layer, ...]) -> Array:
-    """apply(x, layer) for one layer after the other.
+    """Applies the layers in order: x = apply(x, layer).
 
-    A stack is scanned, which compiles in half the time. Layers one by one run faster: a scan copies every weight out of
-    its stack, every activation that is kept into one and out again, and every gradient (docs/experiments.md).
+    A stack is scanned, which halves compile time. A tuple of layers runs faster: a scan copies every weight out of its
+    stack, every saved activation into a stack and out again, and every gradient (docs/experiments.md).
     """
     if not isinstance(layers, tuple):
         return jax.lax.scan(lambda x, layer: (apply(x, layer), None), x, layers)[0]
@@ -175,5 +175,5 @@ def remat_layer(apply: Callable, remat: str, is_gathered: bool = False) -> Calla
 
 
 def all_but_gathered(primitive, *_, **__) -> bool:
-    """Checkpoint policy: keep everything but weights brought together from the devices, which are gathered again."""
+    """Checkpoint policy that saves everything except all-gathered weights, which are gathered again."""
     return primitive.name != "all_gather"

@@ -1,4 +1,4 @@
-"""Open-Qwen2VL, top of the model (arXiv 2504.00595, section 2).
+"""The Open-Qwen2VL model (arXiv 2504.00595, section 2).
 
     images [B I height width 3] -> SigLIP -> [B*I P vision] -> pool -> MLP -> [B*I M D] -+
     tokens [B T]  -> embed_tokens -> [B T D] -- visual tokens take the image slots ------+-> Qwen2 -> hidden [B T D]
@@ -23,7 +23,7 @@ from oq2vl_jax.model.qwen2 import Qwen2Decoder
 from oq2vl_jax.model.siglip import SiglipEncoder, normalize
 
 IMAGES_PER_CHUNK = 8
-"""Images in one pass of the encoder; a microbatch wastes at most 7."""
+"""Images per encoder pass; padding adds at most 7 images to a microbatch."""
 
 
 class OpenQwen2VL(nnx.Module):
@@ -42,13 +42,13 @@ class OpenQwen2VL(nnx.Module):
         positions: Int[Array, "B T"],
         compute: Compute = Compute(),
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of packed rows; fields as in data/loading/batch.py, computed in compute.dtype."""
+        """Returns the final hidden states of packed rows in compute.dtype; arguments as in data/loading/batch.py."""
         return self.decoder(self.embed(tokens, images, compute), segment_ids, positions, compute)
 
     def embed(
         self, tokens: Int[Array, "B T"], images: UInt8[Array, "B I height width 3"], compute: Compute = Compute()
     ) -> Float[Array, "B T D"]:
-        """Token embeddings with the visual tokens in their places."""
+        """Returns token embeddings with the visual tokens in the image slots."""
         return self.with_images(self.decoder.embed(tokens, compute.dtype), tokens, images, compute)
 
     def with_images(
@@ -58,26 +58,25 @@ class OpenQwen2VL(nnx.Module):
         images: UInt8[Array, "B I height width 3"],
         compute: Compute = Compute(),
     ) -> Float[Array, "B T D"]:
-        """Embeddings of `tokens` with the visual tokens of `images` in their places."""
+        """Encodes `images` and puts their visual tokens into `embeddings` at the placeholders in `tokens`."""
         if images.shape[1] == 0:
             return embeddings
         is_image = tokens == self.config.image_token_id
         buffer, num_images = flat_images(images, is_image.sum(axis=1) // self.config.num_visual_tokens)
-        with jax.named_scope("vision"):  # the scopes that bench/breakdown.py sorts a profile by
+        with jax.named_scope("vision"):  # bench/breakdown.py groups a profile by these scopes
             visual_tokens = self.encode_first(buffer, num_images, compute)
         return merge_visual_tokens(embeddings, visual_tokens, is_image)
 
     def encode(self, images: UInt8[Array, "I height width 3"], compute: Compute = Compute()) -> Float[Array, "I M D"]:
-        """Visual tokens of every image."""
+        """Returns the visual tokens of every image."""
         return self.projector(self.reduced_features(images, compute))
 
     def encode_first(
         self, images: UInt8[Array, "I height width 3"], num_images: Int[Array, ""], compute: Compute = Compute()
     ) -> Float[Array, "I M D"]:
-        """Visual tokens of the first num_images of a buffer; those of the empty slots behind them mean nothing.
+        """Returns the visual tokens of the first num_images of a buffer; those of the empty slots are meaningless.
 
-        Chunks of IMAGES_PER_CHUNK without an image are skipped when the program runs, so a padded buffer costs less
-        than one chunk too much.
+        Chunks of IMAGES_PER_CHUNK without an image are skipped at run time, so padding costs less than one chunk.
         """
         size = min(IMAGES_PER_CHUNK, len(images))
         padded = jnp.pad(images, ((0, -len(images) % size), *((0, 0),) * 3))
@@ -95,20 +94,20 @@ class OpenQwen2VL(nnx.Module):
     def reduced_features(
         self, images: UInt8[Array, "I height width 3"], compute: Compute = Compute()
     ) -> Float[Array, "I M reduced_dim"]:
-        """What the projector maps: the encoder's patches, reduced to the visual tokens of each image."""
+        """Encodes images and reduces their patches to visual tokens, the input of the projector."""
         return self.projector.reduce(self.vision(normalize(images, compute.dtype), compute))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """float32 logits of every given position; training uses train/cross_entropy.py, which needs far less memory."""
+        """Returns float32 logits of every position; training uses train/cross_entropy.py, which needs less memory."""
         return jnp.einsum("BTD,VD->BTV", hidden, self.decoder.head.astype(hidden.dtype)).astype(jnp.float32)
 
 
 def flat_images(
     images: UInt8[Array, "B I height width 3"], counts: Int[Array, "B"]
 ) -> tuple[UInt8[Array, "BI height width 3"], Int[Array, ""]]:
-    """The images of all rows one after the other, the empty slots behind them, and how many images there are.
+    """Returns the images of all rows in order, followed by the empty slots, and the number of images.
 
-    counts: images of each row, which fill its first slots.
+    counts: images of each row; they fill its first slots.
 
         rows    A B . .     C . . .     D E F .        . = empty slot
         buffer  A B C D E F . . . . . .
@@ -121,7 +120,7 @@ def flat_images(
 def merge_visual_tokens(
     embeddings: Float[Array, "B T D"], visual_tokens: Float[Array, "I M D"], is_image: Bool[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """The n-th True of all rows takes the n-th visual token of all images. The loader checks that they agree."""
+    """Puts the n-th visual token at the n-th True of is_image, over all rows; the loader checks that counts agree."""
     flat = visual_tokens.reshape(-1, visual_tokens.shape[-1])
     index = jnp.clip(jnp.cumsum(is_image.reshape(-1)) - 1, 0, len(flat) - 1).reshape(is_image.shape)
     return jnp.where(is_image[:, :, None], flat[index], embeddings)

@@ -1,7 +1,7 @@
 """Patch features to visual tokens: adaptive average pooling, then a 2-layer MLP (Open-Qwen2VL, "avgpool" projector).
 
 Pooling follows torch.nn.AdaptiveAvgPool2d: along each side, output bin i averages the inputs floor(i * n / m) to
-ceil((i + 1) * n / m), so bins overlap where m does not divide n. Seven inputs to three bins:
+ceil((i + 1) * n / m), so bins overlap if m does not divide n. Seven inputs to three bins:
 
     inputs  0 1 2 3 4 5 6
     bin 0   x x x
@@ -43,7 +43,7 @@ class Projector(nnx.Module):
 
 
 def adaptive_average_pool(features: Float[Array, "I P D"], num_tokens: int) -> Float[Array, "I M D"]:
-    """Pools a square grid of P patches to a square grid of M = num_tokens; P -> P is the identity, bit for bit."""
+    """Pools a square grid of P patches to a square grid of M = num_tokens; if M = P it returns its input."""
     num_images, num_patches, dim = features.shape
     if num_patches == num_tokens:
         return features
@@ -54,7 +54,7 @@ def adaptive_average_pool(features: Float[Array, "I P D"], num_tokens: int) -> F
 
 
 def pooling_matrix(num_inputs: int, num_bins: int) -> np.ndarray:
-    """[num_bins, num_inputs], each row the mean over its bin."""
+    """Returns [num_bins, num_inputs]; row i averages the inputs of bin i."""
     matrix = np.zeros((num_bins, num_inputs), np.float32)
     for i in range(num_bins):
         start, end = i * num_inputs // num_bins, -(-(i + 1) * num_inputs // num_bins)

@@ -1,7 +1,7 @@
 """Qwen2 decoder (arXiv 2407.10671; Hugging Face Qwen2ForCausalLM): GQA, RoPE, SwiGLU, RMSNorm, qkv biases.
 
-The layers are stacked; training and decoding take them one by one. The KV cache is a value: a call takes one and
-returns the next.
+The layers are stored stacked; training (by default) and decoding run them one by one. The KV cache is immutable: a
+call takes one and returns an updated one.
 """
 
 from collections.abc import Iterable
@@ -32,9 +32,9 @@ from oq2vl_jax.model.layers import (
 
 
 class KVCache(NamedTuple):
-    """Keys and values of S slots, an array per layer. Slot s of a row holds the token at position s of that row.
+    """Keys and values of S slots, one array per layer. Slot s of a row holds the token at position s of that row.
 
-    A token at position p sees slots 0..p, so what later slots hold, the padding of a prompt for example, is never read.
+    A token at position p sees slots 0..p only, so later slots (a prompt's padding, for example) do not affect it.
     """
 
     k: tuple[Float[Array, "B S K H"], ...]
@@ -76,7 +76,7 @@ class Qwen2Attention(nnx.Module):
         cache: LayerCache | None,
         slots: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """(attended, keys and values): of the tokens given, or the cache with those in their slots."""
+        """Returns the output and the keys and values of x, or the cache with them written to `slots`."""
         if self.qkv_proj is None:
             projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         else:
@@ -154,7 +154,7 @@ class Qwen2Decoder(nnx.Module):
         (self.embed_tokens if self.lm_head is None else self.lm_head)[...] = value
 
     def unstacked_layers(self) -> tuple[Qwen2Layer, ...]:
-        """The layers one by one. Decoding with a scan over the stack takes a CPU four times as long."""
+        """Returns the layers as a tuple. On a CPU, decoding with a scan over the stack takes four times as long."""
         return unstacked(self.layers, self.config.num_layers)
 
     def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
@@ -167,7 +167,7 @@ class Qwen2Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         compute: Compute = Compute(),
     ) -> Float[Array, "B T D"]:
-        """Embeddings, already of compute.dtype, to final hidden states."""
+        """Maps embeddings in compute.dtype to final hidden states."""
         mask = packed_mask(segment_ids, positions, compute.attention, compute.tiles)
         rope = rope_table(positions, self.config)
 
@@ -195,9 +195,9 @@ class Qwen2Decoder(nnx.Module):
     def extend(
         self, layers: Iterable[Qwen2Layer], x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Runs T more tokens of each row against the cache and writes them into slot = position.
+        """Runs T more tokens of each row against the cache and writes their keys and values to slot = position.
 
-        The positions of a row ascend without gaps; one past the last slot is not written.
+        The positions of a row ascend without gaps; a position past the last slot is not written.
         """
         mask = jnp.arange(cache.k[0].shape[1]) <= positions[:, :, None]
         rope = rope_table(positions, self.config)
@@ -210,9 +210,9 @@ class Qwen2Decoder(nnx.Module):
 
 
 def fused(layers: Qwen2Layer, with_gate_up: bool = True) -> Qwen2Layer:
-    """The same layers, one or stacked, with q, k, v in one matrix and gate, up in another: fewer, larger products.
+    """Fuses q, k, v into one matrix, and gate, up into another, for fewer, larger products. Stacked layers too.
 
-    Parameters are stored apart, under Hugging Face's names; training fuses its compute copy once a step.
+    The stored parameters stay separate, under Hugging Face's names; training fuses its compute copy once per step.
     """
     layers = jax.tree.map(lambda x: x, layers)
     attn, mlp = layers.self_attn, layers.mlp
@@ -238,9 +238,9 @@ def unfused(layers: Qwen2Layer) -> Qwen2Layer:
 
 
 def init_std(config: DecoderConfig) -> float:
-    """Standard deviation of fresh matrices: width ** -0.5, 0.0255 at the published width, where Hugging Face has 0.02.
+    """Returns the standard deviation of initial matrices: width ** -0.5, which is 0.0255 at the published width.
 
-    A constant 0.02 makes narrow models learn late: every block then adds next to nothing.
+    Hugging Face uses 0.02 at every width. Narrow models then learn late, because every block adds almost nothing.
     """
     return config.hidden_size**-0.5
 
@@ -252,12 +252,12 @@ def init_cache(config: DecoderConfig, batch: int, num_slots: int, dtype: DTypeLi
 
 
 def cache_bytes(config: DecoderConfig, batch: int, num_slots: int, dtype: DTypeLike) -> int:
-    """What init_cache takes."""
+    """Returns the bytes that init_cache allocates."""
     return 2 * config.num_layers * batch * num_slots * config.num_kv_heads * config.head_dim * np.dtype(dtype).itemsize
 
 
 def rope_table(positions: Int[Array, "B T"], config: DecoderConfig) -> Rope:
-    """The rotations of a batch, made once for all layers."""
+    """Returns the rotations of a batch; they are made once for all layers."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     inv_freq = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     inv_freq = jnp.asarray(inv_freq, config.rope_inv_freq).astype(jnp.float32)

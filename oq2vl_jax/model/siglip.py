@@ -1,7 +1,7 @@
 """SigLIP vision encoder (arXiv 2303.15343; timm vit_so400m_patch14_siglip_384, Hugging Face SiglipVisionModel).
 
 Deviation: the features are the output of the second-to-last block without the final norm, as Open-Qwen2VL uses them
-(Hugging Face `hidden_states[-2]`), so the last block, the final norm and the pooling head are neither run nor held.
+(Hugging Face `hidden_states[-2]`). The last block, the final norm and the pooling head are left out.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ from oq2vl_jax.model.layers import (
 ACTIVATIONS = {
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # of OpenAI's CLIP
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # used by OpenAI's CLIP
 }
 
 
@@ -79,7 +79,7 @@ class SiglipBlock(nnx.Module):
 
 
 class SiglipEncoder(nnx.Module):
-    """Images to patch features."""
+    """Maps images to patch features."""
 
     def __init__(self, key: Array, config: VisionConfig):
         patch_key, position_key, layers_key = jax.random.split(key, 3)
@@ -93,7 +93,7 @@ class SiglipEncoder(nnx.Module):
         self.config = config
 
     def __call__(self, pixels: Float[Array, "I height width 3"], compute: Compute = Compute()) -> Float[Array, "I P D"]:
-        """Features of the second-to-last block, in the type of the pixels."""
+        """Returns the features of the second-to-last block, in the dtype of `pixels`."""
         x = self.patch_embedding(patchify(pixels, self.config.patch_size))
         x = x + self.position_embedding[...].astype(x.dtype)
 
@@ -112,5 +112,5 @@ def patchify(pixels: Float[Array, "I height width 3"], patch_size: int) -> Float
 
 
 def normalize(images: UInt8[Array, "*batch height width 3"], dtype: DTypeLike) -> Float[Array, "*batch height width 3"]:
-    """0..255 to -1..1, the mean 0.5 and standard deviation 0.5 of SigLIP."""
+    """Scales 0..255 to -1..1: SigLIP's mean 0.5 and standard deviation 0.5."""
     return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)

@@ -1,11 +1,11 @@
-"""python -m oq2vl_jax.serve: a checkpoint behind the OpenAI chat-completions format, and a page to try it.
+"""python -m oq2vl_jax.serve: serves a checkpoint in OpenAI's chat-completions format, with a page to try it.
 
     python -m oq2vl_jax.serve --checkpoint runs/sft_llava
     curl localhost:8000/v1/chat/completions -H 'content-type: application/json' -d '{"messages": [{"role": "user",
         "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
                     {"type": "text", "text": "What is it?"}]}]}'
 
-Concurrent requests are decoded together. VLMEvalKit and lmms-eval reach a checkpoint through this with their OpenAI
+Concurrent requests are decoded together. VLMEvalKit and lmms-eval can evaluate the checkpoint through their OpenAI
 clients.
 """
 
@@ -21,7 +21,7 @@ from oq2vl_jax.errors import UserError, run_command
 
 MIB = 2**20
 SWITCH_INTERVAL = 0.0005
-"""Seconds until a thread that waits for the interpreter gets it; with Python's 0.005 replies wait beside uploads."""
+"""Seconds until a waiting thread gets the interpreter; with Python's default of 0.005, uploads delay replies."""
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,30 @@ class ServeConfig:
     checkpoint: str
     """Run directory (its newest checkpoint) or one checkpoint folder."""
     host: str = "127.0.0.1"
-    """0.0.0.0 serves other machines as well; give an --api-key then."""
+    """Address to listen at. 0.0.0.0 serves other machines too; give an --api-key then."""
     port: Annotated[int, Between(0, 2**16 - 1)] = 8000
     batch_size: SmallCount = 8
     """Requests decoded together."""
     max_context: Length = 4096
-    """Tokens of a prompt with its images and reply; decides the size of the cache."""
+    """Limit on the tokens of a prompt with its images and reply; sets the size of the KV cache."""
     max_waiting: SmallCount = 256
     """Requests that may wait; more are answered with status 429."""
     max_body_mib: SmallCount = 20
     """Largest request; larger ones are answered with status 413."""
     max_held_mib: SmallCount = 512
-    """All requests that are being received together; more are answered with status 503."""
+    """Bodies and pictures of all requests held at once; more are answered with status 503."""
     allow_files: str | None = None
     """Folder whose images requests may name by path; none by default."""
     allow_host: tuple[str, ...] = ()
-    """Names by which the server may be called; bound to loopback, it answers to localhost and its address alone."""
+    """Names to accept in the Host header besides localhost and --host. Default: none on loopback, any elsewhere."""
     allow_origin: tuple[str, ...] = ()
-    """Sites whose pages may ask from a browser, such as https://example.org; "*": any."""
+    """Sites whose pages may send requests from a browser, such as https://example.org; "*": any."""
     api_key: str | None = None
-    """What clients must send as their API key; default: the variable OQ2VL_API_KEY, else none is asked for."""
+    """API key that clients must send; default: the environment variable OQ2VL_API_KEY, else no key is required."""
     prompt_form: PromptForm = "training"
-    """published: as the code of the paper asks its released weights (template open_qwen2vl alone)."""
+    """published: prompts as the paper's code writes them for its released weights (only template open_qwen2vl)."""
     template: Template | None = None
-    """How conversations are written; default: as the checkpoint's data was."""
+    """Template of the conversations; default: that of the checkpoint's training data."""
 
 
 def check(config: ServeConfig) -> None:
@@ -64,14 +64,14 @@ def check(config: ServeConfig) -> None:
 
 
 def check_port(config: ServeConfig) -> None:
-    """Before the checkpoint is loaded. Raises UserError where nobody can listen there."""
+    """Raises UserError if the server cannot listen at host and port. Called before the checkpoint is loaded."""
     import errno
     import socket
 
-    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind((config.host, config.port))
+            listener.bind((config.host, config.port))
         except OSError as error:
             raise UserError(
                 f"cannot listen at {config.host}:{config.port} ({error.strerror}); choose another "

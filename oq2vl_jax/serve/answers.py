@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: errors and server-sent events."""
+"""Formats errors and server-sent events in OpenAI's form."""
 
 import json
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from starlette.responses import JSONResponse, Response
 
 
 class RequestError(Exception):
-    """What a client did wrong: one sentence, the HTTP status, and OpenAI's code and parameter where there is one."""
+    """A request that is refused: a message of one sentence, the HTTP status, and OpenAI's code and parameter if any."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, parameter: str | None = None):
-        super().__init__(message, status, code, parameter)  # all of it, for the way between processes
+        super().__init__(message, status, code, parameter)  # all arguments, for pickling between processes
         self.status, self.code, self.parameter = status, code, parameter
 
     def __str__(self) -> str:
@@ -21,7 +21,7 @@ class RequestError(Exception):
 def error_body(
     message: str, status: int, code: str | None = None, parameter: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """OpenAI's error object; its clients take the status from HTTP, and `code` as a word."""
+    """Builds OpenAI's error object. Its clients take the status from HTTP and expect `code` to be a word or null."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
@@ -37,5 +37,5 @@ def error_response(
 
 
 def event(value: dict[str, Any]) -> str:
-    """One server-sent event."""
+    """Formats one server-sent event."""
     return f"data: {json.dumps(value)}\n\n"

@@ -1,8 +1,8 @@
-"""The web application: /v1/chat/completions, /v1/models, /health, /metrics, /version and a page to try it.
+"""Defines the web application: /v1/chat/completions, /v1/models, /health, /metrics, /version and a page to try it.
 
-Bodies are received up to a limit, in a limited time, and all bodies held at once up to another. They are read and
-tokenised in two threads, large ones in other processes, so that nobody else waits for it; what clients get wrong is a
-sentence in OpenAI's form. docs/server.md has the fields and the bounds.
+A body has a limit on its size and on the time to send it; all bodies held at once have another limit. Two threads parse
+and tokenise bodies, and other processes parse the large ones, so that other requests do not wait. A client's mistake is
+answered with one sentence in OpenAI's error format. docs/server.md lists the fields and the bounds.
 """
 
 import asyncio
@@ -37,14 +37,14 @@ from oq2vl_jax.serve.replies import Held, HeldBytes, Replies
 PAGE = Path(__file__).parent / "page.html"
 NUM_PARSING_THREADS = 2
 SECONDS_BETWEEN_LOOKS = 0.5
-"""How often it is looked whether the client of a reply that does not stream is still there."""
+"""Interval of the checks that the client of a reply that does not stream is still connected."""
 SECONDS_TO_SEND = 30
-"""For a body, whatever its size; 20 MiB take 6 Mbit/s."""
+"""Time limit for receiving a body of any size; 20 MiB need 6 Mbit/s."""
 LOCAL = Admission.of("127.0.0.1", (), (), None)
 
 
 class Server:
-    """The handlers and what they share."""
+    """The request handlers and their shared state."""
 
     def __init__(
         self,
@@ -146,7 +146,8 @@ class Server:
             replies.close()
 
     async def _parse(self, request: Request, held: Held) -> ChatRequest:
-        """Raises RequestError. A body counts as held until it is parsed, its pictures until they are answered."""
+        """Receives and parses a body. It counts as held until it is parsed, its pictures until the request is answered.
+        Raises RequestError."""
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self.max_body_bytes:
             raise RequestError(f"the body has {int(declared):,} bytes, at most {self.max_body_bytes:,} are taken", 413)
@@ -165,10 +166,10 @@ class Server:
         return parsed
 
     def _read(self, body: ReceivedBody) -> ChatRequest:
-        """In a thread. Raises RequestError."""
+        """Parses and tokenises a body, in a worker thread. Raises RequestError."""
         file = body.file
-        found = self._readers.read(file, self._limits) if file else read_body(bytes(body.start), self._limits)
-        return chat.to_request(found, self.engine.generator, self.engine.max_context, self.model_name)
+        parsed_body = self._readers.read(file, self._limits) if file else read_body(bytes(body.start), self._limits)
+        return chat.to_request(parsed_body, self.engine.generator, self.engine.max_context, self.model_name)
 
     async def _receive(self, request: Request, held: Held, body: ReceivedBody) -> None:
         try:
@@ -184,16 +185,16 @@ class Server:
             raise RequestError(f"the body did not arrive within {SECONDS_TO_SEND} s", 408) from error
 
     async def _whole(self, request: Request, parsed: ChatRequest, replies: Replies) -> Response:
-        """Waits for the replies, and for the client to go away."""
+        """Waits until all replies are whole, one fails or the client disconnects."""
         while True:
             try:
-                _, found = await asyncio.wait_for(replies.next(), SECONDS_BETWEEN_LOOKS)
+                _, update = await asyncio.wait_for(replies.next(), SECONDS_BETWEEN_LOOKS)
             except TimeoutError:
                 if await request.is_disconnected():
                     return Response(status_code=400)
                 continue
-            if found.error is not None:
-                return error_response(found.error, found.status)
+            if update.error is not None:
+                return error_response(update.error, update.status)
             if replies.are_whole:
                 self._count(parsed, replies.done)
                 logprobs = [self._logprobs(parsed, replies.scores[i]) for i in range(len(parsed.options))]
@@ -203,21 +204,21 @@ class Server:
         return chat.logprobs_of(parsed, scores, self.engine.generator.codec)
 
     async def _stream(self, parsed: ChatRequest, replies: Replies) -> AsyncIterator[str]:
-        """Server-sent events. A client that goes away ends this generator, and with it the jobs."""
+        """Yields server-sent events. A client that disconnects ends this generator, which cancels the jobs."""
         identity, start = chat.new_identity(), time.monotonic()
         try:
             for i in range(len(parsed.options)):
                 yield event(chat.chunk(parsed, identity, {"role": "assistant", "content": ""}, index=i))
             while not replies.are_whole:
-                i, found = await replies.next()
-                logprobs = self._logprobs(parsed, found.scores) if found.scores else None
-                if found.piece:
-                    yield event(chat.chunk(parsed, identity, {"content": found.piece}, index=i, logprobs=logprobs))
-                if found.error is not None:
-                    yield event(error_body(found.error, found.status))
+                i, update = await replies.next()
+                logprobs = self._logprobs(parsed, update.scores) if update.scores else None
+                if update.piece:
+                    yield event(chat.chunk(parsed, identity, {"content": update.piece}, index=i, logprobs=logprobs))
+                if update.error is not None:
+                    yield event(error_body(update.error, update.status))
                     return
-                if found.reply is not None:
-                    yield event(chat.chunk(parsed, identity, {}, found.reply.finish_reason, i, logprobs))
+                if update.reply is not None:
+                    yield event(chat.chunk(parsed, identity, {}, update.reply.finish_reason, i, logprobs))
             self._count(parsed, replies.done)
             if parsed.includes_usage:
                 yield event(chat.usage_chunk(parsed, identity, sum(len(reply.tokens) for reply in replies.done)))

@@ -1,10 +1,10 @@
-"""The body of a request in OpenAI's chat format: JSON to turns, pictures and options, all of it checked.
+"""Parses and checks the body of a request in OpenAI's chat format: JSON to turns, pictures and options.
 
-What is understood: messages (system, user, assistant; text and image_url parts), max_tokens or max_completion_tokens,
-temperature (default 0, not 1: the reply of an evaluation), top_p, top_k, seed, stop, n, logprobs, stream. What
-would change a reply and is not done is refused by name; other fields are ignored, as clients send many. docs/server.md
-has them field by field, and the bounds. Needs neither jax nor a model: large bodies are read in other processes
-(body_readers.py).
+Supported fields: messages (system, user, assistant; text and image_url parts), max_tokens or max_completion_tokens,
+temperature (default 0, not 1, so that replies are those of an evaluation), top_p, top_k, seed, stop, n, logprobs,
+stream. Unsupported fields that would change a reply are refused by name; other fields are ignored, as clients send
+many. docs/server.md lists all fields and bounds. This module needs neither jax nor a model, because other processes
+read large bodies (body_readers.py).
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ DEFAULT_NEW_TOKENS = 512
 MAX_IMAGES = 32
 MAX_MESSAGES = 1024
 MAX_PARTS = 1024
-"""Of all messages together."""
+"""Parts of all messages together."""
 MAX_CHARACTERS_PER_TOKEN = 16
-"""Of the context, for all texts together, before any is tokenised; English has 4."""
+"""Limit on the characters of all texts, per token of the context; checked before tokenising. English has about 4."""
 MARKS_PER_PART = 8
-"""Brackets and commas that a message or part needs in JSON, and more."""
+"""Brackets and commas allowed for each message or part; JSON needs fewer."""
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_CHOICES = 8
@@ -36,12 +36,12 @@ REFUSED_FIELDS = (
     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "suffix", "echo",
     "use_beam_search", "length_penalty", "stop_token_ids", "bad_words", "prompt_logprobs",
 )  # fmt: skip
-"""What would change the reply and is not done, where it is not at the value that means nothing."""
+"""Unsupported fields that would change the reply; refused unless they are empty, 0, false or in OF_NO_EFFECT."""
 OF_NO_EFFECT = {"repetition_penalty": (1,), "best_of": (1,), "length_penalty": (1,)}
 
 
 class Limits(NamedTuple):
-    """What the server allows. files_root: folder below which pictures may be named by their path."""
+    """Limits of the server. files_root: folder below which requests may name pictures by path; None: no folder."""
 
     max_context: int
     files_root: Path | None
@@ -49,9 +49,9 @@ class Limits(NamedTuple):
 
 
 class Body(NamedTuple):
-    """turns: with <image> where pictures stand, human first and last; images: encoded, in order; options: of each
-    choice, which differ in their seeds alone; top_logprobs: alternatives to a token that are named, None for no
-    log-probabilities at all."""
+    """A parsed body. turns: with <image> in place of the pictures, human first and last; images: encoded, in order;
+    options: one per choice, differing only in the seed; top_logprobs: number of alternatives per token, None for no
+    log-probabilities."""
 
     turns: list[str]
     system: str | None
@@ -63,7 +63,7 @@ class Body(NamedTuple):
 
 
 def read_body(body: bytes, limits: Limits) -> Body:
-    """Raises RequestError. Images are checked to decode."""
+    """Parses a body and checks that its images decode. Raises RequestError."""
     check_marks(body, limits.max_context)
     try:
         fields = json.loads(body)
@@ -83,7 +83,7 @@ def read_body(body: bytes, limits: Limits) -> Body:
 
 
 def check_fields(fields: dict[str, Any], model_name: str) -> None:
-    """Raises RequestError for a field that would change the reply and is not done, and for another model."""
+    """Raises RequestError for an unsupported field that would change the reply, and for another model."""
     model = fields.get("model")
     if model not in (None, "", model_name):
         raise RequestError(
@@ -104,15 +104,15 @@ def check_fields(fields: dict[str, Any], model_name: str) -> None:
 
 
 def check_marks(body: bytes, max_context: int) -> None:
-    """Raises RequestError for JSON of more values than a request within the bounds has: Python's reader would keep all
-    threads waiting for a second, and hold a gigabyte."""
+    """Raises RequestError for JSON with more values than a request within the bounds has. Python's JSON parser would
+    block all threads for a second and take a gigabyte."""
     num_marks = sum(body.count(mark) for mark in b"{[,")
     if num_marks > MAX_CHARACTERS_PER_TOKEN * max_context + MARKS_PER_PART * (MAX_MESSAGES + MAX_PARTS):
         raise RequestError(f"the body has {num_marks:,} brackets and commas, more than a request within the bounds has")
 
 
 def check_size(messages: Any, max_context: int) -> None:
-    """Raises RequestError for more than is looked at. Before any picture is decoded or text tokenised."""
+    """Raises RequestError for too many messages, parts or characters, before images are decoded or texts tokenised."""
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages must be a list of at least one message", parameter="messages")
     if len(messages) > MAX_MESSAGES:
@@ -131,7 +131,7 @@ def check_size(messages: Any, max_context: int) -> None:
 
 
 def read_options(fields: dict[str, Any], most: int) -> SamplingOptions:
-    """most: new tokens at most."""
+    """Reads the sampling options. most: limit on the new tokens. Raises RequestError."""
     name = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
     wanted = number(fields, name, int, min(DEFAULT_NEW_TOKENS, most))
     if wanted < 1:
@@ -146,7 +146,7 @@ def read_options(fields: dict[str, Any], most: int) -> SamplingOptions:
             seed=random.randrange(2**31) if seed is None else seed % 2**31,
             stop=read_stops(fields.get("stop")),
         )
-    except ValueError as error:  # UserError among them
+    except ValueError as error:  # including UserError
         raise RequestError(str(error)) from error
 
 
@@ -189,7 +189,8 @@ def read_stops(stop: Any) -> tuple[str, ...]:
 
 
 def read_messages(messages: Any, files_root: Path | None) -> tuple[list[str], str | None, list[bytes]]:
-    """(turns with <image> where pictures stand, human first and last; system message; pictures in order)."""
+    """Returns (turns, system message, pictures in order). Turns have <image> in place of the pictures, human first and
+    last. Raises RequestError."""
     num_images = sum(count_images(message) for message in messages)
     if num_images > MAX_IMAGES:  # before the first is decoded
         raise RequestError(f"{num_images} images, at most {MAX_IMAGES}")
@@ -225,8 +226,8 @@ def count_images(message: Any) -> int:
 
 
 def read_content(content: Any, i: int, files_root: Path | None) -> tuple[str, list[bytes]]:
-    """Text with <image> in place of the pictures; a marker that the client wrote as text, over one part or several, is
-    none."""
+    """Returns (text with <image> in place of the pictures, pictures). An <image> that the client wrote as text, in one
+    part or across several, is escaped."""
     if content is None:
         return "", []
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -1,5 +1,5 @@
-"""Large bodies lie in a file and are read in processes of their own: JSON, base64 and pictures of megabytes would keep
-all threads of the server waiting, and the memory that they held would stay with it."""
+"""Keeps large bodies in temporary files and parses them in other processes. In the server, megabytes of JSON, base64
+and pictures would block all its threads, and it would keep the memory that they took."""
 
 import multiprocessing
 import os
@@ -14,22 +14,22 @@ from oq2vl_jax.serve.body import Body, Limits, read_body
 
 NUM_READERS = 2
 BODIES_PER_READER = 100
-"""Then it is replaced by a fresh one."""
+"""A reader process is replaced after this many bodies."""
 LARGE_BODY = 2**20
-"""From here on it lies in a file."""
+"""A body of more bytes is kept in a file."""
 NICENESS = 10
-"""Whoever sends megabytes waits for those who do not."""
+"""Lower priority of the reader processes, so that small requests are served first."""
 
 
 class ReceivedBody:
-    """The bytes of a body so far: in `start`, or all of them in the temporary `file` when they have become many."""
+    """Bytes of a body received so far: in `start`, or, above LARGE_BODY, all of them in the temporary `file`."""
 
     def __init__(self):
         self.start = bytearray()
         self._stream: tempfile._TemporaryFileWrapper | None = None
 
     def add(self, part: bytes) -> None:
-        """Raises OSError where the disk is full."""
+        """Appends a part. Raises OSError if the disk is full."""
         if self._stream is None and len(self.start) + len(part) <= LARGE_BODY:
             self.start += part
             return
@@ -56,19 +56,19 @@ def read_file(file: str, limits: Limits) -> Body:
 
 
 class BodyReaders:
-    """Starts its processes with the first body."""
+    """Pool of reader processes, which start with the first body."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
 
     def read(self, file: str, limits: Limits) -> Body:
-        """read_body of a file, in another process. Raises RequestError."""
+        """Runs read_body on a file in another process. Raises RequestError."""
         with self._lock:
             self._pool = pool = self._pool or new_pool()
         try:
             return pool.submit(read_file, file, limits).result()
-        except BrokenProcessPool as problem:  # ended from outside, for want of memory say
+        except BrokenProcessPool as problem:  # killed from outside, for example for lack of memory
             with self._lock:
                 if self._pool is pool:
                     self._pool = None
@@ -80,7 +80,7 @@ class BodyReaders:
 
 
 def new_pool() -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")  # a fork of threads that hold locks would hang
+    context = multiprocessing.get_context("spawn")  # a fork while other threads hold locks can hang
     return ProcessPoolExecutor(
         NUM_READERS, context, initializer=os.nice, initargs=(NICENESS,), max_tasks_per_child=BODIES_PER_READER
     )

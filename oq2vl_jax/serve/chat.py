@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: what was asked, as token ids, and what is answered."""
+"""Converts parsed bodies to token ids, and replies to OpenAI's chat completions."""
 
 import dataclasses
 import time
@@ -15,7 +15,7 @@ from oq2vl_jax.serve.engine import TokenScore
 
 
 class ChatRequest(NamedTuple):
-    """options: of each choice; top_logprobs: as in Body."""
+    """A tokenised request. options: one per choice; top_logprobs: as in Body."""
 
     request: Request
     options: list[SamplingOptions]
@@ -26,7 +26,7 @@ class ChatRequest(NamedTuple):
 
 
 def to_request(body: Body, generator: Generator, max_context: int, model_name: str = "oq2vl_jax") -> ChatRequest:
-    """Raises RequestError for a prompt that leaves no room for a reply."""
+    """Tokenises a body. Raises RequestError for a prompt that leaves no room for a reply."""
     prompt = generator.encode_turns(body.turns, body.system)
     room = max_context - len(prompt)
     if room < 1:
@@ -44,7 +44,7 @@ def to_request(body: Body, generator: Generator, max_context: int, model_name: s
 def completion(
     chat: ChatRequest, replies: list[Reply], identity: str, logprobs: Sequence[dict[str, Any] | None]
 ) -> dict[str, Any]:
-    """The answer to a request that does not stream. logprobs: of each reply."""
+    """Builds the response to a request that does not stream. logprobs: one object per reply."""
     choices = [
         {
             "index": i, "message": {"role": "assistant", "content": reply.text, "refusal": None},
@@ -57,7 +57,7 @@ def completion(
 
 
 def logprobs_of(chat: ChatRequest, scores: Sequence[TokenScore], codec: TextCodec) -> dict[str, Any] | None:
-    """A choice's logprobs object; None where none were asked for."""
+    """Builds the logprobs object of a choice; None if the request did not ask for it."""
     num_top = chat.top_logprobs
     if num_top is None:
         return None
@@ -67,8 +67,8 @@ def logprobs_of(chat: ChatRequest, scores: Sequence[TokenScore], codec: TextCode
         return {"token": written.decode(errors="replace"), "logprob": score, "bytes": list(written)}
 
     content = [
-        {**named(found.token, found.score), "top_logprobs": [named(*pair) for pair in found.top[:num_top]]}
-        for found in scores
+        {**named(entry.token, entry.score), "top_logprobs": [named(*pair) for pair in entry.top[:num_top]]}
+        for entry in scores
     ]
     return {"content": content, "refusal": None}
 
@@ -81,7 +81,7 @@ def chunk(
     index: int = 0,
     logprobs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One event of a stream."""
+    """Builds one event of a stream."""
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
     return {**head(chat, identity, "chat.completion.chunk"), "choices": [choice]}
 

@@ -1,8 +1,8 @@
 """Continuous batching: a fixed number of rows decodes together, and a request joins as soon as a row is free.
 
-One thread owns the device. Between two pieces of a few tokens it takes in waiting requests (one prefill each), hands
-new text out, and frees the rows of replies that ended or whose reader has gone. Rows do not depend on each other
-(generate/decoding.py), so a reply is the one that the request would have got alone.
+One thread owns the device. After every few decoding steps it sends new text to the listeners, frees the rows of replies
+that ended or whose client has gone, and admits waiting requests (one prefill each). Rows are independent of each other
+(generate/decoding.py), so a request gets the same reply as alone.
 """
 
 import collections
@@ -25,7 +25,7 @@ SHUTTING_DOWN = "the server is shutting down; ask another or later"
 
 
 class TokenScore(NamedTuple):
-    """log-probability of a token of a reply, and of the NUM_TOP most likely ones in its place, best first."""
+    """Log-probabilities of a token of a reply and of the NUM_TOP most likely tokens at its position, best first."""
 
     token: int
     score: float
@@ -33,9 +33,9 @@ class TokenScore(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What a job's listener gets: pieces of text, then a reply or an error with its HTTP status.
+    """Message to a job's listener: a piece of text, or at the end the reply or an error with its HTTP status.
 
-    scores: of the tokens taken since the last event, where the job asked for them.
+    scores: of the tokens added since the last event, if the job asked for them.
     """
 
     piece: str = ""
@@ -46,14 +46,14 @@ class Event(NamedTuple):
 
 
 class Job:
-    """One reply on its way. `listen` is called from the engine's thread and must not block."""
+    """One reply in progress. `listen` must not block; the engine's thread calls it, or drain() for a waiting job."""
 
     def __init__(
         self, request: Request, options: SamplingOptions, listen: Callable[[Event], None], wants_scores: bool = False
     ):
         self.request, self.options, self.listen, self.wants_scores = request, options, listen, wants_scores
         self.scores: list[TokenScore] = []
-        """Not handed out yet."""
+        """Scores that the listener has not received yet."""
         self.is_cancelled = False
         self.text: ReplyText | None = None
 
@@ -72,17 +72,17 @@ class Engine:
         self._max_waiting = max_waiting
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
-        """Held for what is waiting and for closing."""
+        """Guards the waiting jobs and the flags for closing and draining."""
         self._jobs: list[Job | None] = [None] * num_rows
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_closing = self._is_draining = False
-        self._state = self._empty_state()  # here, so that a cache that does not fit is an error at once
+        self._state = self._empty_state()  # allocated here, so that a cache that does not fit fails at once
 
     def start(self) -> None:
         self._thread.start()
 
     def drain(self) -> None:
-        """Takes nothing more; what is waiting is told so, what is running ends."""
+        """Stops accepting jobs. Waiting jobs get an error, running ones finish."""
         with self._changed:
             self._is_draining = True
             waiting, self._waiting = self._waiting, collections.deque()
@@ -90,7 +90,7 @@ class Engine:
             job.listen(Event(error=SHUTTING_DOWN, status=503))
 
     def close(self) -> None:
-        """Ends the thread after the piece under way; what is unfinished gets an error."""
+        """Ends the thread after the current piece; unfinished jobs get an error."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -109,7 +109,7 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, *jobs: Job) -> None:
-        """All or none. Raises EngineFullError, EngineStoppedError."""
+        """Queues all jobs or none. Raises EngineFullError, EngineStoppedError."""
         with self._changed:
             if self._is_closing or self._is_draining:
                 raise EngineStoppedError
@@ -119,21 +119,21 @@ class Engine:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """The reader has gone: the job leaves the queue, or its row is freed at the next piece."""
+        """Cancels a job whose client has gone: it leaves the queue, or its row is freed with the next piece."""
         job.is_cancelled = True
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(job)
 
     def _run(self) -> None:
         state = self._state
-        del self._state  # donated from now on
+        del self._state  # its buffers are donated from now on
         try:
             while not self._is_closing:
                 try:
                     state = self._admit(state)
                     if self.num_running:
                         state = self._decode_piece(state)
-                except Exception:  # a failure of the device or of ours must not end the server; its requests are told
+                except Exception:  # a device error or a bug must not end the server; the requests get an error
                     traceback.print_exc()
                     self._fail_all("the server failed on this batch; its log says why")
                     state = self._empty_state()
@@ -142,7 +142,7 @@ class Engine:
             self._fail_all(SHUTTING_DOWN, 503)
 
     def _admit(self, state: DecodeState) -> DecodeState:
-        """Fills free rows; waits where there is nothing else to do."""
+        """Fills free rows with waiting jobs; blocks while no job waits or runs."""
         while None in self._jobs:
             with self._changed:
                 while not (self._waiting or self.num_running or self._is_closing):
@@ -157,7 +157,7 @@ class Engine:
             try:
                 num_top = NUM_TOP if job.wants_scores else 0
                 first, scores = self.generator.start([job.request], job.options, self.max_context, num_top)
-            except ValueError as problem:  # ImageError, UserError: of this request alone
+            except ValueError as problem:  # ImageError, UserError: only this request fails
                 self._jobs[row] = None
                 job.listen(Event(error=str(problem), status=400))
                 continue
@@ -185,7 +185,7 @@ class Engine:
         return state
 
     def _take(self, row: int, tokens: list[int], scores: TokenScores | None, place: int) -> None:
-        """New tokens of a row to its listener; the row is freed when the reply has ended. place: its row in scores."""
+        """Sends new tokens of a row to its listener; frees the row of a finished reply. place: the row in scores."""
         job = self._jobs[row]
         assert job is not None
         assert job.text is not None
@@ -223,7 +223,7 @@ class Engine:
 
 
 def token_scores(tokens: list[int], scores: TokenScores) -> list[TokenScore]:
-    """scores: of one row, the first of its steps those of the tokens."""
+    """Returns the scores of the tokens. scores: of one row; its first steps belong to the tokens."""
     chosen, top, top_tokens = (np.asarray(x)[: len(tokens)].tolist() for x in scores)
     return [
         TokenScore(token, score, list(zip(names, values, strict=True)))

@@ -1,8 +1,8 @@
-"""Who may ask: Host, Origin, content type and key are looked at before anything of a request is read.
+"""Checks Host, Origin, content type and API key of a request before its body is read.
 
-Bound to loopback, a server is asked by this machine alone, and yet any web page that a browser here shows can send to
-it: under a name of its own that it lets point to 127.0.0.1 (the Host header tells), or as a cross-site request (the
-Origin header and the content type tell).
+A server bound to loopback is reachable only from this machine, yet any web page in a browser on this machine can send
+requests to it: under a host name of its own that resolves to 127.0.0.1 (DNS rebinding, detected by the Host header), or
+as a cross-site request (detected by the Origin header and the content type).
 """
 
 import hmac
@@ -17,8 +17,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Admission(NamedTuple):
-    """hosts: names by which the server is called, None for any. origins: other sites whose pages may ask, "*" for any.
-    key: what clients send as their API key, None for none."""
+    """Rules for admitting requests. hosts: names accepted in the Host header, None for any. origins: other sites whose
+    pages may send requests, "*" for any. key: the API key that clients must send, None for no check."""
 
     hosts: frozenset[str] | None
     origins: frozenset[str]
@@ -32,7 +32,7 @@ class Admission(NamedTuple):
 
 
 class Gate:
-    """ASGI middleware that answers what is not admitted."""
+    """ASGI middleware that refuses requests that are not admitted."""
 
     def __init__(self, app: ASGIApp, admission: Admission):
         self.app, self.admission = app, admission
@@ -47,7 +47,7 @@ class Gate:
         await error_response(message, status, code, headers=headers)(scope, receive, send)
 
     def refusal(self, scope: Scope) -> tuple[str, int, str | None] | None:
-        """(sentence, status, code), or None for a request that may go on."""
+        """Returns (message, status, code) for a request to refuse, None for one to admit."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         admission, host, method = self.admission, headers.get("host", ""), scope["method"]
         if admission.hosts is not None and host_name(host) not in admission.hosts:
@@ -70,7 +70,7 @@ class Gate:
 
 
 def host_name(host: str) -> str:
-    """'localhost:8000' and '[::1]:8000' without the port."""
+    """Removes the port: 'localhost:8000' -> 'localhost', '[::1]:8000' -> '::1'."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()

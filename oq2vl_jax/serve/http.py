@@ -1,4 +1,4 @@
-"""The HTTP server beneath the application: uvicorn, with a time limit on headers and an orderly end."""
+"""Runs the application in uvicorn, with a time limit on the headers of a request and an orderly shutdown."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SECONDS_FOR_HEADERS = 20
 SECONDS_TO_END = 600
-"""For replies under way when the server is told to end; longer ones are cut off."""
+"""Time that running replies have to finish after the signal to end; longer ones are cut off."""
 
 
 class TimedProtocol(H11Protocol):
@@ -49,7 +49,7 @@ class TimedProtocol(H11Protocol):
 
 
 class OrderlyServer(uvicorn.Server):
-    """On SIGTERM and SIGINT `drain` is called once, what is running ends, and the process leaves with 0."""
+    """Calls `drain` on SIGTERM or SIGINT and exits with 0 once running replies have ended; a second one forces it."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], None]):
         super().__init__(config)
@@ -57,20 +57,20 @@ class OrderlyServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own sends the signal to this process once more at the end."""
+        """Replaces uvicorn's method, which raises the signal again at the end."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._leave)
         yield
 
     def _leave(self) -> None:
-        self.force_exit = self.should_exit  # the second time
+        self.force_exit = self.should_exit  # true on the second signal
         self.should_exit = True
         self._drain()
 
 
 def run_server(app: Any, host: str, port: int, drain: Callable[[], None]) -> None:
-    """Serves until a signal; returns when every reply that was under way has ended."""
+    """Serves until a signal, then returns when the running replies have ended."""
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", http=TimedProtocol, timeout_graceful_shutdown=SECONDS_TO_END
     )

@@ -1,4 +1,4 @@
-"""The pictures of a request: data URLs, and files below a folder that the server allows."""
+"""Reads the pictures of a request: data URLs, and files below a folder that the server allows."""
 
 import base64
 import binascii
@@ -10,12 +10,13 @@ from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.serve.answers import RequestError
 
 MAX_FILE_BYTES = 20 * 2**20
-"""Of a picture below --allow-files."""
+"""Limit on a picture file below --allow-files."""
 BLANKS = str.maketrans("", "", " \t\n\r\f")
 
 
 def read_image(url: str, where: str, files_root: Path | None) -> bytes:
-    """The bytes of a data URL, or of a local file where the server allows it; they decode."""
+    """Returns the bytes of a data URL, or of a local file if the server allows it. Raises RequestError, also for an
+    image that does not decode."""
     scheme = url[:8].partition(":")[0].lower() if ":" in url[:8] else ""
     if scheme == "data":
         data = read_data_url(url, where)
@@ -31,7 +32,8 @@ def read_image(url: str, where: str, files_root: Path | None) -> bytes:
 
 
 def read_data_url(url: str, where: str) -> bytes:
-    """As the URL standard reads them: any case, percent-encoding, blanks and line breaks, with or without padding."""
+    """Decodes a data URL as the URL standard does: any case, percent-encoding, blanks and line breaks, with or without
+    padding. Raises RequestError."""
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().rstrip().endswith("base64") or ";" not in head:
         raise RequestError(f"{where}: a data URL must be data:image/...;base64,...")
@@ -53,6 +55,6 @@ def read_local_image(url: str, where: str, files_root: Path | None) -> bytes:
             if resolved.stat().st_size > MAX_FILE_BYTES:
                 raise RequestError(f"{where}: the file has more than {MAX_FILE_BYTES:,} bytes")
             return resolved.read_bytes()
-    except (ValueError, OSError):  # names no file can have: too long, with a NUL
+    except (ValueError, OSError):  # a name that no file can have: too long, or with a NUL
         pass
     raise RequestError(f"{where}: no such file below the folder that is served")

@@ -1,4 +1,4 @@
-"""What the web application holds for a request while it is answered: its bytes, and its choices on their way."""
+"""Tracks what the web application holds for a request until it is answered: its bytes, and its choices in progress."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ from oq2vl_jax.serve.engine import Engine, Event, Job, TokenScore
 
 
 class HeldBytes:
-    """Bytes of all requests that are held for them."""
+    """Total of the bytes held for all requests."""
 
     def __init__(self):
         self.total = 0
@@ -20,7 +20,7 @@ class HeldBytes:
 
 
 class Held:
-    """Bytes of one request, which count until they are released."""
+    """Bytes held for one request; they count until they are released."""
 
     def __init__(self, of_all: HeldBytes):
         self._of_all, self.num_bytes = of_all, 0
@@ -35,10 +35,10 @@ class Held:
 
 
 class Replies:
-    """The choices of one request on their way: one job each, their events in one queue."""
+    """The choices of one request in progress: one job per choice, one queue for all their events."""
 
     def __init__(self, engine: Engine, parsed: ChatRequest, held: Held):
-        """Raises EngineFullError, EngineStoppedError."""
+        """Submits the jobs. Raises EngineFullError, EngineStoppedError."""
         self._engine, self._held = engine, held
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -50,25 +50,25 @@ class Replies:
         engine.submit(*self._jobs)
 
     def _listener(self, i: int) -> Callable[[Event], None]:
-        def listen(found: Event) -> None:
+        def listen(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has closed
-                self._loop.call_soon_threadsafe(self._deliver, i, found)
+                self._loop.call_soon_threadsafe(self._deliver, i, event)
 
         return listen
 
-    def _deliver(self, i: int, found: Event) -> None:
-        self._events.put_nowait((i, found))
-        self._num_ended += found.reply is not None or found.error is not None
-        if self._num_ended == len(self._jobs):  # also where nobody reads the events any more
+    def _deliver(self, i: int, event: Event) -> None:
+        self._events.put_nowait((i, event))
+        self._num_ended += event.reply is not None or event.error is not None
+        if self._num_ended == len(self._jobs):  # even if nobody reads the events any more
             self._held.release()
 
     async def next(self) -> tuple[int, Event]:
-        """(number of the choice, what happened to it)."""
-        i, found = await self._events.get()
-        self.scores[i] += found.scores
-        if found.reply is not None:
-            self._found[i] = found.reply
-        return i, found
+        """Returns (index of the choice, its event) when the next event arrives."""
+        i, event = await self._events.get()
+        self.scores[i] += event.scores
+        if event.reply is not None:
+            self._found[i] = event.reply
+        return i, event
 
     @property
     def are_whole(self) -> bool:
@@ -79,7 +79,7 @@ class Replies:
         return [self._found[i] for i in sorted(self._found)]
 
     def close(self) -> None:
-        """Of no effect on replies that have ended."""
+        """Cancels the jobs and releases the bytes. Replies that have ended are not changed."""
         for job in self._jobs:
             self._engine.cancel(job)
         self._held.release()

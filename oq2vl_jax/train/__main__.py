@@ -19,13 +19,13 @@ PROG = "python -m oq2vl_jax.train"
 @dataclass(frozen=True)
 class TrainCommand:
     """Trains an Open-Qwen2VL. CONFIG is a shipped configuration (tiny), a file of that kind or a resolved config.json;
-    flags override its values. The same command with the same run_dir resumes where the last checkpoint was made."""
+    flags override its values. The same command with the same run_dir resumes from the last checkpoint."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Print the resolved configuration, parameter counts and bytes per device, and exit."""
     distributed: bool = False
-    """One process of several, as Slurm or Open MPI says; or name the next three."""
+    """Run as one of several processes, set by Slurm or Open MPI or by the next three options."""
     coordinator: str | None = None
     """HOST:PORT of the first process."""
     num_processes: SmallCount | None = None

@@ -1,7 +1,7 @@
-"""Which attention a run uses: by device and row length, and checked on the device before it is trusted.
+"""Chooses the attention of a run by device and row length, and checks the kernel on the device before using it.
 
-GPU   kernel where its shapes allow, else blocked
-CPU   xla for short rows, where blocks do not pay (docs/experiments.md), else blocked
+GPU   kernel if it supports the head width, else blocked
+CPU   xla for short rows, for which blocks are no faster (docs/experiments.md), else blocked
 """
 
 import sys
@@ -23,7 +23,7 @@ SHORT_ROW_TOKENS = 512
 CHECK_LENGTHS = (163, 80, 72, 5)
 RESULTS = ("output", "output with gradients", "dq", "dk", "dv")
 CHECK_TOLERANCE = 0.02
-"""Largest error over the largest value in bfloat16, whose rounding is 0.004; a wrong mask gives 0.1 and more."""
+"""Largest error relative to the largest value, in bfloat16. Its rounding is 0.004; a wrong mask gives 0.1 or more."""
 
 
 class Choice(NamedTuple):
@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 
 def choose_attention(config: TrainConfig, mesh: Mesh) -> Choice:
-    """The implementation for the devices of a mesh, by config.attention; nothing is run.
+    """Returns the implementation for the devices of a mesh from config.attention; runs nothing.
 
     Raises UserError for the kernel without a GPU.
     """
@@ -55,14 +55,14 @@ def choose_attention(config: TrainConfig, mesh: Mesh) -> Choice:
 
 
 def compute_of(config: TrainConfig, mesh: Mesh) -> Compute:
-    """How the devices of a mesh compute a configuration; nothing is run."""
+    """Returns the execution options of a configuration on the devices of a mesh; runs nothing."""
     query_tile, key_tile = map(int, config.execution.tiles.split("x"))
     attention = choose_attention(config, mesh).name
     return Compute(jnp.dtype(config.compute_dtype), config.remat, attention, (query_tile, key_tile))
 
 
 def checked_compute(config: TrainConfig, mesh: Mesh) -> Compute:
-    """compute_of, with the kernel only if it agrees with the reference on this device.
+    """Returns compute_of's options, with the kernel only if it agrees with the reference on this device.
 
     Prints the choice; after a check that fails, warns and takes "blocked".
     """
@@ -70,7 +70,7 @@ def checked_compute(config: TrainConfig, mesh: Mesh) -> Compute:
     name = choice.name
     if name == "kernel":
         problem = kernel_problem(config)
-        if any_process(problem is not None):  # all of them must compile the same program
+        if any_process(problem is not None):  # all processes must compile the same program
             name, problem = "blocked", problem or "it failed in another process"
             print(
                 f"WARNING: attention kernel not used: {problem}. Using blocked attention.", file=sys.stderr, flush=True
@@ -81,13 +81,13 @@ def checked_compute(config: TrainConfig, mesh: Mesh) -> Compute:
 
 
 def kernel_problem(config: TrainConfig, implementation: Attention = "kernel") -> str | None:
-    """What is wrong with an implementation on the default device, against the reference; None if nothing is.
+    """Compares an implementation with the reference on the default device; returns the problem, or None.
 
-    Outputs and gradients of a random row of three documents with the decoder's heads, and of two images with the
-    encoder's heads and patches, in the type the model computes in.
+    The inputs are a random row of three documents with the decoder's heads and two images with the encoder's heads and
+    patches, in config.compute_dtype. Outputs and gradients are compared.
     """
     decoder, vision = config.model.decoder, config.model.vision
-    segments = jnp.repeat(jnp.arange(1, 5), jnp.asarray(CHECK_LENGTHS))[None] % 4  # the last ones are padding
+    segments = jnp.repeat(jnp.arange(1, 5), jnp.asarray(CHECK_LENGTHS))[None] % 4  # the last length is padding
     positions = jnp.concatenate([jnp.arange(length) for length in CHECK_LENGTHS])[None]
     cases = {
         "packed rows": (
@@ -95,22 +95,22 @@ def kernel_problem(config: TrainConfig, implementation: Attention = "kernel") ->
         ),
         "images": ((2, vision.num_patches), (vision.num_heads, vision.num_heads, vision.head_dim), None),
     }  # fmt: skip
-    for what, (shape, heads, documents) in cases.items():
+    for case, (shape, heads, documents) in cases.items():
         arrays = random_heads(shape, heads, config.compute_dtype)
         try:
-            found = values_and_gradients(implementation, documents, arrays)
-        except Exception as error:  # a compiler's own, of any kind
-            return f"{what}: it does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            computed = values_and_gradients(implementation, documents, arrays)
+        except Exception as error:  # compilers raise any type
+            return f"{case}: it does not run here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         expected = values_and_gradients("xla", documents, arrays)
-        for name, ours, theirs in zip(RESULTS, found, expected, strict=True):
+        for name, ours, theirs in zip(RESULTS, computed, expected, strict=True):
             error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
             if not error < CHECK_TOLERANCE:
-                return f"{what}: {name} differs from the reference by {error:.3g} of its largest value"
+                return f"{case}: {name} differs from the reference by {error:.3g} of its largest value"
     return None
 
 
 def random_heads(shape: tuple[int, int], heads: tuple[int, int, int], dtype: str) -> list[jax.Array]:
-    """q, k, v and the cotangent of the output. shape: rows, tokens. heads: of queries, of keys, the width of one."""
+    """Draws q, k, v and the cotangent of the output. shape: (rows, tokens). heads: (N, K, H)."""
     num_heads, num_kv_heads, head_dim = heads
     rng = np.random.default_rng(0)
     numbers = (num_heads, num_kv_heads, num_kv_heads, num_heads)
@@ -120,7 +120,7 @@ def random_heads(shape: tuple[int, int], heads: tuple[int, int, int], dtype: str
 def values_and_gradients(
     implementation: Attention, documents: tuple[jax.Array, jax.Array] | None, arrays: list[jax.Array]
 ) -> list[np.ndarray]:
-    """RESULTS; documents: (segment_ids, positions), or None for images. Padding is set to zero."""
+    """Returns the arrays named in RESULTS, 0 at padding. documents: (segment_ids, positions), or None for images."""
     is_real = True if documents is None else (documents[0] > 0)[..., None, None]
 
     @jax.jit

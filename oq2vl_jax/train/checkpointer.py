@@ -1,4 +1,4 @@
-"""Saving the state of a run and going on from it."""
+"""Saves the state of a run and restores it."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ class Checkpointer:
                 step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=STEP_DIGITS),
             ),
             item_names=(*ITEMS, DIGESTS),
-            item_handlers={  # finalized in this order: the digests, of the others, come last
+            item_handlers={  # finalized in this order; the digests of the other items come last
                 "model": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
                 "loader": ocp.JsonCheckpointHandler(),
@@ -42,9 +42,9 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, loader_state: dict, config: TrainConfig, tokenizer: Path) -> None:
-        """Starts the save; arrays are copied to the host before this returns, written in the background.
+        """Starts a save: copies the arrays to the host before it returns, and writes them in the background.
 
-        Raises UserError where this or the save before it found the disk full.
+        Raises UserError if this save or the previous one could not write because the disk is full or forbidden.
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named_arrays(state.model)),
@@ -60,9 +60,9 @@ class Checkpointer:
             raise self._errors.explained(error, self._run_dir) from error
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
-        """The state of `step`, placed as `like` (shapes with shardings), and the loader's state.
+        """Returns the state of `step`, sharded like `like` (shapes with shardings), and the loader's state.
 
-        Raises UserError if a file of the checkpoint is not as it was written.
+        Raises UserError if a file of the checkpoint differs from its digest.
         """
         check_digests(step_folder(self._run_dir, step).absolute(), ITEMS)
         saved = self._manager.restore(
@@ -78,7 +78,7 @@ class Checkpointer:
         return TrainState(step_array, model, from_named_arrays(like.opt_state, saved["optimizer"])), saved["loader"]
 
     def close(self) -> None:
-        """Waits for a save under way. Raises UserError where the disk is full."""
+        """Waits for a running save. Raises UserError if the disk is full or forbidden."""
         try:
             self._manager.wait_until_finished()
             self._manager.close()

@@ -1,4 +1,4 @@
-"""What can be wrong with a run before it starts: the configuration, the run directory, the weights it starts from."""
+"""Checks a run before it starts: configuration, run directory, initial weights, memory."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from oq2vl_jax.sharding import device_bytes
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
-    """What can be wrong with a configuration on these devices; every problem is reported."""
+    """Raises UserError if a configuration cannot run on num_devices; lists all problems, after a check of the paths."""
     check_local_paths(config)
     problems = [f"{name} must be {bounds}, got {value}" for name, bounds, value in out_of_bounds(config)]
     rows = config.global_batch_size
@@ -37,10 +37,10 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
     if config.data.images is not None and not Path(config.data.images).is_dir():
         problems.append(f"data.images: no folder {config.data.images}")
     rates = ("vision", "projector", "decoder")
-    own = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
+    part_rates = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
     problems += [
         f"optimizer.{name}_learning_rate is set, but trainable.{name} is not"
-        for name, rate in own.items()
+        for name, rate in part_rates.items()
         if rate is not None and name not in config.trainable.parts
     ]
     if problems:
@@ -48,7 +48,7 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
 
 
 def check_local_paths(config: TrainConfig) -> None:
-    """A run is written and its packed rows are read here; samples that are packed while training may be elsewhere."""
+    """Raises UserError for a remote run_dir, init_from or packed rows; samples packed while training may be remote."""
     check_local("run_dir", config.run_dir)
     check_local("init_from", config.init_from)
     for source in (*(config.data.sources if config.data.packing == "offline" else ()), *config.held_out.sources):
@@ -56,7 +56,7 @@ def check_local_paths(config: TrainConfig) -> None:
 
 
 def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
-    """A run with a checkpoint can only be resumed with its own configuration; one without has nothing to lose."""
+    """Raises UserError if a run with a checkpoint has another configuration; operational fields may differ."""
     file = Path(config.run_dir) / "config.json"
     if not has_checkpoint:
         return
@@ -64,12 +64,12 @@ def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
         raise UserError(
             f"run_dir {config.run_dir} holds converted weights; name it in --init-from, and choose another --run-dir."
         )
-    there, here = flatten(load_config(str(file))), flatten(config)
+    saved, current = flatten(load_config(str(file))), flatten(config)
     operational = names_of_role(TrainConfig, "operational")
     changed = [
-        f"{key}: {there.get(key)} there, {value} now"
-        for key, value in here.items()
-        if key not in operational and there.get(key) != value
+        f"{key}: {saved.get(key)} there, {value} now"
+        for key, value in current.items()
+        if key not in operational and saved.get(key) != value
     ]
     if changed:
         raise UserError(
@@ -79,31 +79,31 @@ def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
 
 
 def check_same_model(source: Path, config: TrainConfig) -> None:
-    """Weights of the right shapes still belong to one activation, one set of rotary frequencies, ...
+    """Raises UserError if the weights' model computes differently (activation, rotary frequencies, ...).
 
-    The number of visual tokens may change, as the projector's weights are the same at every resolution, and what
-    decides fresh weights alone.
+    Equal shapes do not show this. num_visual_tokens may differ, because the projector's weights do not depend on the
+    resolution; so may fields that only affect initial weights.
     """
     from oq2vl_jax.checkpoint import load_description
 
-    there, here = flatten(load_description(source).model), flatten(config.model)
+    saved, current = flatten(load_description(source).model), flatten(config.model)
     free = {"num_visual_tokens", *names_of_role(ModelConfig, "initial")}
-    changed = [key for key in here if key not in free and there[key] != here[key]]
+    changed = [key for key in current if key not in free and saved[key] != current[key]]
     if changed:
-        differences = "; ".join(f"model.{key} is {there[key]} there, {here[key]} here" for key in changed)
-        flags = " ".join(f"--model.{key.replace('_', '-')} {there[key]}" for key in changed)
+        differences = "; ".join(f"model.{key} is {saved[key]} there, {current[key]} here" for key in changed)
+        flags = " ".join(f"--model.{key.replace('_', '-')} {saved[key]}" for key in changed)
         raise UserError(f"init_from {source}: its model computes otherwise: {differences}. To go on as there: {flags}")
 
 
 def row_bytes(config: TrainConfig) -> int:
-    """Of one row of a Batch: four int32 a token, and the pixels of every image slot."""
+    """Returns the bytes of one row of a Batch: four int32 per token, and the pixels of every image slot."""
     size, data = config.model.vision.image_size, config.data
     return data.num_tokens * 4 * 4 + data.max_images * size * size * 3
 
 
 def check_memory(config: TrainConfig, mesh: Any) -> None:
-    """Raises UserError where what is certain to be needed does not fit: batches that wait on this machine, and
-    weights, optimizer state and a batch on each device. Activations and gradients come on top.
+    """Raises UserError if a lower bound of the memory does not fit: prefetched batches on this machine; weights,
+    optimizer state and a batch on each device. Activations and gradients are not counted.
     """
     import jax
 
@@ -112,12 +112,12 @@ def check_memory(config: TrainConfig, mesh: Any) -> None:
     from oq2vl_jax.train.step import shapes_with, state_shardings
 
     rows = config.global_batch_size // jax.process_count()
-    what = f"{NUM_PREFETCHED_BATCHES + 1} batches of {rows:,} rows"
+    item = f"{NUM_PREFETCHED_BATCHES + 1} batches of {rows:,} rows"
     num_bytes = (NUM_PREFETCHED_BATCHES + 1) * rows * row_bytes(config)
     remedy = "take a smaller global_batch_size, data.num_tokens or data.max_images"
-    check_fits(what, num_bytes, host_bytes(), "this machine", remedy)
+    check_fits(item, num_bytes, host_bytes(), "this machine", remedy)
     state = shapes_with(config, state_shardings(config, mesh))
     num_bytes = bytes_per_device(state, jax.tree.map(lambda x: x.sharding, state))
     num_bytes += config.global_batch_size // mesh.size * row_bytes(config)
-    what = "the share of weights, optimizer state and a batch of one device"
-    check_fits(what, num_bytes, device_bytes(), "it", "take a smaller model or more devices")
+    item = "the share of weights, optimizer state and a batch of one device"
+    check_fits(item, num_bytes, device_bytes(), "it", "take a smaller model or more devices")

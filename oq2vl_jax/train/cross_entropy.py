@@ -2,11 +2,11 @@
 
 Only 16-26 % of the positions of a packed row carry a label, and the logits of 4,096 positions over 151,936 entries are
 2.5 GB in float32. So the labelled positions of all rows are sorted to the front, and a loop whose trip count is traced
-runs over chunks of them; the gradient of a chunk is formed while its logits exist (arXiv 2410.10989 has the idea). The
-train step lets the head's gradient, the largest of all, add up in one array over chunks and microbatches.
+runs over chunks of them; the gradient of a chunk is computed while its logits exist (as in arXiv 2410.10989). The
+train step accumulates the head's gradient, the largest of all, in one array over chunks and microbatches.
 
     labels   -  -  7  3     -  9  -  -      two rows, - = IGNORE
-    order    2  3  5  0  1  4  6  7         chunk size 2: two chunks run, the rest never does
+    order    2  3  5  0  1  4  6  7         chunk size 2: two chunks run, the others are skipped
 """
 
 from functools import partial
@@ -24,9 +24,9 @@ from oq2vl_jax.data.loading.batch import IGNORE
 def cross_entropy_sum(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"], chunk_size: int = 256
 ) -> Float[Array, ""]:
-    """Sum over labelled positions of -log softmax(hidden @ head.T)[label], in float32; labels == IGNORE do not count.
+    """Returns the float32 sum of -log softmax(hidden @ head.T)[label] over positions with label != IGNORE.
 
-    chunk_size: positions whose logits exist at once. The head is used in the type of `hidden`; its gradient is
+    chunk_size: positions whose logits exist at once. The head is cast to the dtype of `hidden`; its gradient is
     accumulated in float32.
     """
     return _run(hidden, head, labels, chunk_size)[0]
@@ -40,9 +40,9 @@ def cross_entropy_and_gradients(
     head_gradient: Float[Array, "V D"] | None,
     chunk_size: int = 256,
 ) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "V D"] | None]:
-    """scale times cross_entropy_sum; its gradient by `hidden`; the float32 `head_gradient` with that by `head` added.
+    """Returns scale * cross_entropy_sum, its gradient wrt hidden, and head_gradient plus the gradient wrt head.
 
-    head_gradient: None where the head is not trained.
+    head_gradient: float32, or None if the head is not trained.
     """
     return _run(hidden, head, labels, chunk_size, scale, head_gradient, with_gradient=True)
 
@@ -64,7 +64,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _run(hidden, head, labels, chunk_size, scale: ArrayLike = 1.0, head_gradient=None, with_gradient=False) -> Any:
-    """(loss, gradient by hidden or None, head_gradient with its part added or None), the loss times scale."""
+    """Returns (scale * loss, gradient wrt hidden or None, head_gradient plus the gradient wrt head or None)."""
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     num_positions = len(flat_labels)
     chunk_size = min(chunk_size, num_positions)

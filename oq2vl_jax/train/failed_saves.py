@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written is one sentence: Orbax's threads would log a dozen tracebacks before it."""
+"""Reports a checkpoint that cannot be written in one sentence, without the dozen tracebacks of Orbax's threads."""
 
 import errno
 import logging
@@ -10,15 +10,15 @@ from typing import Any
 from oq2vl_jax.errors import UserError, is_full_or_forbidden
 
 LOGGERS = ("absl", "asyncio")
-"""Who logs when a write fails: Orbax itself, and the event loop when several of its writes fail at the same time."""
+"""Loggers of a failed write: Orbax's, and the event loop's if several writes fail at the same time."""
 CLOSED_LOOP = "Event loop is closed"
-"""What TensorStore's callbacks print when another write of the same checkpoint has failed."""
+"""Message of TensorStore's callbacks after another write of the same checkpoint has failed."""
 
 
 class HeldErrors(logging.Filter):
-    """Errors that Orbax logs are held back until it is known whether the disk was full; others are shown then.
+    """Holds back the errors that Orbax logs; `close` shows them unless the disk was full or forbidden.
 
-    After a full disk it stays: Orbax's other threads fail one after the other while the process ends.
+    After a full disk the filter stays: Orbax's other threads fail one after the other while the process ends.
     """
 
     def __init__(self):
@@ -40,7 +40,7 @@ class HeldErrors(logging.Filter):
             self._hook(unraisable)
 
     def close(self) -> None:
-        """Ends the holding back; after anything but a full disk, what was held is shown."""
+        """Removes the filter and logs the held records; does nothing after a full disk."""
         if self._is_full:
             return
         for logger in self._loggers:
@@ -51,7 +51,7 @@ class HeldErrors(logging.Filter):
         self._records.clear()
 
     def explained(self, error: Exception, run_dir: Path) -> Exception:
-        """What to raise: a UserError if the disk is full or forbidden, else the error itself, its log shown."""
+        """Returns a UserError if the disk is full or forbidden, else shows the held log and returns `error`."""
         if not is_full_or_forbidden(error):
             self.close()
             return error

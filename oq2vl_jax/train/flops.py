@@ -1,8 +1,8 @@
-"""Floating-point operations of a step, by the model's own formula. MFU = model FLOPs / seconds / the device's peak.
+"""Floating-point operations of a step, from the model's sizes. MFU = model FLOPs / seconds / the device's peak.
 
-Model FLOPs count what the mathematics needs for real tokens and real images, never padding and never recomputation: a
-multiplication and an addition are two, a trained matrix costs three times its forward pass, a frozen one below trained
-parts two, a frozen one with nothing to train below it one (arXiv 2204.02311, appendix B):
+Model FLOPs count the arithmetic of real tokens and images, without padding or recomputation (arXiv 2204.02311,
+appendix B). A multiplication and an addition are two. A trained matrix costs three times its forward pass, a frozen one
+that gradients pass through twice, any other frozen one once:
 
     decoder     2 x matrix parameters of the layers x tokens
     logits      2 x V x D x tokens                    every position, though only labelled ones are computed
@@ -10,9 +10,9 @@ parts two, a frozen one with nothing to train below it one (arXiv 2204.02311, ap
     vision      2 x matrix parameters x patches + 4 x width x P^2 a block, of the blocks that run
     projector   2 x its parameters x visual tokens
 
-Executed FLOPs come nearer to what the device is asked to do: logits of labelled positions only, layers computed again
-for the backward pass, images that pad the last chunk of the encoder. What attention computes beyond its pairs (masked
-parts of tiles, scores again in its backward pass) is left out: it is under 1 % of a row of captions.
+Executed FLOPs estimate the work of the device: logits of labelled positions only, layers recomputed for the backward
+pass, images that pad the last chunk of the encoder. They leave out what attention computes beyond its pairs (masked
+parts of tiles, scores recomputed in its backward pass), which is under 1 % for a row of captions.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def text_tokens(config: TrainConfig) -> int:
 
 
 class Work(NamedTuple):
-    """Real contents of some rows. pairs: query-key pairs that attention sees, over the rows."""
+    """Contents of some rows, without padding. pairs: visible query-key pairs, summed over the rows."""
 
     tokens: float
     images: float
@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs by part, for the whole of some rows."""
+    """FLOPs of each part of the model, summed over some rows."""
 
     decoder: float
     logits: float
@@ -52,8 +52,8 @@ class Flops(NamedTuple):
 
 
 def typical_row(config: TrainConfig, text_tokens_per_image: int | None = None) -> Work:
-    """A full row of documents of one image and some text each, the text labelled; with attention_scope row they are
-    one document, and without images the row is. None: the text of a typical one."""
+    """Returns the contents of a full row; each document is one image and labelled text (None: text_tokens(config)).
+    With attention_scope "row", or without images, the whole row is one document."""
     tokens, text_tokens_per_image = config.data.num_tokens, text_tokens_per_image or text_tokens(config)
     images = min(config.data.max_images, tokens / (config.model.num_visual_tokens + text_tokens_per_image))
     if images == 0:
@@ -63,7 +63,7 @@ def typical_row(config: TrainConfig, text_tokens_per_image: int | None = None) -
 
 
 def forward_flops(config: TrainConfig, work: Work) -> Flops:
-    """One forward pass over `work`."""
+    """Returns the FLOPs of one forward pass over `work`."""
     decoder, vision, model = config.model.decoder, config.model.vision, config.model
     q_dim, kv_dim = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     layer = decoder.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * decoder.intermediate_size)
@@ -82,7 +82,7 @@ def forward_flops(config: TrainConfig, work: Work) -> Flops:
 
 
 def model_flops(config: TrainConfig, work: Work) -> Flops:
-    """Forward and backward, as the mathematics needs them."""
+    """Returns the model FLOPs of a forward and a backward pass."""
     trained = config.trainable
     forward = forward_flops(config, work)
     vision = 3 if trained.vision else 1
@@ -98,7 +98,7 @@ def model_flops(config: TrainConfig, work: Work) -> Flops:
 
 
 def executed_flops(config: TrainConfig, work: Work, rows_per_microbatch: int, rows: float) -> Flops:
-    """What the device is asked to do for `rows` rows of contents `work`, by config.remat."""
+    """Estimates the executed FLOPs for `rows` rows with contents `work` under config.remat."""
     needed, forward = model_flops(config, work), forward_flops(config, work)
     again = config.remat in ("full", "attention")
     microbatches = rows / rows_per_microbatch

@@ -3,9 +3,9 @@
 The loss of a step is the sum of cross entropies over all labelled tokens of the global batch divided by their number,
 whatever the split into devices and microbatches (the published code averages the means of microbatches).
 
-Every device runs its own rows, a microbatch at a time. The tables with a row per token, 15 % of what is trained and
-float32 gradients of 0.93 GB, are read at both ends of the model only; their gradients are written into one array, in
-place, over all microbatches:
+Each device runs its own rows, one microbatch at a time. The token tables are 15 % of the trained parameters, with
+float32 gradients of 0.93 GB. Only the two ends of the model read them, so their gradients accumulate in place, in one
+array over all microbatches:
 
     embeddings = table[tokens] -> model -> hidden -> logits of a chunk -> loss
     gradient[tokens] += back   <- model <- back   <- gradient += chunk's part
@@ -44,17 +44,15 @@ from oq2vl_jax.train.parts import split_trainable, split_vocabulary
 from oq2vl_jax.trees import is_matrix, merge_parts
 
 MAX_CHUNK, MIN_CHUNK, CHUNK_SHARE = 512, 32, 1 / 8
-"""Positions whose logits exist at once on a device: a share of the microbatch, about as much as carries a label, within
-bounds. A chunk costs a pass over the head's float32 gradient, the unused rest of the last one its matrix products."""
+"""Positions whose logits exist at once on a device: CHUNK_SHARE of the microbatch, within bounds. A chunk costs a pass over the head's float32 gradient; unused positions cost matrix products."""
 
 
 def loss_and_gradients(
     model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
 ) -> tuple[Float[Array, ""], Any]:
-    """Nats per labelled token of a global batch, and the gradients of the trained parts where their masters lie.
+    """Returns nats per labelled token of a global batch, and the trained parts' gradients, sharded like their masters.
 
-    compute: as attention_choice.checked_compute says; None takes compute_of. sharding.py says what passes between the
-    devices.
+    compute: from attention_choice.checked_compute; None takes compute_of. sharding.py describes the collectives.
     """
     compute = compute or compute_of(config, mesh)
     trained, frozen = split_trainable(compute_copy(model, config), config.trainable)
@@ -80,7 +78,7 @@ def loss_and_gradients(
         mesh=mesh,
         in_specs=(specs(shardings), specs(frozen_shardings), rows, whole),
         out_specs=(whole, specs(shardings)),
-        check_vma=False,  # loops of devices may differ in length; every collective stands outside of them
+        check_vma=False,  # devices may differ in a loop's length; such loops hold no collective
     )(trained, frozen, batch, scale)
     gradients.decoder.layers = unfused(gradients.decoder.layers)
     return value, gradients
@@ -94,20 +92,20 @@ def sum_of_microbatches(
     compute: Compute,
     gradients_of: "MicrobatchGradients",
 ) -> tuple[jax.Array, Any]:
-    """scale times the loss of one device's rows, and its float32 gradients. microbatches: a Batch of [N, rows, ...]."""
-    tables, rest = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split_vocabulary(trained))
+    """Returns scale * loss of one device's rows and its float32 gradients. microbatches: a Batch of [N, rows, ...]."""
+    tables, other_gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), split_vocabulary(trained))
     if len(microbatches.tokens) == 1:  # nothing to add up
         only = jax.tree.map(lambda x: x[0], microbatches)
-        value, rest, tables = gradients_of(trained, frozen, only, scale, tables, compute)
-        return value, merge_parts(tables, jax.tree.map(lambda x: x.astype(jnp.float32), rest))
+        value, other_gradients, tables = gradients_of(trained, frozen, only, scale, tables, compute)
+        return value, merge_parts(tables, jax.tree.map(lambda x: x.astype(jnp.float32), other_gradients))
 
     def add(carry, microbatch):
-        value, rest, tables = carry
+        value, other_gradients, tables = carry
         of_one, delta, tables = gradients_of(trained, frozen, microbatch, scale, tables, compute)
-        return (value + of_one, jax.tree.map(jnp.add, rest, delta), tables), None
+        return (value + of_one, jax.tree.map(jnp.add, other_gradients, delta), tables), None
 
-    (value, rest, tables), _ = jax.lax.scan(add, (jnp.float32(0), rest, tables), microbatches)
-    return value, merge_parts(tables, rest)
+    (value, other_gradients, tables), _ = jax.lax.scan(add, (jnp.float32(0), other_gradients, tables), microbatches)
+    return value, merge_parts(tables, other_gradients)
 
 
 def microbatch_gradients(
@@ -115,16 +113,16 @@ def microbatch_gradients(
 ) -> tuple[jax.Array, Any, Any]:
     """Returns the scaled loss, the gradients of everything trained except the token tables, and table_gradients with
     this microbatch added."""
-    tables, rest = split_vocabulary(trained)
+    tables, others = split_vocabulary(trained)
 
-    def hidden_states(rest, embeddings):
-        model = merge_parts(merge_parts(tables, rest), frozen)
+    def hidden_states(others, embeddings):
+        model = merge_parts(merge_parts(tables, others), frozen)
         x = model.with_images(embeddings, batch.tokens, batch.images, compute)
         return model.decoder(x, batch.segment_ids, batch.positions, compute)
 
     decoder = merge_parts(trained, frozen).decoder
     is_trained = bool(jax.tree.leaves(table_gradients))
-    hidden, pull_back = jax.vjp(hidden_states, rest, decoder.embed(batch.tokens, compute.dtype))
+    hidden, pull_back = jax.vjp(hidden_states, others, decoder.embed(batch.tokens, compute.dtype))
     with jax.named_scope("loss"):
         value, hidden_gradient, head_gradient = cross_entropy_and_gradients(
             hidden,
@@ -134,26 +132,30 @@ def microbatch_gradients(
             table_gradients.decoder.head if is_trained else None,
             chunk_size(batch.labels.size),
         )
-    rest_gradients, embedding_gradient = pull_back(hidden_gradient)
+    other_gradients, embedding_gradient = pull_back(hidden_gradient)
     if is_trained:
         table_gradients = jax.tree.map(lambda x: x, table_gradients)
         sums = table_gradients.decoder
         sums.set_head(head_gradient)
         sums.embed_tokens[...] = sums.embed_tokens[...].at[batch.tokens].add(embedding_gradient.astype(jnp.float32))
-    return value, rest_gradients, table_gradients
+    return value, other_gradients, table_gradients
 
 
 def plain_gradients(
     trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
 ) -> tuple[jax.Array, Any, Any]:
-    """As microbatch_gradients, by jax.grad of train/loss.py: all logits exist at once, and any loss can stand there."""
+    """Returns the same as microbatch_gradients, by jax.grad of train/loss.py. Works for any loss; needs all logits."""
 
     def scaled_loss(trained):
         return scale * loss(merge_parts(trained, frozen), batch, compute)[0]
 
     value, gradients = jax.value_and_grad(scaled_loss)(trained)
-    tables, rest = split_vocabulary(gradients)
-    return value, rest, jax.tree.map(lambda total, delta: total + delta.astype(jnp.float32), table_gradients, tables)
+    tables, other_gradients = split_vocabulary(gradients)
+    return (
+        value,
+        other_gradients,
+        jax.tree.map(lambda total, delta: total + delta.astype(jnp.float32), table_gradients, tables),
+    )
 
 
 MicrobatchGradients = Callable[[Any, Any, Batch, jax.Array, Any, Compute], tuple[jax.Array, Any, Any]]
@@ -161,7 +163,7 @@ MicrobatchGradients = Callable[[Any, Any, Batch, jax.Array, Any, Compute], tuple
 
 
 def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:
-    """Sum of cross entropies over the labelled tokens of a batch, float32."""
+    """Returns the float32 sum of cross entropies over the labelled tokens of a batch."""
     hidden = model(batch.tokens, batch.images, batch.segment_ids, batch.positions, compute)
     with jax.named_scope("loss"):
         return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size(batch.labels.size))
@@ -170,7 +172,7 @@ def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> 
 def total_loss(
     model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
 ) -> Float[Array, ""]:
-    """Sum of cross entropies over the labelled tokens of a global batch, without gradients. compute: see above."""
+    """Returns the sum of cross entropies of a global batch, without gradients. compute: see loss_and_gradients."""
     compute = compute or compute_of(config, mesh)
     copy = compute_copy(model, config)
     dims, shardings = gathered_dims(copy, mesh), parameter_shardings(copy, mesh)
@@ -188,11 +190,10 @@ def total_loss(
 
 
 def compute_copy(model: OpenQwen2VL, config: TrainConfig) -> OpenQwen2VL:
-    """The weights as a step reads them: matrices in config.compute_dtype, the decoder's fused. Made once a step, share
-    by share.
+    """Copies the weights for one step, each device its shard: matrices in config.compute_dtype, the decoder's fused.
 
-    Vectors stay float32, and the embedding: its gradient adds up over all positions of a token, which bfloat16 would
-    round away.
+    Vectors and token tables stay float32: a token's embedding gradient sums over all its positions, and bfloat16 would
+    round small terms away.
     """
 
     def cast(node):
@@ -205,16 +206,16 @@ def compute_copy(model: OpenQwen2VL, config: TrainConfig) -> OpenQwen2VL:
 
 
 def with_layers_unstacked(model: OpenQwen2VL) -> OpenQwen2VL:
-    """The model, or a part of it, with the decoder's layers one by one (model.layers.run_layers says why)."""
+    """Returns the model, or a part of it, with the decoder's layers unstacked (model.layers.run_layers says why)."""
     model = jax.tree.map(lambda x: x, model)
     model.decoder.layers = nnx.data(model.decoder.unstacked_layers())
     return model
 
 
 def gathered_at_once(dims: Any, config: TrainConfig, compute: Compute) -> tuple[Any, Compute]:
-    """(dims of what is gathered before the first microbatch, WHOLE for the others; compute, which gathers those).
+    """Returns the dims to gather before the first microbatch (others are WHOLE), and `compute` to gather the others.
 
-    With FSDP the decoder's layers are gathered one by one, when their turn comes.
+    With FSDP each decoder layer is gathered just before it runs.
     """
     if config.mesh.sharding == "zero1" or not jax.tree.leaves(dims.decoder):
         return dims, compute
@@ -224,15 +225,15 @@ def gathered_at_once(dims: Any, config: TrainConfig, compute: Compute) -> tuple[
 
 
 def rows_per_device(config: TrainConfig, mesh: Mesh) -> int:
-    """Rows that one device runs at a time."""
+    """Returns the rows of a microbatch on one device."""
     return config.rows_per_device or config.global_batch_size // mesh.size
 
 
 def split_microbatches(batch: Batch, rows: int) -> Batch:
-    """[B, ...] to [B / rows, rows, ...], the rows of one device."""
+    """Reshapes one device's rows from [B, ...] to [B / rows, rows, ...]."""
     return jax.tree.map(lambda x: x.reshape(len(x) // rows, rows, *x.shape[1:]), batch)
 
 
 def chunk_size(num_positions: int) -> int:
-    """Of the positions of a microbatch, those whose logits exist at once."""
+    """Returns the number of positions of a microbatch whose logits exist at once."""
     return min(MAX_CHUNK, max(MIN_CHUNK, int(CHUNK_SHARE * num_positions)))

@@ -1,4 +1,4 @@
-"""Held-out rows while training: their loss, and a page of generated answers beside their references."""
+"""Evaluates held-out rows during training: their loss, and a page of generated answers beside their references."""
 
 import dataclasses
 import html
@@ -35,7 +35,7 @@ STYLE = (
 
 
 class HeldOut:
-    """Looks at a model during training. The same rows and the same samples every time."""
+    """Evaluates a model during training, on the same rows and the same samples every time."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, compute: Compute | None = None):
         """Raises UserError if the held-out rows do not fit the configuration."""
@@ -54,7 +54,7 @@ class HeldOut:
         )
 
     def loss(self, model: OpenQwen2VL) -> float:
-        """Nats per labelled token over held_out.num_batches global batches."""
+        """Returns nats per labelled token over held_out.num_batches global batches."""
         config = self._config
         loader = make_loader(
             self._data, config.model, config.global_batch_size, SAMPLE_SEED, jax.process_index(), jax.process_count()
@@ -70,10 +70,10 @@ class HeldOut:
         return total / max(num_labelled, 1)
 
     def samples(self, model: OpenQwen2VL) -> list[Sampled]:
-        """The answers that the model writes to the first labelled turn of some held-out documents."""
+        """Generates the model's answers in place of the first labelled turn of some held-out documents."""
         config = self._config
         image, per_image = self._codec.special.image, config.model.num_visual_tokens
-        every = (found for row in self._rows() for found in documents_of(row, image, per_image))
+        every = (document for row in self._rows() for document in documents_of(row, image, per_image))
         documents = list(itertools.islice(every, config.held_out.num_samples))
         if not documents:
             return []
@@ -93,7 +93,7 @@ class HeldOut:
         ]
 
     def _rows(self):
-        """Packed rows in a fixed random order."""
+        """Yields packed rows, source by source, in a fixed random order."""
         for path in self._data.sources:
             source = PackedRows(path)
             for i in np.random.default_rng(SAMPLE_SEED).permutation(len(source)).tolist():
@@ -101,29 +101,29 @@ class HeldOut:
 
 
 def documents_of(row: PackedRow, image_id: int, per_image: int) -> list[tuple[list[int], list[int], list[bytes]]]:
-    """(prompt, reference, images) of each document of a row: what stands before its first answer, and that answer.
+    """Returns (prompt, reference, images) per document with a label: all before its first answer, and that answer.
 
-    Of a caption, all of it labelled, the prompt is <s> and the picture. Pictures behind the first answer are left out.
+    The text of a caption is all labelled, so its prompt is <s> and the picture. Later pictures are left out.
     """
-    found, start, first_image = [], 0, 0
+    documents, start, first_image = [], 0, 0
     for length in row.lengths:
         tokens, is_labelled = row.tokens[start : start + length], row.is_labelled[start : start + length]
         num_images = int((tokens == image_id).sum()) // per_image
         images = row.images[first_image : first_image + num_images]
         start, first_image = start + length, first_image + num_images
-        labelled = np.flatnonzero(is_labelled[1:]) + 1  # the first token is given, not asked for
+        labelled = np.flatnonzero(is_labelled[1:]) + 1  # nothing predicts the first token
         if not len(labelled):
             continue
         begin = int(labelled[0])
         gap = np.flatnonzero(~is_labelled[begin:])
         end = begin + int(gap[0]) if len(gap) else length
         shown = images[: int((tokens[:begin] == image_id).sum()) // per_image]
-        found.append((tokens[:begin].tolist(), tokens[begin:end].tolist(), shown))
-    return found
+        documents.append((tokens[:begin].tolist(), tokens[begin:end].tolist(), shown))
+    return documents
 
 
 def write_samples(path: Path, step: int, loss: float, samples: list[Sampled]) -> None:
-    """The page RUN_DIR/samples/STEP.html."""
+    """Writes the page at `path`, which is RUN_DIR/samples/STEP.html."""
     articles = [
         f"<article><div>{''.join(picture(image, '') for image in sample.images)}</div><div>"
         f"<p>{html.escape(sample.prompt)}</p><p><b>{html.escape(sample.reply) or '<i>empty</i>'}</b></p>"

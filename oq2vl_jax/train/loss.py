@@ -1,4 +1,4 @@
-"""The loss in eight lines, every logit at once: what train/gradients.py computes faster, and is compared with."""
+"""The loss in its plain form, with all logits at once; tests compare the faster train/gradients.py with it."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 
 
 def loss(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """(sum of nats, number of labelled tokens) of a batch; float32 logits [B, T, V] exist whole.
+    """Returns (sum of nats, number of labelled tokens) of a batch; all float32 logits [B, T, V] exist at once.
 
     Differentiable by jax.grad with respect to the model. labels == IGNORE do not count.
     """

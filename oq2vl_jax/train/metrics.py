@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, a progress bar on a terminal or plain lines elsewhere."""
+"""Reports the metrics of a run: metrics.jsonl, and a progress bar on a terminal or plain lines elsewhere."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from oq2vl_jax.train.trackers import RunTracker, Sampled
 
 
 class BatchCounts(NamedTuple):
-    """Real contents of a batch (padding never counts), its slots, and the seconds it was waited for."""
+    """Contents of a batch without padding, its token slots, and the seconds that the loop waited for it."""
 
     tokens: int
     images: int
@@ -34,7 +34,7 @@ def count_batch(batch: Batch, config: TrainConfig, wait_seconds: float) -> Batch
 
 
 def work_of(batch: Batch, config: TrainConfig) -> Work:
-    """What a batch of numpy arrays really holds."""
+    """Counts the contents of a batch of numpy arrays, without padding."""
     is_real = batch.segment_ids > 0
     placeholders = np.count_nonzero(batch.tokens == config.model.image_token_id)
     return Work(
@@ -48,7 +48,7 @@ def work_of(batch: Batch, config: TrainConfig) -> Work:
 class Throughput:
     """Rates over the batches added since the last report, for all processes together.
 
-    device: of which peak FLOPs and so MFU are known; None leaves MFU out.
+    device: has the peak FLOP/s, from which MFU follows; None leaves MFU out.
     """
 
     def __init__(self, num_processes: int, num_local_devices: int = 1, device: Device | None = None):
@@ -59,7 +59,7 @@ class Throughput:
         self._start, self._counts = time.monotonic(), []
 
     def pause(self, seconds: float) -> None:
-        """Time that went into something else."""
+        """Leaves out `seconds` that were spent on something else."""
         self._start += seconds
 
     def add(self, counts: BatchCounts) -> None:
@@ -81,14 +81,14 @@ class Throughput:
 
 
 class MetricsLog:
-    """metrics.jsonl of a run directory. On resumption, records of steps that will run again are dropped.
+    """The metrics.jsonl of a run directory. Resuming drops the records of steps that will run again.
 
-    `last` is the newest record of a training step that is kept, or {}. The closing record of a finished run is
-    written anew.
+    `last` is the newest kept record of a training step, or {}. The closing record of a finished run is dropped too,
+    and written again at the end.
     """
 
     def __init__(self, run_dir: Path, resume_step: int, log_every: int):
-        """Raises UserError for lines that are no records."""
+        """Raises UserError for a line that is not the record of a step."""
         path = run_dir / "metrics.jsonl"
         records = [_record(line, f"{path}, line {i}") for i, line in enumerate(_whole_lines(path), 1)]
         kept = [record for record in records if record["step"] <= resume_step and "parameters_sha256" not in record]
@@ -120,7 +120,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines of a jsonl file, without a last one that a kill cut off."""
+    """Returns the lines of a jsonl file, without a last line that a kill cut off."""
     if not path.exists():
         return []
     text = path.read_text(errors="replace")
@@ -168,7 +168,7 @@ class Progress:
 
 
 class StepReporter:
-    """Takes the numbers of each finished step to metrics.jsonl and to the screen."""
+    """Writes the numbers of each finished step to metrics.jsonl, the trackers and the screen."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class StepReporter:
     def held_out(
         self, step: int, numbers: dict[str, float], samples: list[Sampled], page: Path | None, seconds: float
     ) -> None:
-        """The held-out loss of a step, and what was generated for its page. Its seconds do not count as training."""
+        """Reports the held-out loss and the samples of a step; `seconds` do not count as training time."""
         self._throughput.pause(seconds)
         self._write({"step": step, **numbers})
         for tracker in self._trackers:
@@ -215,7 +215,7 @@ class StepReporter:
         print(f"step {step}/{self._num_steps}  {shown}" + (f"  samples {page}" if page else ""), flush=True)
 
     def skipped(self, counts: dict[str, int]) -> None:
-        """Samples that packing while training could not use, so far in this process; in the next record."""
+        """Adds to later records how many samples online packing has skipped in this process, by reason."""
         self._skipped = {"skipped_samples": dict(counts)} if counts else {}
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ class StepReporter:
             tracker.log(record["step"], {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"})
 
     def close(self, parameters_sha256: str | None = None) -> None:
-        """Ends the bar; the digest of a finished run becomes its last record."""
+        """Closes the bar, the log and the trackers; the digest of a finished run becomes its last record."""
         self._progress.close()
         if parameters_sha256:
             self._log.write(

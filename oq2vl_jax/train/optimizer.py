@@ -1,7 +1,7 @@
-"""AdamW, the schedule, what is decayed and what is trained.
+"""AdamW, its learning rate schedule, the weight decay mask and the learning rates by part.
 
-Frozen parts take no gradient and hold no optimizer state: `split_trainable` cuts the model in two before
-differentiation, and the optimizer only ever sees the trainable half.
+Frozen parts have no gradient and no optimizer state: `split_trainable` splits the model before differentiation, and
+the optimizer sees the trained part only.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from oq2vl_jax.trees import is_matrix
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear from 0 over warmup_fraction of the steps, then cosine to 0 (Hugging Face's cosine schedule)."""
+    """Rises linearly from 0 over warmup_fraction of the steps, then falls as a cosine to 0, as in Hugging Face."""
     warmup_steps = int(config.warmup_fraction * num_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else config.learning_rate,
@@ -27,7 +27,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled decay on matrices only, the schedule, learning rates by part."""
+    """Chains clipping by global norm, AdamW with the schedule and decay of matrices only, and the rates by part."""
     factors = part_factors(config)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
@@ -44,17 +44,17 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def part_factors(config: OptimizerConfig) -> dict[str, float]:
-    """Learning rate of a part over the common one, for parts that have their own."""
-    own = {
+    """Returns each part's learning rate divided by the common one, for parts that have their own."""
+    learning_rates = {
         "vision": config.vision_learning_rate,
         "projector": config.projector_learning_rate,
         "decoder": config.decoder_learning_rate,
     }
-    return {part: rate / config.learning_rate for part, rate in own.items() if rate is not None}
+    return {part: rate / config.learning_rate for part, rate in learning_rates.items() if rate is not None}
 
 
 def scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
-    """Multiplies AdamW's update of a part, which is proportional to the learning rate, decay included."""
+    """Scales AdamW's update of a part; the update, decay included, is proportional to the learning rate."""
 
     def scale(updates: Any, params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, x: x * factors.get(path[0].name, 1.0), updates)
@@ -63,7 +63,7 @@ def scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
 
 
 def decay_mask(parameters: Any) -> Any:
-    """True for matrices; False for biases and norm scales, whose stacked form [layers, dim] has two axes as well."""
+    """Returns True for matrices; False for biases and norm scales, which also have two axes if stacked."""
 
     def mark(node):
         if not isinstance(node, nnx.Param) or node.get_value() is None:  # None: a part that split_trainable left out

@@ -1,4 +1,4 @@
-"""The parts of a model that training treats in their own way: what is trained, and the token tables."""
+"""Splits a model into trained and frozen parameters, and into token tables and all others."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from oq2vl_jax.trees import split_parts
 
 
 def split_trainable(model: Any, trainable: TrainableConfig) -> tuple[Any, Any]:
-    """(trained, frozen): the model twice, each with None where the other has the parameter."""
+    """Returns (trained, frozen): the model twice, each with None in place of the other's parameters."""
     return split_parts(model, lambda path: path[0].name in trainable.parts)
 
 
 def split_vocabulary(model: Any) -> tuple[Any, Any]:
-    """(the decoder's tables with a row per token, everything else), as split_trainable does."""
+    """Returns (token tables, all other parameters), in the form of split_trainable."""
     return split_parts(model, lambda path: path[1].name in ("embed_tokens", "lm_head"))

@@ -1,4 +1,4 @@
-"""One training run: assemble, then loop. Restarting the same command resumes it; on CPU the result is the same bits."""
+"""One training run: assemble, then loop. The same command resumes it; on CPU the result is bit-identical."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ from oq2vl_jax.trees import named_arrays
 def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
     """Trains to config.num_steps and returns parameters_sha256; None if stopped before (SIGTERM or stop_at_step).
 
-    Raises UserError for what the user caused, a NaN loss included.
+    Raises UserError for errors that the user can cause, including a NaN loss.
     """
     check_config(config, len(jax.devices()))
     lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()
@@ -53,7 +53,7 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
 
 
 def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool]) -> str | None:
-    """See run; leaves after a checkpoint when is_terminated(step) says so."""
+    """Runs the training of `run`; saves a checkpoint and stops once is_terminated(step) is true."""
     mesh = make_mesh(config.mesh)
     compute = checked_compute(config, mesh)
     run_dir = Path(config.run_dir)
@@ -71,7 +71,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     reporter = make_reporter(config, run_dir, start_step)
     batches, digest = iter(loader), None
     try:
-        pending = None  # the step under way: its numbers are read one step later, so that the device never waits
+        pending = None  # the running step: its numbers are read one step later, so that the device never waits
         for step in range(start_step + 1, last_step + 1):
             wait_start = time.monotonic()
             batch = next(batches)
@@ -81,7 +81,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
                 reporter.finish(*checked(*pending, saved_step))
             pending = (step, metrics, counts)
             reporter.skipped(getattr(loader, "skipped", {}))
-            must_leave = is_terminated(step)  # saves at once: who sent SIGTERM may not wait for the held-out loss
+            must_leave = is_terminated(step)  # saves at once: SIGTERM may leave no time for the held-out loss
             is_last = step == last_step or must_leave
             is_due = step % config.held_out.every_num_steps == 0 or step == last_step
             is_held_out_due = held_out is not None and is_due and not must_leave
@@ -113,7 +113,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
 
 
 def make_reporter(config: TrainConfig, run_dir: Path, start_step: int) -> StepReporter:
-    """The first process speaks for all; the others keep their own metrics.jsonl, with their own waiting times."""
+    """The first process reports for all; each of the others logs its own metrics.jsonl, with its own waiting times."""
     log_dir, trackers, is_first = run_dir, [], is_first_process()
     if is_first:
         trackers = open_trackers(config.trackers, run_dir, dataclasses.asdict(config), start_step)
@@ -124,7 +124,7 @@ def make_reporter(config: TrainConfig, run_dir: Path, start_step: int) -> StepRe
 
 
 def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
-    """(loader, tokenizer folder, identity of the data) of packed folders, or of raw samples packed on the fly."""
+    """Returns (loader, tokenizer folder, data fingerprint) for packed folders, or for samples packed while training."""
     data = with_synthetic_source(config, run_dir)
     if data.packing == "online":
         from oq2vl_jax.data.loading.online import OnlineLoader, online_fingerprint, prepare_tokenizer
@@ -143,10 +143,10 @@ def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
 
 
 def report_held_out(held_out: HeldOut, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
-    """Before the checkpoint of the same step: a restart then never finds one without its held-out loss."""
+    """Reports the held-out loss. Runs before the checkpoint of the same step, so that none lacks its held-out loss."""
     start = time.monotonic()
     step, loss = int(state.step), held_out.loss(state.model)
-    samples = held_out.samples(state.model) if jax.process_count() == 1 else []  # generation is one process's
+    samples = held_out.samples(state.model) if jax.process_count() == 1 else []  # generation runs in one process only
     path = run_dir / "samples" / f"{step:06d}.html" if samples else None
     if path is not None and jax.process_index() == 0:
         write_samples(path, step, loss, samples)
@@ -154,7 +154,7 @@ def report_held_out(held_out: HeldOut, state: TrainState, reporter: StepReporter
 
 
 def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):
-    """Waits for a step's numbers. Raises UserError if one of them has spoilt the parameters."""
+    """Waits for a step's numbers. Raises UserError if the loss or the gradient norm is not finite."""
     numbers = {name: float(value) for name, value in metrics._asdict().items()}
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
         good = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint was saved yet"
@@ -174,7 +174,7 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 
 
 def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
-    """The data configuration, with data.synthetic_documents made and packed if it asks for them."""
+    """Returns the data configuration; if data.synthetic_documents is set, makes and packs them as its source."""
     if not config.data.synthetic_documents:
         return config.data
     from oq2vl_jax.data.packing.synthetic import make_synthetic_source
@@ -188,7 +188,7 @@ def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
 def start_state(
     config: TrainConfig, mesh, checkpointer: Checkpointer, loader, data_identity: str, tokenizer: Path
 ) -> TrainState:
-    """The newest checkpoint of the run if there is one (the loader is set to it as well), else a fresh state."""
+    """Restores the run's newest checkpoint and sets the loader to it. Else starts afresh, or from init_from."""
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
     if step is not None:
@@ -215,9 +215,9 @@ def start_state(
 
 @contextlib.contextmanager
 def terminate_flag():
-    """Yields a function of the step that tells whether SIGTERM has arrived; the loop then saves and leaves.
+    """Yields a function of the step that returns whether SIGTERM has arrived; the loop then saves and stops.
 
-    Several processes agree on the step at which they leave: jax's coordinator takes the signal there.
+    With several processes jax's coordinator takes the signal, so that all of them stop at the same step.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -231,7 +231,7 @@ def terminate_flag():
 
 
 def parameters_sha256(model: Any) -> str:
-    """SHA-256 over the names and bytes of all parameters, in the order of their names."""
+    """Returns the SHA-256 of the names and bytes of all parameters, in the order of their names."""
     digest = hashlib.sha256()
     for name, array in sorted(named_arrays(model).items()):
         digest.update(name.encode())
@@ -240,7 +240,7 @@ def parameters_sha256(model: Any) -> str:
 
 
 def describe(config: TrainConfig) -> str:
-    """What --dry-run prints: the resolved configuration, parameters per part, bytes per device."""
+    """Returns the text of --dry-run: the resolved configuration, parameters per part, bytes per device."""
     mesh = make_mesh(config.mesh)
     check_config(config, mesh.size)
     shardings = state_shardings(config, mesh)

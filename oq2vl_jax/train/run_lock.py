@@ -1,9 +1,9 @@
-"""One training per run directory: RUN_DIR/lock.json names its owner for as long as it runs.
+"""Allows one training per run directory: RUN_DIR/lock.json names its owner while it runs.
 
     {"host": "node7", "pid": 4711, "token": "9f0c.."}     its modification time is the owner's heartbeat
 
-A second training is refused by a sentence. A dead owner's lock is taken over: on the same host when its process is
-gone, on another, where that cannot be seen, when HEARTBEATS_MISSED heartbeats have failed to come.
+A second training raises UserError. It takes over the lock of a dead owner: one whose process has gone (checked on the
+same host only), or one that has missed HEARTBEATS_MISSED heartbeats.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from oq2vl_jax.errors import UserError
 FILE = "lock.json"
 HEARTBEAT_SECONDS = 10.0
 HEARTBEATS_MISSED = 12
-"""A network file system may show a heartbeat late."""
+"""Large, because a network file system may show a heartbeat late."""
 
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory. Raises UserError if another training does."""
+    """Holds the lock of a run directory. Raises UserError if another training holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     file, token = run_dir / FILE, uuid.uuid4().hex
     take(file, token)
@@ -50,14 +50,14 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 
 def take(file: Path, token: str) -> None:
-    """Makes the lock; removes a dead owner's first. Of two at once, one finds the other's."""
+    """Creates the lock, after removing a dead owner's. If two processes try at once, one finds the other's lock."""
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token})
     prepared = file.with_name(f"{FILE}.{token}")
     prepared.write_text(content)
     try:
         while True:
             try:
-                os.link(prepared, file)  # fails where there is one, and shows it whole
+                os.link(prepared, file)  # atomic: fails if there is a lock; readers see it complete
                 return
             except FileExistsError:
                 owner = read(file)
@@ -73,7 +73,7 @@ def take(file: Path, token: str) -> None:
 
 
 def remove(file: Path, owner: dict[str, Any] | None, aside: Path) -> None:
-    """Removes a dead owner's lock, and not that of whoever has taken it over in the meantime."""
+    """Removes a dead owner's lock; restores it if another process has taken it over in the meantime."""
     try:
         file.rename(aside)
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def remove(file: Path, owner: dict[str, Any] | None, aside: Path) -> None:
 
 
 def read(file: Path) -> dict[str, Any] | None:
-    """The owner; None if there is no lock, or one that cannot be read and so is nobody's."""
+    """Returns the owner; None if there is no lock, or one that cannot be read and so has no owner."""
     try:
         owner = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -95,7 +95,7 @@ def read(file: Path) -> dict[str, Any] | None:
 
 
 def age_of(file: Path) -> float | None:
-    """Seconds since the heartbeat; None if the lock has gone."""
+    """Returns the seconds since the last heartbeat; None if the lock has gone."""
     try:
         return max(0.0, time.time() - file.stat().st_mtime)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def age_of(file: Path) -> float | None:
 def is_alive(owner: dict[str, Any], age: float) -> bool:
     if owner["host"] != socket.gethostname():
         return age < HEARTBEATS_MISSED * HEARTBEAT_SECONDS
-    if owner["pid"] == os.getpid():  # of a container that was started anew, or of a run in this process that has ended
+    if owner["pid"] == os.getpid():  # left by a restarted container, or by an earlier run in this process
         return False
     try:
         os.kill(owner["pid"], 0)
@@ -113,4 +113,4 @@ def is_alive(owner: dict[str, Any], age: float) -> bool:
         return False
     except PermissionError:
         return True
-    return age < HEARTBEATS_MISSED * HEARTBEAT_SECONDS  # else the number has gone to another process
+    return age < HEARTBEATS_MISSED * HEARTBEAT_SECONDS  # else another process now has the pid

@@ -19,7 +19,7 @@ from oq2vl_jax.train.parts import split_trainable
 from oq2vl_jax.trees import merge_parts, named_arrays, path_name
 
 MAX_REPLICATED = 2**20
-"""Elements of an optimizer's array that may lie whole on every device."""
+"""Most elements of an optimizer array that may be replicated."""
 
 
 class TrainState(NamedTuple):
@@ -46,7 +46,7 @@ def init_train_state(key: jax.Array, config: TrainConfig) -> TrainState:
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
-    """A TrainState with a sharding for every array; optimizer moments lie where their parameter lies."""
+    """Returns a TrainState with a sharding for every array; optimizer moments are sharded like their parameter."""
     state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
     model_shardings = parameter_shardings(state.model, mesh)
     return TrainState(
@@ -55,8 +55,8 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
 
 
 def moment_shardings(opt_state: Any, model: OpenQwen2VL, model_shardings: Any, mesh: Mesh) -> Any:
-    """The sharding of the parameter for every array of the optimizer's state that ends in its name and has its shape;
-    small arrays of other kinds are replicated. Raises UserError for a large one, which would lie whole on every device.
+    """Returns the shardings of the optimizer state. An array whose path ends in a parameter's name, and which has its
+    shape, is sharded like it. Others are replicated; raises UserError for one of more than MAX_REPLICATED elements.
     """
     parameters, shardings = named_arrays(model), named_arrays(model_shardings)
 
@@ -79,7 +79,7 @@ def moment_shardings(opt_state: Any, model: OpenQwen2VL, model_shardings: Any, m
 def train_step(
     state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step on a global batch. compute: see gradients.loss_and_gradients."""
+    """Takes one optimizer step on a global batch. compute: see gradients.loss_and_gradients."""
     trained, frozen = split_trainable(state.model, config.trainable)
     loss, gradients = loss_and_gradients(state.model, batch, config, mesh, compute)
     with jax.named_scope("optimizer"):
@@ -93,7 +93,7 @@ def train_step(
 
 
 def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None):
-    """The jitted step: state donated, shardings explicit on both sides."""
+    """Jits train_step, with the state donated and the shardings of inputs and outputs explicit."""
     shardings = state_shardings(config, mesh)
     return jax.jit(
         lambda state, batch: train_step(state, batch, config, mesh, compute),
@@ -104,6 +104,6 @@ def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None 
 
 
 def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:
-    """The train state as shapes with shardings, which is what Orbax restores into."""
+    """Returns the train state as shapes with shardings, into which Orbax restores."""
     shapes = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -1,6 +1,6 @@
-"""Metrics beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio. Each is an extra, imported when asked for.
+"""Sends metrics to TensorBoard, Weights & Biases or Trackio, beside metrics.jsonl. Each is an extra, imported on use.
 
-A resumed run goes on in the same place: the folder of the run names it.
+A resumed run continues the tracker's run, which is identified by the run directory.
 """
 
 import hashlib
@@ -96,7 +96,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Tr
 
 
 def open_trackers(names: tuple[str, ...], run_dir: Path, config: dict[str, Any], start_step: int) -> list[RunTracker]:
-    """Raises UserError for one whose package is missing."""
+    """Opens trackers by name. Raises UserError if the package of one is missing."""
     trackers: list[RunTracker] = []
     for name in names:
         try:

@@ -1,7 +1,7 @@
-"""python -m oq2vl_jax.bench.parts NAME SETTING OUT: one part of a report, in this process; figures to the file OUT.
+"""python -m oq2vl_jax.bench.parts NAME SETTING OUT: runs one part of a report and writes its figures to OUT.
 
-`bench report` starts it, and holds the other end of its standard input: when that closes, because the report was
-killed, this process and what it has started end as well.
+`bench report` starts this process and holds the other end of its standard input. When that end closes because the
+report was killed, this process and all that it started end as well.
 """
 
 import json
@@ -37,7 +37,7 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 
 
 WITHOUT_GRAPHS = {"--xla_gpu_enable_command_buffer": ""}
-"""Kernels that CUDA graphs start carry no names in a profile."""
+"""Turns CUDA graphs off: a profile does not name the kernels that they start."""
 
 
 def main() -> None:
@@ -45,16 +45,16 @@ def main() -> None:
     threading.Thread(target=end_with_the_report, daemon=True).start()
     set_environment(WITHOUT_GRAPHS if name == "profile" else None)
     try:
-        found = PARTS[name](Setting(**json.loads(setting)))
+        figures = PARTS[name](Setting(**json.loads(setting)))
     except Skipped as reason:
-        found = {"skipped": str(reason)}
+        figures = {"skipped": str(reason)}
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("oq2vl_jax"):
             raise
-        found = {"skipped": f"it needs the package {error.name}"}
-    write_text(out, json.dumps(found, indent=1))
+        figures = {"skipped": f"it needs the package {error.name}"}
+    write_text(out, json.dumps(figures, indent=1))
     sys.stdout.flush()
-    os._exit(0)  # a device that does not let go must not hold up the next part
+    os._exit(0)  # a device that hangs at exit must not delay the next part
 
 
 def end_with_the_report() -> None:

@@ -1,6 +1,7 @@
-"""Part e: writing text in bfloat16, ours and transformers', each in a process of its own on random weights.
+"""Part e: times generation in bfloat16, ours and transformers', each in its own process on random weights.
 
-The prompt is a picture's visual tokens and some text. What the decoder does is timed: the picture is encoded before.
+The prompt has a token per patch of a picture and 64 of text, on a CPU at most 128 in all. Only the decoder is timed; no
+picture is encoded.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ TEXT_TOKENS = 64
 
 
 def sizes(setting: Setting) -> tuple[DecoderConfig, int, int, tuple[int, ...]]:
-    """(decoder, tokens of the prompt, new tokens, batch sizes)."""
+    """Returns (decoder, tokens of the prompt, new tokens, batch sizes)."""
     config = load_config(setting.config)
     prompt = config.model.vision.num_patches + TEXT_TOKENS
     if setting.is_gpu:
@@ -27,7 +28,7 @@ def sizes(setting: Setting) -> tuple[DecoderConfig, int, int, tuple[int, ...]]:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """Seconds of prefill, and tokens per second of what follows it."""
+    """Measures seconds of prefill, and tokens per second of decoding after it."""
     import jax
     import jax.numpy as jnp
 
@@ -65,7 +66,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def measure_transformers(setting: Setting) -> dict[str, Any]:
-    """The same of transformers' Qwen2 of the same shape."""
+    """Measures the same for transformers' Qwen2 of the same shape."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise Skipped(f"it needs the package {package}")

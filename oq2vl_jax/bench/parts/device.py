@@ -1,4 +1,4 @@
-"""Part a: what the device is, and its measured roof: matrix products and a copy, on random data."""
+"""Part a: identifies the device and measures its peak rates with matrix products and a copy, on random data."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ GPU_COPY_BYTES, CPU_COPY_BYTES = 2 * GIB, GIB // 8
 
 
 def probe() -> dict[str, Any]:
-    """The device as jax names it, its memory, and versions; nothing is measured."""
+    """Returns the device's name in jax, its memory, the driver and versions; nothing is measured."""
     import jax
 
     device = jax.devices()[0]
@@ -41,7 +41,7 @@ def version(package: str) -> str | None:
 
 
 def driver() -> dict[str, str] | None:
-    """What nvidia-smi says of the first GPU."""
+    """Returns nvidia-smi's DRIVER_FIELDS of the first GPU, None if it does not report them."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={','.join(DRIVER_FIELDS)}", "--format=csv,noheader", "--id=0"]
@@ -59,10 +59,10 @@ def processor() -> str:
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """Products in TFLOP/s and the copy in GB/s, bytes read and written counted."""
+    """Measures products in TFLOP/s and the copy in GB/s, counting bytes read and bytes written."""
     import jax
 
-    found = probe()
+    probed = probe()
     side = GPU_SIDE if setting.is_gpu else CPU_SIDE
     rates = {
         "bfloat16": product_rate(side, "bfloat16", None),
@@ -78,7 +78,7 @@ def measure(setting: Setting) -> dict[str, Any]:
             prediction("copy on the device", "GB/s", device.memory_rate / 1e9, copied / 1e9, True),
         ]
     peak = rates["bfloat16"] if setting.is_gpu else rates["float32"]
-    return found | {
+    return probed | {
         "product_side": side,
         "product_tflops": {name: rate / 1e12 for name, rate in rates.items()},
         "copy_gb_per_second": copied / 1e9,
@@ -90,7 +90,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def product_rate(side: int, dtype: str, precision: str | None) -> float:
-    """FLOP/s of a square matrix product of normally distributed numbers."""
+    """Returns the FLOP/s of a square matrix product of normally distributed numbers."""
     import jax
 
     a, b = (jax.random.normal(key, (side, side), dtype) for key in jax.random.split(jax.random.key(0)))
@@ -99,8 +99,8 @@ def product_rate(side: int, dtype: str, precision: str | None) -> float:
 
 
 def copy_rate(num_bytes: int) -> float:
-    """Bytes read and written a second by x + 1 over and over, in memory that is there: a bare copy may be optimised
-    away, and a CPU's fresh memory comes page by page."""
+    """Returns bytes read and written per second by repeated x + 1 in the same buffers. A bare copy may be optimised
+    away, and a CPU maps fresh memory page by page."""
     import jax
 
     x, times = jax.random.normal(jax.random.key(0), (num_bytes // 4,)), 10

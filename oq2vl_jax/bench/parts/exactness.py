@@ -1,7 +1,7 @@
-"""Part b: every attention and the fast step against a float32 reference, at the shapes of the configuration.
+"""Part b: compares every attention and the fast step with a float32 reference, at the configuration's shapes.
 
-Errors are the largest difference over the largest value. The reference's own rounding stands beside them: the plain
-form in the same type against the plain form in float32 with exact products.
+An error is the largest difference divided by the largest value. Beside it stands the rounding of the reference: the
+plain form in the same type against the plain form in float32 with exact products.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from oq2vl_jax.config_files import load_config
 
 RESULTS = ("output", "dq", "dk", "dv")
 ROUNDING_ALONE = ("vision.layers.self_attn.k_proj.bias",)
-"""No softmax depends on it: its gradient is zero but for rounding."""
+"""The softmax does not depend on this bias, so its gradient is zero apart from rounding."""
 CPU_TOKENS, CPU_VOCABULARY = 512, 8192
 
 
@@ -28,7 +28,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def shortened(config: TrainConfig) -> TrainConfig:
-    """Fewer tokens a row and entries of the vocabulary, where logits over all of them take a CPU a minute."""
+    """Returns the configuration with shorter rows and a smaller vocabulary; full logits would take a CPU a minute."""
     vocabulary = min(CPU_VOCABULARY, config.model.decoder.vocab_size)
     decoder = dataclasses.replace(config.model.decoder, vocab_size=vocabulary)
     model = dataclasses.replace(config.model, decoder=decoder, image_token_id=vocabulary - 1)
@@ -37,7 +37,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
 
 
 def decoder_attention(config: TrainConfig, names: list[Attention], dtype: str) -> list[dict[str, Any]]:
-    """A packed row of the configuration's length with the decoder's heads."""
+    """Measures attention errors on a packed row of the configuration's length, with the decoder's heads."""
     import jax.numpy as jnp
 
     from oq2vl_jax.bench.synthetic_rows import make_rows
@@ -46,22 +46,22 @@ def decoder_attention(config: TrainConfig, names: list[Attention], dtype: str) -
     rows, decoder = make_rows(config, 1), config.model.decoder
     documents = (jnp.asarray(rows.segment_ids), jnp.asarray(rows.positions))
     heads = (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
-    what = f"packed row of {config.data.num_tokens}, heads {heads[0]}/{heads[1]} of {heads[2]}"
-    return compared(what, names, documents, random_heads((1, config.data.num_tokens), heads, dtype), dtype)
+    label = f"packed row of {config.data.num_tokens}, heads {heads[0]}/{heads[1]} of {heads[2]}"
+    return compared(label, names, documents, random_heads((1, config.data.num_tokens), heads, dtype), dtype)
 
 
 def encoder_attention(config: TrainConfig, is_gpu: bool, dtype: str) -> list[dict[str, Any]]:
-    """Eight pictures with the encoder's heads; "kernel" is cuDNN's attention in bfloat16."""
+    """Measures attention errors on eight pictures with the encoder's heads; "kernel" is cuDNN's in bfloat16."""
     from oq2vl_jax.train.attention_choice import random_heads
 
     vision = config.model.vision
     heads = (vision.num_heads, vision.num_heads, vision.head_dim)
-    what = f"8 pictures of {vision.num_patches} patches, {heads[0]} heads of {heads[2]}"
+    label = f"8 pictures of {vision.num_patches} patches, {heads[0]} heads of {heads[2]}"
     names: list[Attention] = ["kernel"] if is_gpu else []
-    return compared(what, names, None, random_heads((8, vision.num_patches), heads, dtype), dtype)
+    return compared(label, names, None, random_heads((8, vision.num_patches), heads, dtype), dtype)
 
 
-def compared(what: str, names: list[Attention], documents: Any, arrays: list[Any], dtype: str) -> list[dict[str, Any]]:
+def compared(label: str, names: list[Attention], documents: Any, arrays: list[Any], dtype: str) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
@@ -73,18 +73,18 @@ def compared(what: str, names: list[Attention], documents: Any, arrays: list[Any
     for name in ("xla", *names):
         output, _, *gradients = values_and_gradients(name, documents, arrays)
         errors = [largest_error(a, b) for a, b in zip((output, *gradients), (exact[0], *exact[2:]), strict=True)]
-        rows.append({"of": what, "type": dtype, "attention": name} | dict(zip(RESULTS, errors, strict=True)))
+        rows.append({"of": label, "type": dtype, "attention": name} | dict(zip(RESULTS, errors, strict=True)))
     for row in rows:
-        own = rows[0]
-        is_rounded = min(own[key] for key in RESULTS) > 0  # else the reference is exact in this type, as on a CPU
-        row["times the reference's rounding"] = max(row[key] / own[key] for key in RESULTS) if is_rounded else None
+        baseline = rows[0]
+        is_rounded = min(baseline[key] for key in RESULTS) > 0  # otherwise the reference is exact in this type (CPU)
+        row["times the reference's rounding"] = max(row[key] / baseline[key] for key in RESULTS) if is_rounded else None
     return rows
 
 
 def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
-    """Loss and gradients of the fast step, two layers at full width, against the plain path in float32.
+    """Returns errors of the fast step's loss and gradients, two layers at full width, against the plain float32 path.
 
-    Gradients by their parameter's largest. "own": of the plain path in the same type.
+    Each gradient's error is relative to that gradient's largest value. "own": error of the plain path in the same type.
     """
     import jax
 
@@ -118,16 +118,16 @@ def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
         expected, expected_gradients = plain("float32")
     reference = named_arrays(expected_gradients)
 
-    def errors(found: tuple[Any, Any]) -> tuple[float, float]:
-        gradients = named_arrays(found[1])
+    def errors(computed: tuple[Any, Any]) -> tuple[float, float]:
+        gradients = named_arrays(computed[1])
         worst = max(largest_error(x, reference[name]) for name, x in gradients.items() if name not in ROUNDING_ALONE)
-        return abs(float(found[0]) / float(expected) - 1), worst
+        return abs(float(computed[0]) / float(expected) - 1), worst
 
     results = []
     for dtype in ("bfloat16", "float32"):
         in_type = dataclasses.replace(config, compute_dtype=dtype)
         fast = jax.jit(lambda model, batch, c=in_type: loss_and_gradients(model, batch, c, mesh))(model, batch)
-        is_exact = dtype == "float32" and jax.default_backend() == "cpu"  # whose float32 products are exact anyway
+        is_exact = dtype == "float32" and jax.default_backend() == "cpu"  # a CPU's float32 products are already exact
         (of_loss, of_gradient), (own_loss, own_gradient) = (
             errors(fast),
             (0.0, 0.0) if is_exact else errors(plain(dtype)),

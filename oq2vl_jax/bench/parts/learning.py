@@ -1,9 +1,9 @@
-"""Part g: steps of configs/easy_vqa.py on pictures made here, in bfloat16 and in float32: does the loss fall alike?
+"""Part g: trains on generated pictures in bfloat16 and in float32, to see whether the loss falls alike.
 
-Of the configuration that the report was given, if it was given one.
+The configuration is configs/easy_vqa.py, or the one given to the report.
 
-A picture is one coloured square, disc or triangle on white; its caption two tokens, the colour's and the shape's. Rows
-are packed as the packer does, without tokenizer or files.
+A picture is one coloured square, disc or triangle on white; its caption is a token for the colour and one for the
+shape. Rows have the packer's layout, but need no tokenizer or files.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ GPU_STEPS, CPU_STEPS, LAST = 200, 20, 10
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """First and last losses of both types; `last` is the mean of the last ten steps."""
+    """Returns the losses in both types. last: mean of the last ten steps. chance: loss of guessing colour and shape."""
     config = load_config("configs/easy_vqa.py" if setting.is_default else setting.config)
     number = GPU_STEPS if setting.is_gpu else CPU_STEPS
     if not setting.is_gpu:
@@ -60,7 +60,7 @@ def train(config: TrainConfig, dtype: str, number: int) -> list[float]:
 
 
 def captioned_rows(config: TrainConfig, rng: np.random.Generator) -> Batch:
-    """A batch of rows full of pictures with captions."""
+    """Returns a batch of rows filled with captioned pictures."""
     num_rows, num_tokens, visual = config.global_batch_size, config.data.num_tokens, config.model.num_visual_tokens
     length, size = visual + 2, config.model.vision.image_size
     tokens, positions, segments = np.zeros((3, num_rows, num_tokens), np.int32)
@@ -80,7 +80,7 @@ def captioned_rows(config: TrainConfig, rng: np.random.Generator) -> Batch:
 
 
 def picture(colour: int, shape: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [size, size, 3]: a square, a disc or a triangle somewhere on white."""
+    """Draws a square, a disc or a triangle at a random place on white; uint8 [size, size, 3]."""
     radius = size * rng.uniform(0.2, 0.35)
     x, y = (rng.uniform(radius, size - radius) for _ in "xy")
     rows, columns = np.mgrid[:size, :size] - np.array([y, x])[:, None, None]

@@ -1,4 +1,4 @@
-"""Part d: PyTorch's two forms on the same rows and weights, in turns (tests/peers/compare.py, of a checkout)."""
+"""Part d: times two PyTorch forms on the same rows and weights, in turns (tests/peers/compare.py of a checkout)."""
 
 import importlib.util
 import json

@@ -1,6 +1,6 @@
-"""Part h: what `bench plan` says of one GPU of four kinds, to stand beside what was measured on the one at hand.
+"""Part h: runs `bench plan` for one GPU of each of four kinds, to compare with the measured step.
 
-Needs a compiler for GPUs, jax's CUDA plugin (the extra plan), but no GPU.
+It needs jax's CUDA plugin as a compiler (the extra plan), but no GPU.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""What every part of a report is told, and the little they share: rates of the device, predictions, medians.
+"""The arguments of every part of a report, and their shared functions: rates of the device, predictions, medians.
 
-A part is a function of a Setting that returns figures, a dict that JSON can hold. `predictions` among them are rows of
-the page's last table. A part runs in a process of its own (parts/__main__.py).
+A part is a function of a Setting that returns figures, a dict that JSON can hold. Its key `predictions` holds rows of
+the page's table "Predicted and measured". A part runs in its own process (parts/__main__.py).
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ GIB = 2**30
 
 
 class Setting(NamedTuple):
-    """folder: of the report. config: of the measured step, is_default: not one that was asked for. is_gpu: sizes as
-    published, else what a CPU does in time."""
+    """folder: of the report. config: of the measured step. is_default: no --config was given. is_gpu: published sizes;
+    otherwise sizes that a CPU can run in time."""
 
     folder: str
     config: str
@@ -29,12 +29,13 @@ class Setting(NamedTuple):
     is_gpu: bool
 
     def figures_of(self, name: str) -> dict[str, Any] | None:
-        """What another part has found, None if it has not."""
+        """Returns the figures of another part, None if it has not run."""
         file = Path(self.folder) / "parts" / f"{name}.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     def rates(self) -> Device | Rates:
-        """The maker's rates of this device; of one that is not in the table the measured ones of part a."""
+        """Returns the maker's rates of this device. If it is not in the table: the rates that part a measured, or
+        1e11 FLOP/s and 1e10 bytes/s if part a has not run."""
         import jax
 
         known, measured = device_of_kind(jax.devices()[0].device_kind), self.figures_of("device")
@@ -47,14 +48,14 @@ class Skipped(Exception):  # noqa: N818 (it is no error)
     """A part that cannot run here; the message says why."""
 
 
-def prediction(what: str, unit: str, predicted: float, measured: float, is_rate: bool = False) -> dict[str, Any]:
-    """A row of the last table. ratio: how many times as slow, or as large, as predicted."""
+def prediction(label: str, unit: str, predicted: float, measured: float, is_rate: bool = False) -> dict[str, Any]:
+    """Returns a row of "Predicted and measured". ratio: how many times as slow, or as large, as predicted."""
     ratio = predicted / measured if is_rate else measured / predicted
-    return {"what": what, "unit": unit, "predicted": predicted, "measured": measured, "ratio": ratio}
+    return {"what": label, "unit": unit, "predicted": predicted, "measured": measured, "ratio": ratio}
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Of run(), which waits for its result, after one call that compiles."""
+    """Returns the median seconds of run(), after one call that compiles. run() must wait for its result."""
     run()
     seconds = []
     for _ in range(repeats):
@@ -64,16 +65,16 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(seconds)
 
 
-def largest_error(found: Any, expected: Any) -> float:
-    """Largest difference over the largest value, both read as float32."""
+def largest_error(actual: Any, expected: Any) -> float:
+    """Returns the largest difference divided by the largest expected value, both read as float32."""
     import jax.numpy as jnp
 
-    found, expected = jnp.asarray(found, jnp.float32), jnp.asarray(expected, jnp.float32)
-    return float(jnp.abs(found - expected).max() / jnp.maximum(jnp.abs(expected).max(), 1e-30))
+    actual, expected = jnp.asarray(actual, jnp.float32), jnp.asarray(expected, jnp.float32)
+    return float(jnp.abs(actual - expected).max() / jnp.maximum(jnp.abs(expected).max(), 1e-30))
 
 
 def small_rows(config: TrainConfig, per_step: int) -> TrainConfig:
-    """The configuration with `per_step` rows a step, or as many as it has if these are fewer, and random weights."""
+    """Returns the configuration with at most `per_step` rows, a multiple of rows_per_device, and random weights."""
     rows = min(per_step, config.global_batch_size)
     per_pass = min(config.rows_per_device or rows, rows)
     return dataclasses.replace(
@@ -82,7 +83,7 @@ def small_rows(config: TrainConfig, per_step: int) -> TrainConfig:
 
 
 def saved_config(setting: Setting, config: TrainConfig) -> str:
-    """The path of a resolved configuration, for a command that reads one."""
+    """Writes a resolved configuration for a command that reads one; returns its path."""
     file = Path(setting.folder) / "parts" / "measured_config.json"
     file.write_text(to_json(config))
     return str(file)

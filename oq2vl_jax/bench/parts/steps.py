@@ -1,8 +1,8 @@
-"""Part c: the train step as one device can hold it, then one change at a time; part e's other two configurations.
+"""Part c: measures the largest form of the train step that fits, then one change at a time. Also two steps of part e.
 
-The whole model with the configured rows if the compiled program fits, else with fewer rows, else with fewer layers. A
-CPU takes a row and a quarter of the layers, for time's sake. A step of fewer layers says so, and its tokens per second
-stand scaled by FLOPs beside the measured ones.
+The whole model with the configured rows is used if the compiled program fits, else fewer rows, else fewer layers. A CPU
+uses one row and a quarter of the layers, to save time. A step with fewer layers says so, and reports its tokens/s as
+measured and scaled by FLOPs to all layers. Part f profiles the step of part c.
 """
 
 import dataclasses
@@ -31,41 +31,41 @@ VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
         config, attention="xla" if config.attention == "blocked" else "blocked"
     ),
 }
-"""What is changed, one at a time: first what bench plan has a gain for (docs/experiments.md: remat none 2.8 %, gate and
-up apart 1.3 %), then what only a GPU can tell. What loses is measured as well, so that the roofline can be judged."""
+"""Changes, measured one at a time: first those with a gain in bench plan (docs/experiments.md: remat none 2.8 %, gate
+and up apart 1.3 %), then those that only a GPU can judge. Worse forms are measured too, to judge the roofline."""
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """The step of the configuration, whose settled form other parts go on from."""
+    """Measures the step of the configuration; other parts start from the form that it settled on."""
     whole = load_config(setting.config)
     config, compiled, tried = settled(whole, ROWS_PER_STEP, setting.is_gpu)
     return {"tried": tried} | step_figures(setting, config, compiled, whole, "step")
 
 
 def variant(setting: Setting, name: str) -> dict[str, Any]:
-    """The step with one change. Raises Skipped if it means nothing here."""
+    """Measures the step with one change. Raises Skipped if it has no effect here or cannot divide the step's rows."""
     base = settled_config(setting)
     changed = VARIANTS[name](base)
     if changed == base or (name.startswith("tiles") and base.attention != "kernel"):
         raise Skipped("it changes nothing here" if changed == base else "the attention kernel is not used here")
     if changed.global_batch_size % (changed.rows_per_device or 1):
         raise Skipped(f"{changed.rows_per_device} rows do not divide the {changed.global_batch_size} of a step")
-    found = step_figures(setting, changed, compiled_here(changed), load_config(setting.config), name)
+    result = step_figures(setting, changed, compiled_here(changed), load_config(setting.config), name)
     before = setting.figures_of("step")
-    if "tokens_per_second" in found and before:
-        found["times_as_fast"] = found["tokens_per_second"] / before["tokens_per_second"]
-    return found
+    if "tokens_per_second" in result and before:
+        result["times_as_fast"] = result["tokens_per_second"] / before["tokens_per_second"]
+    return result
 
 
 def sft(setting: Setting) -> dict[str, Any]:
-    """The step of configs/sft_llava.py; on a CPU that of its own configuration with a visual token a patch."""
+    """Measures the step of configs/sft_llava.py; on a CPU, the report's configuration with a visual token per patch."""
     whole = load_config("configs/sft_llava.py" if setting.is_gpu else setting.config)
     model = dataclasses.replace(whole.model, num_visual_tokens=whole.model.vision.num_patches)
     return other(setting, dataclasses.replace(whole, model=model), "sft")
 
 
 def full_pretrain(setting: Setting) -> dict[str, Any]:
-    """The step of configs/full_pretrain.py; on a CPU that of its own configuration with the encoder trained."""
+    """Measures the step of configs/full_pretrain.py; on a CPU, the report's configuration with a trained encoder."""
     whole = load_config("configs/full_pretrain.py" if setting.is_gpu else setting.config)
     trainable = dataclasses.replace(whole.trainable, vision=True)
     return other(setting, dataclasses.replace(whole, trainable=trainable), "full_pretrain")
@@ -86,15 +86,15 @@ def with_rows(config: TrainConfig, factor: float) -> TrainConfig:
 
 
 def settled_config(setting: Setting) -> TrainConfig:
-    """What part c has settled on. Raises Skipped if it has not run."""
-    found = setting.figures_of("step")
-    if found is None:
+    """Returns the configuration that part c settled on. Raises Skipped if part c has not run."""
+    figures = setting.figures_of("step")
+    if figures is None:
         raise Skipped("it changes the step of part c, which has not run")
-    return from_dict(TrainConfig, found["config"], where="the step's figures")
+    return from_dict(TrainConfig, figures["config"], where="the step's figures")
 
 
 def compiled_here(config: TrainConfig) -> Any:
-    """bench.compiled.Compiled of the step on this device."""
+    """Compiles the step for this device; returns bench.compiled.Compiled."""
     from oq2vl_jax.bench.compiled import compile_step
     from oq2vl_jax.sharding import make_mesh
 
@@ -102,7 +102,7 @@ def compiled_here(config: TrainConfig) -> Any:
 
 
 def settled(whole: TrainConfig, num_rows: int, is_gpu: bool) -> tuple[TrainConfig, Any, list[dict[str, Any]]]:
-    """(the first form that fits, compiled, what was compiled before it), its attention decided and checked."""
+    """Returns (the first form that fits, its compiled step, the forms tried before it), with the attention checked."""
     from oq2vl_jax.bench.step import check
     from oq2vl_jax.sharding import make_mesh
     from oq2vl_jax.train.attention_choice import checked_compute
@@ -131,7 +131,7 @@ def smaller_and_smaller(config: TrainConfig) -> Iterator[TrainConfig]:
 
 
 def with_layers(config: TrainConfig, share: float) -> TrainConfig:
-    """The same with a share of the decoder's layers."""
+    """Returns the configuration with a share of the decoder's layers, at least one."""
     decoder = config.model.decoder
     decoder = dataclasses.replace(decoder, num_layers=max(1, int(share * decoder.num_layers)))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
@@ -144,7 +144,7 @@ def usable_bytes() -> int | None:
 
 
 def described(config: TrainConfig) -> dict[str, Any]:
-    """What tells two forms of a step apart."""
+    """Returns the options in which two forms of a step differ."""
     return {
         "remat": config.remat, "attention": config.attention, "rows_per_microbatch": config.rows_per_device,
         "gate_up": config.execution.gate_up, "layers": config.execution.layers, "tiles": config.execution.tiles,
@@ -153,9 +153,9 @@ def described(config: TrainConfig) -> dict[str, Any]:
 
 
 def step_figures(setting: Setting, config: TrainConfig, compiled: Any, whole: TrainConfig, name: str) -> dict[str, Any]:
-    """A measured step beside its plan. whole: the configuration with all its layers.
+    """Measures a step and adds its planned memory and roofline. whole: the configuration with all its layers.
 
-    A form that does not fit by its compiled program is not run; the figures then say what it needs.
+    A form is not run if its compiled program does not fit; the figures then hold the memory that it needs.
     """
     from oq2vl_jax.bench.step import figures, start, timed_steps
     from oq2vl_jax.sharding import make_mesh
@@ -167,15 +167,15 @@ def step_figures(setting: Setting, config: TrainConfig, compiled: Any, whole: Tr
     rows, state, batch = start(config, mesh, seed=0)
     warmup, number = (WARMUP_STEPS, NUM_STEPS) if setting.is_gpu else (1, 1)
     state, losses, seconds = timed_steps(compiled.executable, state, batch, warmup + number)
-    found = about | figures(config, mesh, compiled, rows, losses, seconds[warmup:])
+    result = about | figures(config, mesh, compiled, rows, losses, seconds[warmup:])
     rates = setting.rates()
-    found |= {
+    result |= {
         "roofline_seconds": roofline_seconds(config, compiled, rows, rates),
         "device_name": rates.name if isinstance(rates, Device) else None,
     }
     if config.model.decoder.num_layers < whole.model.decoder.num_layers:
-        found["scaled_tokens_per_second"] = found["tokens_per_second"] * flops_share(config, whole)
-    return found | {"predictions": predictions(found, name)}
+        result["scaled_tokens_per_second"] = result["tokens_per_second"] * flops_share(config, whole)
+    return result | {"predictions": predictions(result, name)}
 
 
 def roofline_seconds(config: TrainConfig, compiled: Any, rows: Any, rates: Device | Rates) -> float:
@@ -183,7 +183,7 @@ def roofline_seconds(config: TrainConfig, compiled: Any, rows: Any, rates: Devic
 
 
 def kernels_of_step(config: TrainConfig, compiled: Any, rows: Any, rates: Device | Rates) -> list[Any]:
-    """The kernels of a compiled step on these rows, by their roofline."""
+    """Returns the kernels of a compiled step on these rows, with roofline times."""
     from oq2vl_jax.bench.floor import kernels_of
     from oq2vl_jax.train.metrics import work_of
 
@@ -193,22 +193,22 @@ def kernels_of_step(config: TrainConfig, compiled: Any, rows: Any, rates: Device
 
 
 def flops_share(config: TrainConfig, whole: TrainConfig) -> float:
-    """FLOPs of a row with fewer layers over those of the whole model's."""
+    """Returns the FLOPs of a row with fewer layers divided by those of the whole model."""
     from oq2vl_jax.train.flops import executed_flops, typical_row
 
     row = typical_row(config)
     return executed_flops(config, row, 1, 1).total / executed_flops(whole, row, 1, 1).total
 
 
-def predictions(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    rows = [prediction(f"{name}: seconds", "s", found["roofline_seconds"], found["step_seconds"])]
-    if found["peak_memory_gib"]:
-        rows.append(prediction(f"{name}: peak", "GiB", found["planned_memory_gib"], found["peak_memory_gib"]))
+def predictions(figures: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    rows = [prediction(f"{name}: seconds", "s", figures["roofline_seconds"], figures["step_seconds"])]
+    if figures["peak_memory_gib"]:
+        rows.append(prediction(f"{name}: peak", "GiB", figures["planned_memory_gib"], figures["peak_memory_gib"]))
     return rows
 
 
 def profile(setting: Setting) -> dict[str, Any]:
-    """Part f: the costliest kernels of some steps beside the roofline's, and how long the device waits."""
+    """Part f: profiles some steps; returns the ten longest kernels beside their roofline, and the idle share."""
     import jax
 
     from oq2vl_jax.bench.breakdown import idle_share, operation_seconds, traced

@@ -1,11 +1,11 @@
-"""python -m oq2vl_jax.curate.filter RULES.toml: metadata and scores to a set of sample ids and a report.
+"""python -m oq2vl_jax.curate.filter RULES.toml: makes a set of sample ids and a report from metadata and scores.
 
 RULES.toml:    expression = "clip_l14_top(0.3) & basic | mlm(semantic_understanding >= 85) | uids(dfn.npy)"
                seed = 0                  # for ties of exact top fractions
                [basic]                   # optional; DataComp's values are the defaults
                min_short_side = 200
 
-OUT/uids.npy (DataComp's sorted u8,u8), OUT/report.json and OUT/report.html; rules are listed in filter/rules.py.
+Writes OUT/uids.npy (DataComp's sorted u8,u8), OUT/report.json and OUT/report.html. filter/rules.py lists the rules.
 """
 
 from oq2vl_jax.bounds import parse

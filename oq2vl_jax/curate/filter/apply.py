@@ -1,4 +1,4 @@
-"""A filter file applied to a pool: thresholds of top fractions, one boolean column a rule, their combination."""
+"""Applies a filter file to a pool: thresholds of top fractions, one boolean column per rule, their combination."""
 
 import dataclasses
 import tomllib
@@ -20,7 +20,7 @@ from oq2vl_jax.errors import UserError
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What a filter file holds."""
+    """Contents of a filter file."""
 
     expression: str
     basic: Basic = Basic()
@@ -28,7 +28,7 @@ class FilterConfig:
 
 
 class Selection(NamedTuple):
-    """A filter file, read and checked. rules: every rule it needs, those of `basic` included."""
+    """A filter file after reading and checking. rules: every rule that it needs, including those of `basic`."""
 
     config: FilterConfig
     expression: Expression
@@ -36,8 +36,9 @@ class Selection(NamedTuple):
 
 
 class Result(NamedTuple):
-    """kept: bool per sample of the pool. uids: their ids, each once. keeps: per rule as written, and per basic rule.
-    thresholds: of top fractions, the lowest score kept."""
+    """Samples that a filter keeps. kept: bool per sample of the pool. uids: ids of the kept samples, each once. keeps:
+    one bool array per rule of the expression and per basic rule. thresholds: the lowest score that each top fraction
+    keeps."""
 
     kept: np.ndarray
     uids: UidSet
@@ -46,7 +47,7 @@ class Result(NamedTuple):
 
 
 def load_filter(path: str) -> Selection:
-    """Raises UserError with file, key and place."""
+    """Reads and checks a filter file. Raises UserError naming file and key, or the position in the expression."""
     try:
         values = tomllib.loads(paths.read_text(path))
     except FileNotFoundError as error:
@@ -94,18 +95,18 @@ def apply_rules(selection: Selection, pool: Pool) -> Result:
 
 
 def keep_top(rule: Rule, pool: Pool, seed: int) -> tuple[np.ndarray, float]:
-    """(kept, lowest score kept) of a top fraction; see the module docstring of rules.py for ties."""
+    """Returns (kept, lowest score kept) for a top fraction; the module docstring of rules.py explains ties."""
     assert rule.column is not None
     assert rule.top is not None
     values = pool.values[rule.column]
     is_scored = ~np.isnan(values) & pool.is_valid
     count, num_scored = number_on_top(rule, len(pool), int(is_scored.sum())), int(is_scored.sum())
     last = min(count, num_scored)
-    if not rule.has_exact_top and num_scored:  # DataComp's threshold is the score behind the n highest
+    if not rule.has_exact_top and num_scored:  # DataComp's threshold is the (n + 1)-th highest score
         last = min(count + 1, num_scored)
     if last == 0:
         return np.zeros(len(pool), bool), float("inf")
-    threshold = -np.partition(-values[is_scored], last - 1)[last - 1]  # in the type of the scores
+    threshold = -np.partition(-values[is_scored], last - 1)[last - 1]  # has the dtype of the scores
     keep = is_scored & (values >= threshold)
     if rule.has_exact_top:
         ties = np.flatnonzero(keep & (values == threshold))
@@ -116,7 +117,7 @@ def keep_top(rule: Rule, pool: Pool, seed: int) -> tuple[np.ndarray, float]:
 
 
 def number_on_top(rule: Rule, num_samples: int, num_scored: int) -> int:
-    """n of a top fraction. DataComp's is rounded down as a float is; ours of 0.29 and 100 is 29."""
+    """Returns n of a top fraction. DataComp truncates the float product, so 0.29 of 100 gives 28; ours gives 29."""
     assert rule.top is not None
     if rule.is_of_all and not rule.has_exact_top:
         return int(num_samples * rule.top)
@@ -124,8 +125,8 @@ def number_on_top(rule: Rule, num_samples: int, num_scored: int) -> int:
 
 
 def over_uids(keeps: dict[Leaf, np.ndarray], pool: Pool) -> dict[Leaf, np.ndarray]:
-    """Rules about samples as rules about ids: DataComp intersects and unites sets of ids, so an id that several rows
-    share is kept by a rule if one of its rows is. Unchanged where every id stands once."""
+    """Turns rules about samples into rules about ids. DataComp intersects and unites sets of ids, so a rule keeps an id
+    of several rows if it keeps one of these rows. Returns `keeps` unchanged if every id occurs once."""
     ids = UidSet(pool.high[pool.is_valid], pool.low[pool.is_valid])
     different = ids.unique()
     if len(different) == len(ids):

@@ -1,4 +1,4 @@
-"""Expressions over rules: clip_l14_top(0.3) & basic | mlm(semantic_understanding >= 85) | uids(dfn.npy)
+"""Parses expressions over rules: clip_l14_top(0.3) & basic | mlm(semantic_understanding >= 85) | uids(dfn.npy)
 
 expression   term, term | term (union), term - term (difference); left to right
 term         factor & factor (intersection); binds tighter
@@ -18,7 +18,7 @@ TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<mark>[&|()-]))")
 
 @dataclass(frozen=True)
 class Leaf:
-    """A rule as it is written: name(arguments); arguments is "" without parentheses."""
+    """A rule as written: name(arguments). arguments is "" if there are no parentheses."""
 
     name: str
     arguments: str = ""
@@ -39,7 +39,7 @@ Expression = Leaf | Combination
 
 
 def parse(text: str) -> Expression:
-    """Raises UserError with the place of a mistake."""
+    """Parses an expression. Raises UserError with the position of a mistake."""
     try:
         return _Parser(text).parse()
     except RecursionError as error:
@@ -47,7 +47,7 @@ def parse(text: str) -> Expression:
 
 
 def leaves(expression: Expression) -> Iterator[Leaf]:
-    """The rules of an expression from left to right, each once."""
+    """Returns the rules of an expression from left to right, each once."""
     seen: dict[Leaf, None] = {}
 
     def visit(node: Expression) -> None:
@@ -62,7 +62,7 @@ def leaves(expression: Expression) -> Iterator[Leaf]:
 
 
 def takes_away(expression: Expression) -> set[Leaf]:
-    """The rules behind a difference: a sample they are true for is left out."""
+    """Returns the rules behind a difference (-): samples for which they are true are left out."""
     if isinstance(expression, Leaf):
         return set()
     left, right = takes_away(expression.left), takes_away(expression.right)
@@ -114,7 +114,7 @@ class _Parser:
         return Leaf(match["name"], self.arguments())
 
     def arguments(self) -> str:
-        """What stands between the parentheses, as written: paths and comparisons are the rule's own business."""
+        """Returns the text between the parentheses as written; make_rule parses paths and comparisons."""
         if not self.take("("):
             return ""
         end = self.text.find(")", self.position)
@@ -130,6 +130,6 @@ class _Parser:
             return match["mark"]
         return None
 
-    def mistake(self, what: str) -> UserError:
+    def mistake(self, problem: str) -> UserError:
         position = self.position + len(self.text[self.position :]) - len(self.text[self.position :].lstrip())
-        return UserError(f"expression: {what} at character {position + 1} of {self.text!r}.")
+        return UserError(f"expression: {problem} at character {position + 1} of {self.text!r}.")

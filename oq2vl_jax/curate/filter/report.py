@@ -1,4 +1,4 @@
-"""What a filter did: counts, overlaps, score distributions, and a sheet of kept and rejected pictures to look at."""
+"""Reports what a filter did: counts, overlaps, score distributions, and a sheet of kept and rejected pictures."""
 
 import html
 import itertools
@@ -23,7 +23,7 @@ from oq2vl_jax.html import bars, page, table
 
 NUM_BINS = 40
 LOOKED_AT_PER_PICTURE = 20
-"""Samples read from the tars for each picture shown, so that the choice among them is a random one."""
+"""Samples read from the tars for each picture shown; the pictures are drawn from them at random."""
 
 
 class Picture(NamedTuple):
@@ -31,7 +31,7 @@ class Picture(NamedTuple):
     text: str
     is_kept: bool
     against: list[str]
-    """What speaks against it: rules that are not true, or true ones that are taken away."""
+    """Rules that speak against it: those that are false, and true ones behind a difference (-)."""
 
 
 def make_report(selection: Selection, pool: Pool, result: Result) -> dict:
@@ -64,7 +64,7 @@ def make_report(selection: Selection, pool: Pool, result: Result) -> dict:
 
 
 def thresholds_by_column(selection: Selection, result: Result) -> dict[str, dict[str, float]]:
-    """{"clip_score": {"clip_top(0.3)": 0.31}}: the lowest score each rule about a column keeps."""
+    """Returns the threshold of each score rule by column: {"clip_score": {"clip_top(0.3)": 0.31}}."""
     thresholds: dict[str, dict[str, float]] = {}
     for rule in selection.rules:
         value = result.thresholds.get(rule.leaf, rule.threshold)
@@ -74,13 +74,13 @@ def thresholds_by_column(selection: Selection, result: Result) -> dict[str, dict
 
 
 def other_rules(result: Result, written: list, leaf) -> np.ndarray:
-    """True where another rule of the expression keeps the sample as well."""
+    """Returns a mask of the samples for which another rule of the expression is true."""
     others = [result.keeps[other] for other in written if other != leaf]
     return np.logical_or.reduce(others) if others else np.zeros(len(result.kept), bool)
 
 
 def distribution(values: np.ndarray) -> dict:
-    """Counts in NUM_BINS bins; integer scores of 0-100 fall into bins of whole numbers."""
+    """Counts scores in NUM_BINS bins of equal width; integer scores get bins of a whole-number width."""
     scored = values[np.isfinite(values)]
     if not len(scored):
         return {"scored": 0, "bins": {}}
@@ -95,7 +95,8 @@ def distribution(values: np.ndarray) -> dict:
 
 
 def choose_pictures(shards: list[str], pool: Pool, selection: Selection, result: Result, count: int) -> list[Picture]:
-    """Up to `count` kept and `count` rejected samples from the first samples of the tars that the pool knows."""
+    """Draws up to `count` kept and `count` rejected samples from the first samples of the tars. Samples that are not in
+    the pool are left out."""
     candidates = []
     for sample in itertools.chain.from_iterable(map(whole_samples, shards)):
         parsed = parse_uid(sample.uid)
@@ -124,7 +125,7 @@ def choose_pictures(shards: list[str], pool: Pool, selection: Selection, result:
 
 
 def whole_samples(shard: str) -> Iterator[Sample]:
-    """A tar that is cut off is no reason to do without a report."""
+    """Yields the samples of a tar. A tar that is cut off gives a note on stderr instead of an error."""
     try:
         yield from read_samples(shard)
     except CutOffError:
@@ -172,7 +173,7 @@ def note_of(shown: Picture) -> str:
 
 
 def threshold_text(report: dict, rule: str) -> str:
-    return next((f"{there[rule]:.4g}" for there in report["thresholds"].values() if rule in there), "")
+    return next((f"{thresholds[rule]:.4g}" for thresholds in report["thresholds"].values() if rule in thresholds), "")
 
 
 def threshold_marks(report: dict, column: str) -> list[float]:

@@ -1,7 +1,7 @@
-"""The rules of filter expressions, as Polars expressions over metadata and scores.
+"""Makes the rules of filter expressions: tests over columns of metadata and scores.
 
     basic                          every basic rule of the config file
-    language(en)  language(en, 0.5)   fastText's most likely language of the text, and at least how likely
+    language(en)  language(en, 0.5)   fastText's most likely language of the text, with a least probability
     words(>= 3)  characters(>= 6)  of the text
     short_side(>= 200)  aspect(<= 3)
     clip_l14(>= 0.243)  clip_l14_top(0.3)  clip_l14_top(0.3, exact)  a threshold, a top fraction; also clip_b32, clip
@@ -9,11 +9,12 @@
     score(COLUMN >= X)  top(COLUMN, FRACTION)  any column of the score files
     uids(FILE.npy)                 membership
 
-A top fraction of a CLIP score is DataComp's, uid for uid: n is the fraction of all samples, rounded down, and the score
-at index n of the sorted ones, counted from 0, is the lowest that is kept, so n + 1 samples are, and all ties with the
-last. `exact` keeps n. `mlm_top` and `top` always keep n, as integer scores have many ties, of the samples that have a
-score. Ties are chosen by a hash of uid and seed, whatever the order of the files. A sample without the score is never
-kept by a rule about it. Scores are compared in the type of their column, float32 in DataComp's files.
+A top fraction of a CLIP score selects as DataComp does, uid for uid: n is the fraction of all samples, rounded down,
+and the threshold is the score at index n, from 0, of the descending scores. So n + 1 samples are kept, and all ties
+with the last one. `exact` keeps n. `mlm_top` and `top` always keep n, because integer scores have many ties; n is then
+the fraction of the samples that have the score. A hash of uid and seed chooses among ties, independent of the order of
+the files. A rule about a score never keeps a sample without it. Scores are compared in the type of their column,
+float32 in DataComp's files.
 """
 
 import re
@@ -37,12 +38,12 @@ COMPARISON = re.compile(r"(>=|<=|>|<)\s*" + NUMBER)
 SCORE_COMPARISON = re.compile(r"(\w+)\s*(>=|<=|>|<)\s*" + NUMBER)
 TOP = re.compile(r"(?:(\w+)\s*,\s*)?(\d*\.?\d+)(\s*,\s*exact)?")
 NOT_BLANK, BLANK = r"[^\s\x1c-\x1f]", r"[\s\x1c-\x1f]"
-"""As str.split parts words: Unicode's white space and the four separators of ASCII."""
+"""Word characters and separators as in str.split: Unicode's white space and the four separators of ASCII."""
 
 
 @dataclass(frozen=True)
 class Basic:
-    """DataComp's basic filter: English, more than 2 words and 5 characters, short side 200, aspect at most 3."""
+    """DataComp's basic filter: English, more than 2 words and 5 characters, short side from 200, aspect at most 3."""
 
     language: str | None = "en"
     min_words: CountOrZero = 3
@@ -63,10 +64,11 @@ class Basic:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule ready to be applied. columns: what it reads. column: the score it is about, or None.
+    """One rule ready to be applied. columns: the columns that it reads. column: its score column, or None.
 
-    top: the fraction to keep of the scored samples. Otherwise `test` maps columns (a Polars expression by name) to a
-    boolean Polars expression. uids: a file; membership is tested outside Polars. None of them: a language.
+    top: the fraction to keep. test: takes a function that returns a column by its name, and returns a boolean column
+    (Polars expressions for text and sizes, numpy arrays for scores). uids: a file; membership is tested outside Polars.
+    A language rule has neither top, test nor uids.
     """
 
     leaf: Leaf
@@ -82,7 +84,7 @@ class Rule:
 
 
 def make_rule(leaf: Leaf) -> Rule:
-    """Raises UserError for an unknown name or arguments that do not fit it."""
+    """Makes the rule for a leaf. Raises UserError for an unknown name or arguments that do not fit it."""
     name, arguments = leaf.name, leaf.arguments
     if name in TEXT_AND_SIZE:
         return text_or_size_rule(leaf)
@@ -136,7 +138,7 @@ def text_or_size_rule(leaf: Leaf) -> Rule:
         enough = NOT_BLANK + f"{BLANK}+{NOT_BLANK}+" * (int(number) - 2) + f"{BLANK}+{NOT_BLANK}" * (int(number) > 1)
         return Rule(
             leaf, columns, lambda column: column("text").str.contains(enough)
-        )  # a third of the time of counting
+        )  # takes a third of the time of counting
     return Rule(leaf, columns, lambda column: compare(value(column), operator, float(number)))
 
 

@@ -1,4 +1,4 @@
-"""One filter run: metadata and scores in, uids.npy, report.json and report.html out."""
+"""Runs a filter: reads metadata and scores, writes uids.npy, report.json and report.html."""
 
 import json
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from oq2vl_jax.paths import check_has_polars, expand_paths
 
 @dataclass(frozen=True)
 class FilterCommand:
-    """Metadata and score parquets to the ids of the samples that an expression keeps."""
+    """Reads metadata and scores from parquet files and writes the ids of the samples that an expression keeps."""
 
     rules: tyro.conf.Positional[str]
     """TOML file with `expression`."""
     metadata: str
-    """Parquet files in the columns of DataComp or img2dataset: uid or key, text, original_width, original_height."""
+    """Parquet files with the columns of DataComp or img2dataset: uid or key, text, original_width, original_height."""
     out: str
     """Folder for uids.npy, report.json and report.html."""
     scores: tuple[str, ...] = ()
     """Parquet files with uid and scores, as oq2vl_jax.curate.score writes them."""
     shards: str | None = None
-    """Tars to take pictures of kept and rejected samples from, for the report."""
+    """Tars from which the report shows pictures of kept and rejected samples."""
     num_pictures: CountOrZero = 24
-    """Of each, kept and rejected."""
+    """Pictures of each kind, kept and rejected."""
 
 
 def run_filter(command: FilterCommand) -> dict:
@@ -47,11 +47,11 @@ def run_filter(command: FilterCommand) -> dict:
     paths.make_folder(command.out)
     write_page(paths.join(command.out, "report.html"), report, pictures)
     paths.write_text(paths.join(command.out, "report.json"), json.dumps(report, indent=2) + "\n")
-    result.uids.save(paths.join(command.out, "uids.npy"))  # last: it says that everything is whole
+    result.uids.save(paths.join(command.out, "uids.npy"))  # last: its presence means that all files are complete
     return report
 
 
 def input_files(command: FilterCommand) -> tuple[list[str], list[str]]:
-    """(metadata, scores)."""
+    """Returns the (metadata, score) files that the patterns match."""
     scores = [file for pattern in command.scores for file in expand_paths("--scores", pattern)]
     return expand_paths("--metadata", command.metadata), scores

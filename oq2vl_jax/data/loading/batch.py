@@ -3,7 +3,7 @@
 One row of a batch, num_tokens T = 12, image slots I = 2, visual tokens M = 4 (# = image placeholder, . = padding):
 
     tokens       s # # # # a e s b c e .
-    labels       . . . . a e - b c e - .      the id to predict at this position; IGNORE where there is none
+    labels       . . . . a e - b c e - .      the id to predict at this position; . and - stand for IGNORE
     segment_ids  1 1 1 1 1 1 1 2 2 2 2 0      1, 2, ... = document of the row, 0 = padding
     positions    0 1 2 3 4 5 6 0 1 2 3 0      restart with each document
     images       [picture, zeros]             slot 0 holds the first image of the row, unused slots are zero
@@ -19,7 +19,7 @@ from jaxtyping import Int32, UInt8
 IGNORE = -100
 """Label of a position that carries no loss: images, padding, questions, the last token of a document."""
 NUM_PREFETCHED_BATCHES = 2
-"""Ready before they are asked for. A published batch of 256 rows with 28 image slots is 3.2 GB."""
+"""Batches prepared ahead of the train step. A published batch of 256 rows with 28 image slots is 3.2 GB."""
 
 
 Tokens = Int32[Any, "B T"]

@@ -1,4 +1,4 @@
-"""Packed shards to Batches: Grain over ArrayRecord, shuffled, mixed, decoded in threads, restored exactly.
+"""Loads packed shards as Batches: Grain over ArrayRecord, shuffled, mixed, decoded in threads, restored exactly.
 
 The order of rows is a function of (seed, sources, weights) alone. The state of the loader is one integer, the number
 of rows consumed over all processes, so it can be restored on any number of workers or processes.
@@ -30,9 +30,9 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "grain.experimental.ElasticIterator":
-    """Endless batches of this process's share of `global_batch_size` rows; has get_state() and set_state().
+    """Returns an endless iterator over this process's share of batches of `global_batch_size` rows.
 
-    Raises UserError where a source was packed for another model or budget.
+    It has get_state() and set_state(). Raises UserError if a source was packed for another model or budget.
     """
     manifests = {path: read_manifest(path) for path in data.sources}
     check_sources(data, model, manifests)
@@ -46,7 +46,7 @@ def make_loader(
     if data.num_workers:
         from absl import flags
 
-        flags.FLAGS.mark_as_parsed()  # Grain's workers refuse to start outside absl.app otherwise
+        flags.FLAGS.mark_as_parsed()  # otherwise Grain's workers refuse to start outside absl.app
         workers = grain.MultiprocessingOptions(num_workers=data.num_workers)
     return grain.experimental.ElasticIterator(
         mixed.map(RowDecoder(data, model, pad_id)),
@@ -58,7 +58,7 @@ def make_loader(
 
 
 def check_sources(data: DataConfig, model: ModelConfig, manifests: dict[str, dict]) -> None:
-    """Compares what was packed with what the configuration says; reports every difference together."""
+    """Compares the manifests with the configuration. Raises one UserError that lists every difference."""
     problems = []
     for path, manifest in manifests.items():
         expected = {
@@ -88,7 +88,7 @@ def check_sources(data: DataConfig, model: ModelConfig, manifests: dict[str, dic
 
 
 class RowDecoder(grain.transforms.Map):
-    """A packed row, or its bytes, to one row of a Batch."""
+    """Decodes a packed row, or its bytes, into one row of a Batch."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, pad_id: int):
         self.data, self.model, self.pad_id = data, model, pad_id
@@ -119,18 +119,18 @@ class RowDecoder(grain.transforms.Map):
 
 
 def threads_of(data: DataConfig) -> int:
-    """data.num_threads, or the cores this process may use, shared by the worker processes."""
+    """Returns data.num_threads, or else the cores this process may use, divided among the worker processes."""
     return data.num_threads or max(1, len(os.sched_getaffinity(0)) // max(data.num_workers, 1))
 
 
 @functools.lru_cache(maxsize=1)
 def decoding_pool(num_threads: int) -> ThreadPoolExecutor:
-    """One pool per process for the images of all rows; PIL releases the interpreter lock while it decodes."""
+    """Returns the process's one pool for decoding images; PIL releases the interpreter lock while it decodes."""
     return ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
 
 def row_arrays(row: PackedRow, data: DataConfig, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, labels, positions, segment_ids of one row, each int32 [num_tokens]; batch.py has a drawing."""
+    """Returns tokens, labels, positions, segment_ids of one row, each int32 [num_tokens]; batch.py has a drawing."""
     num_real, lengths = len(row.tokens), np.array(row.lengths)
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     positions = np.arange(num_real) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,12 +1,12 @@
-"""Packing while training: raw samples to rows, without a packed folder on disk. Restored exactly.
+"""Packs raw samples into rows while training, without a packed folder on disk. Its state is restored exactly.
 
     samples, shuffled ─► documents ─► windows of 512 ─► pack_rows (data/packing/bins.py) ─► rows, shuffled ─► batches
 
-Any sample is read by its place in its file, so the order is a function of the seed alone, and the state is two
-integers: samples read up to this window, and rows of the window given out. Deviation from Grain's own best-fit packing:
-that one fills 0.93 of a row on conversations with 729-token pictures and closes all its bins at once; a window of 512
-documents through the packer of data/pack.py fills 0.95 (docs/experiments.md). Offline packing fills more, knows its
-counts beforehand and costs no time while training; it is the way for more than one process.
+Samples are read by their offset in the file, so the order is a function of the seed alone. The state is two integers:
+the samples read before this window, and the rows of the window that were already given out. Deviation: Grain's own
+best-fit packing fills 0.93 of a row on conversations with 729-token pictures and closes all its bins at once; a window
+of 512 documents through the packer of data/pack.py fills 0.95 (docs/experiments.md). Offline packing fills more, knows
+its counts beforehand and costs no time while training. Runs of several processes need it.
 """
 
 import hashlib
@@ -35,17 +35,17 @@ from oq2vl_jax.data.text.document import Document
 from oq2vl_jax.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 10_000
-"""So many samples without a document in between are a mistake in the configuration."""
+"""So many consecutive samples without a document mean a mistake in the configuration, and raise UserError."""
 
 
 class Skipped(NamedTuple):
-    """In place of the document of a sample that is none."""
+    """Takes the place of the document if a sample cannot be used."""
 
     reason: str
 
 
 class SampleSource:
-    """Samples of instruction files and tars by number."""
+    """Random access to the samples of instruction files and tars."""
 
     def __init__(self, sources: tuple[str, ...], images: str | None):
         """Finds every sample of the files, which takes seconds per gigabyte. Raises UserError."""
@@ -75,7 +75,7 @@ def is_tar(file: str) -> bool:
 
 
 def online_fingerprint(data: DataConfig) -> str:
-    """Identity of the raw samples behind the loader's state."""
+    """Returns a digest of the raw samples and the settings that the loader's state depends on."""
     files = [file for source in data.sources for file in paths.expand_paths("data.sources", source)]
     versions = [[file, *paths.file_version(file)] for file in files]
     settings = [data.num_tokens, data.max_images, data.template, data.images, data.window]
@@ -83,7 +83,7 @@ def online_fingerprint(data: DataConfig) -> str:
 
 
 class ToDocument(grain.transforms.Map):
-    """A sample to its document, or to the reason why there is none."""
+    """Turns a sample into its document, or into Skipped with the reason."""
 
     def __init__(self, codec: TextCodec, limits: Limits):
         self.codec, self.limits = codec, limits
@@ -96,7 +96,7 @@ class ToDocument(grain.transforms.Map):
 
 
 class DropSkipped(grain.IterDataset):
-    """Documents alone; the rest is counted in `skipped`."""
+    """Yields the documents only; skipped samples are counted by reason in `skipped`."""
 
     def __init__(self, parent: grain.IterDataset, skipped: Counter):
         super().__init__(parent)
@@ -127,7 +127,7 @@ class DropSkippedIterator(grain.DatasetIterator):
 
 
 def pack_window(documents: Sequence[Document], num_tokens: int, max_images: int) -> list[PackedRow]:
-    """The rows of a window, in an order that does not go by length."""
+    """Packs a window of documents into rows and shuffles them, because pack_rows returns long documents first."""
     tokens = [len(document.tokens) for document in documents]
     rows = pack_rows(tokens, [len(document.images) for document in documents], num_tokens, max_images)
     order = np.random.default_rng(tokens).permutation(len(rows))
@@ -142,7 +142,7 @@ class GiveOutRows(grain.experimental.FlatMapTransform):
 
 
 def prepare_tokenizer(data: DataConfig, folder: Path) -> Path:
-    """The tokenizer with this project's tokens declared, written to `folder` for the checkpoints."""
+    """Declares this project's tokens in the tokenizer and writes it to `folder`, for the checkpoints."""
     assert data.tokenizer is not None, "train.run checks this"
     codec = TextCodec.load(data.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def prepare_tokenizer(data: DataConfig, folder: Path) -> Path:
 
 
 class OnlineLoader:
-    """Endless batches packed on the fly; the same face as the loader of packed rows."""
+    """Yields endless batches packed on the fly; its interface is that of the iterator of make_loader."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, batch_size: int, seed: int, tokenizer: Path):
         from oq2vl_jax.data.loading.loader import RowDecoder, threads_of
@@ -163,7 +163,7 @@ class OnlineLoader:
                 f"model has {model.image_token_id} and {model.decoder.vocab_size}."
             )
         self.skipped: Counter[str] = Counter()
-        """Samples that were read and not used since this process began, by reason; prefetched ones are counted."""
+        """Samples skipped since this process began, counted by reason; prefetched samples are included."""
         limits = Limits(data.template, data.num_tokens, data.max_images, model.num_visual_tokens)
         samples: Any = SampleSource(data.sources, data.images)
         documents = grain.MapDataset.source(samples).seed(seed).shuffle().repeat().map(ToDocument(codec, limits))

@@ -1,4 +1,4 @@
-"""The documents of some input files; every sample that is none is counted by reason, and everything odd is noted."""
+"""Reads the documents of input files; samples that cannot be used are counted by reason, and oddities are noted."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.data.text.document import Document
 
 MAX_INTERLEAVED_IMAGES = 9
-"""Interleaved documents with no or more images are left out, as in the published code."""
+"""Interleaved documents with more images, or without any, are skipped, as in the published code."""
 
 
 MAX_CHARACTERS_PER_TOKEN = 64
-"""A text longer than so many characters for each token of a row is left out before it is tokenised: one word of 10 MB
-takes a tokenizer 2 GB and a minute."""
+"""A sample with more characters per token of a row is skipped before it is tokenised: one word of 10 MB takes a
+tokenizer 2 GB and a minute."""
 
 
 class Limits(NamedTuple):
@@ -34,10 +34,10 @@ def read_documents(
     broken_shards: Literal["stop", "keep"],
     images: str | None = None,
 ) -> tuple[list[Document], dict]:
-    """Documents in the order of the files, and {"samples", "skipped": {reason: count}, "notes": {what: count}}.
+    """Returns documents in the order of the files, and {"samples", "skipped": {reason: count}, "notes": {note: count}}.
 
-    images: folder of the pictures that instruction files name. samples = documents + skipped, but for shard_cut_off,
-    which counts files whose end is missing.
+    images: folder of the pictures that instruction files name. samples = documents + skipped, except for
+    shard_cut_off, which counts files whose end is missing.
     """
     documents, num_samples = [], 0
     skipped, notes = Counter(), Counter()
@@ -46,12 +46,12 @@ def read_documents(
             for sample in read_instructions(file, images) if is_instructions(file) else read_samples(file):
                 num_samples += 1
                 try:
-                    document, found = make_document(sample, codec, limits)
+                    document, sample_notes = make_document(sample, codec, limits)
                 except (SampleError, ImageError) as problem:
                     skipped[problem.reason] += 1
                     continue
                 documents.append(document)
-                notes.update(found)
+                notes.update(sample_notes)
         except CutOffError:
             if broken_shards == "stop":
                 raise
@@ -60,7 +60,7 @@ def read_documents(
 
 
 def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Document, list[str]]:
-    """The document of a sample and what is particular about it. Raises SampleError or ImageError with the reason."""
+    """Returns the document of a sample and notes on its oddities. Raises SampleError or ImageError with the reason."""
     if num_characters(sample) > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens:
         raise SampleError("text_too_long")
     document = codec.document(sample, limits.template, limits.visual_tokens)
@@ -79,7 +79,7 @@ def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Doc
 
 
 def num_characters(sample: Sample) -> int:
-    """Of all texts of a sample."""
+    """Returns the number of characters in all texts of a sample."""
     turns = sample.conversations if isinstance(sample.conversations, list) else ()
     texts = [sample.text, *(sample.elements or ()), *(turn.get("value") for turn in turns if isinstance(turn, dict))]
     return sum(len(text) for text in texts if isinstance(text, str))

@@ -1,8 +1,8 @@
-"""A packed folder as it is read: its manifest, its files compared with what the packer wrote, its rows by number.
+"""Reads a packed folder: its manifest, its files checked against the manifest, its rows by number.
 
 The manifest names each file of rows with its size and two digests, one of both ends and one of the whole. A run
-compares sizes and ends when it starts, which tells swapped, copied and cut off files; --data.verify full compares every
-byte. A flipped bit inside is found by ArrayRecord's own checks when its row is read.
+compares sizes and ends when it starts, which detects swapped, badly copied and cut off files; --data.verify full
+compares every byte. ArrayRecord's own checks find a flipped bit when its row is read.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from oq2vl_jax.errors import UserError
 
 KEYS = {"files": list, "num_tokens": int, "max_images": int, "visual_tokens": int, "image_id": int, "pad_id": int,
         "vocab_size": int, "template": str, "tokenizer_sha256": str}  # fmt: skip
-"""What the manifest of packed rows has to hold."""
+"""Keys that the manifest of packed rows must hold, with their types."""
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """The manifest of a packed folder. Raises UserError if it is missing, damaged, or of something else."""
+    """Reads the manifest of a packed folder. Raises UserError if it is missing, damaged, or not of packed rows."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise UserError(f"data.sources: {path} has no manifest.json; pack it with python -m oq2vl_jax.data.pack.")
@@ -40,7 +40,7 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def problem_of_files(files: list[Any]) -> str | None:
-    """What is wrong with the list of files of a manifest."""
+    """Returns the first problem of a manifest's list of files, or None."""
     for entry in files:
         if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
             return "a file of rows has no name"
@@ -54,12 +54,12 @@ def problem_of_files(files: list[Any]) -> str | None:
 
 
 def row_files(path: str, manifest: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """(file, its entry) of the files that hold rows."""
+    """Returns (file, its manifest entry) for the files that hold rows."""
     return [(Path(path) / entry["file"], entry) for entry in manifest["files"] if entry["rows"]]
 
 
 def check_files(path: str, is_whole: bool = False) -> None:
-    """Raises UserError unless every file of rows is the one that was packed; is_whole: to the last byte."""
+    """Raises UserError unless every file of rows is the one that was packed. is_whole: compares every byte."""
     for file, entry in row_files(path, read_manifest(path)):
         if not file.is_file():
             raise UserError(f"{file} is missing, which {path}/manifest.json names; pack the shards again.")
@@ -75,9 +75,10 @@ def check_files(path: str, is_whole: bool = False) -> None:
 
 
 def fingerprint(sources: tuple[str, ...]) -> str:
-    """Identity of the packed rows behind a loader's state: a row number means nothing on other rows.
+    """Returns a digest of the packed rows behind a loader's state, because a row number is valid for these rows only.
 
-    By content where the manifest has digests, wherever the folder lies; by names and numbers of rows where it has none.
+    If the manifest has digests, it covers the content, whatever the folder's path; otherwise file names, row counts and
+    settings.json.
     """
     digest = hashlib.sha256()
     for path in sources:
@@ -94,10 +95,10 @@ def fingerprint(sources: tuple[str, ...]) -> str:
 
 
 class PackedRows:
-    """The rows of a packed folder by number, as bytes; what Grain calls a random access source."""
+    """The rows of a packed folder by number, as bytes; a random access source in Grain's sense."""
 
     def __init__(self, path: str):
-        """Raises UserError for files that are no ArrayRecord."""
+        """Raises UserError for files that are not ArrayRecord, or hold more or fewer rows than the manifest says."""
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         files = row_files(path, read_manifest(path))

@@ -1,4 +1,4 @@
-"""Tars and instruction files to packed rows: what is asked for, one task of it, and the manifest of all."""
+"""Packs tars and instruction files into rows: the options, the work of one task, and the manifest."""
 
 import functools
 from collections import Counter
@@ -12,7 +12,7 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution, Job, counted, make_tasks, read_settings, run_job, write_manifest
 
 LENGTH_BIN = 64
-"""Tokens; width of the bins of the length histogram."""
+"""Width of the bins of the length histogram, in tokens."""
 TOTALS = ("rows", "documents", "images", "tokens", "samples")
 FILE_FIELDS = ("file", "rows", "inputs", "bytes", "sample_xxh3", "xxh3")
 COUNTERS = ("skipped", "notes", "images_per_row", "documents_per_row", "document_tokens")
@@ -20,11 +20,11 @@ COUNTERS = ("skipped", "notes", "images_per_row", "documents_per_row", "document
 
 @dataclass(frozen=True)
 class PackConfig:
-    """WebDataset tars (captions, conversations, interleaved) to packed rows for oq2vl_jax.train."""
+    """Packs WebDataset tars (captions, conversations, interleaved) and instruction files into rows for training."""
 
     shards: str
-    """Tars: 'DIR/{00000..00009}.tar', a glob, or one path, local or s3://, gs://; or *_packed.json files; or
-    instruction files: a LLaVA-style JSON list or .jsonl."""
+    """Tars ('DIR/{00000..00009}.tar', a glob, or one path; local or s3://, gs://), *_packed.json files, or instruction
+    files (a LLaVA-style JSON list or .jsonl)."""
     out: str
     """Folder for the rows, manifest.json and the tokenizer."""
     tokenizer: str
@@ -34,11 +34,11 @@ class PackConfig:
     max_images: SmallCount = 28
     """Image budget of a row."""
     visual_tokens: Length = 144
-    """Tokens an image takes; the model's num_visual_tokens."""
+    """Tokens per image; the model's num_visual_tokens."""
     template: Template = "open_qwen2vl"
-    """How conversations are written; captions are always plain."""
+    """Template of conversations; captions are always plain."""
     broken_shards: Literal["stop", "keep"] = "stop"
-    """A tar that is cut off: stop with an error, or keep its whole samples and count it."""
+    """stop: a tar that is cut off is an error. keep: its whole samples are packed, and the tar is counted."""
     files_per_task: Count = 1
     """Input files packed together into one file of rows. Published *_packed.json files hold one row each: take 1000."""
     images: str | None = None
@@ -51,7 +51,7 @@ class PackConfig:
 
     @property
     def settings(self) -> dict:
-        """What the written bytes depend on, next to the input."""
+        """Options that the written bytes depend on, besides the input and the tokenizer."""
         from oq2vl_jax.data.packing.rows import FORMAT_VERSION
 
         names = ("num_tokens", "max_images", "visual_tokens", "template", "files_per_task")
@@ -96,7 +96,7 @@ def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
-    """(inputs, inputs per task): the files, or the ranges of instruction files. Raises UserError for a mixture."""
+    """Returns (inputs, inputs per task): files, or ranges of instruction files. Raises UserError for a mixture."""
     from oq2vl_jax.data.samples.instructions import is_instructions, split_into_ranges
 
     of_instructions = [is_instructions(file) for file in files]
@@ -117,7 +117,7 @@ def check_config(config: PackConfig) -> None:
 
 
 def save_tokenizer(config: PackConfig) -> dict:
-    """Writes OUT/tokenizer, as the model has to have it; returns its identity for the settings."""
+    """Writes OUT/tokenizer, unless OUT was packed with another one; returns its identity for the settings."""
     import tempfile
 
     from oq2vl_jax import paths
@@ -128,8 +128,8 @@ def save_tokenizer(config: PackConfig) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         codec.save(Path(folder))
         identity = tokenizer_sha256(Path(folder))
-        there = paths.join(config.out, "settings.json")
-        if not paths.exists(there) or read_settings(config.out).get("tokenizer_sha256") == identity:
+        settings_file = paths.join(config.out, "settings.json")
+        if not paths.exists(settings_file) or read_settings(config.out).get("tokenizer_sha256") == identity:
             paths.write_folder(Path(folder), paths.join(config.out, "tokenizer"))
     return {
         "tokenizer_sha256": identity,
@@ -141,7 +141,7 @@ def save_tokenizer(config: PackConfig) -> dict:
 
 @functools.lru_cache(maxsize=1)
 def load_codec(folder: str, tokenizer_sha256: str):
-    """The saved tokenizer, once per worker process; the hash is there to tell folders apart that were written anew."""
+    """Loads the saved tokenizer once per worker process; the hash makes it reload a folder that was rewritten."""
     from oq2vl_jax import paths
     from oq2vl_jax.data.text.codec import TextCodec
 
@@ -181,7 +181,7 @@ def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...]
 
 
 def histogram(values) -> dict[str, int]:
-    """Counts by value; keys are strings, as JSON has them."""
+    """Counts the values; keys are strings, as JSON requires."""
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 

@@ -1,4 +1,4 @@
-"""The page of a packed folder: fill, images and documents per row, lengths, what was left out and what was odd."""
+"""Writes the page of a packed folder: fill, images and documents per row, lengths, skipped samples and notes."""
 
 from oq2vl_jax import paths
 from oq2vl_jax.html import bars, page, table

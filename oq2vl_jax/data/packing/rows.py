@@ -1,4 +1,4 @@
-"""PackedRow and its bytes: one msgpack map per ArrayRecord entry, no pickle, image bytes exactly as they came."""
+"""PackedRow and its serialisation: one msgpack map per ArrayRecord entry, no pickle, image bytes unchanged."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,11 +11,11 @@ from oq2vl_jax.data.text.document import Document
 
 FORMAT_VERSION = 1
 WRITER_OPTIONS = "group_size:1,uncompressed"
-"""Random access reads one row; groups of 16 read 20 times slower, compression saves 1.8 % and costs 4 times."""
+"""Random access reads one row: groups of 16 read 20 times slower. Compression saves 1.8 % and takes 4 times as long."""
 
 
 class PackedRow(NamedTuple):
-    """Documents one after the other. lengths: tokens of each document; the rest as in Document, concatenated."""
+    """Documents one after the other. lengths: tokens of each document; other fields as in Document, concatenated."""
 
     tokens: np.ndarray
     is_labelled: np.ndarray
@@ -50,7 +50,7 @@ def encode_row(row: PackedRow) -> bytes:
 
 
 def write_rows(path: Path, rows: Iterable[PackedRow]) -> None:
-    """An ArrayRecord file with an entry per row."""
+    """Writes an ArrayRecord file with one entry per row."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)

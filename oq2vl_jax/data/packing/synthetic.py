@@ -1,4 +1,4 @@
-"""A little data that configs/tiny.py makes itself: captioned shapes, through the same tars and packer as real data."""
+"""Makes the small data set of configs/tiny.py: captioned shapes, through the same tars and packer as real data."""
 
 import io
 import random
@@ -42,7 +42,7 @@ def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
 
 
 def captioned_shapes(count: int, seed: int) -> Iterator[dict]:
-    """WebDataset samples: a 32x32 PNG of one shape, and 'a red circle'."""
+    """Yields WebDataset samples: a 32x32 PNG of one shape, and a caption such as 'a red circle'."""
     from PIL import Image, ImageDraw
 
     rng = random.Random(seed)

@@ -1,8 +1,8 @@
-"""Checking images when they are packed, decoding them when they are trained on.
+"""Checks images when they are packed, and decodes them for training.
 
 Resizing follows the published preprocessing: RGB, bicubic with antialiasing (PIL), to a square, aspect ignored.
-Of an animation the first frame counts, as there. Deviation: 16-bit grey is scaled to 8 bits, where PIL's own
-conversion to RGB clips it to white.
+The first frame of an animation is used, as in the published code. Deviation: 16-bit grey is scaled to 8 bits, while
+PIL's own conversion to RGB clips it to white.
 """
 
 import base64
@@ -14,15 +14,15 @@ import numpy as np
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""By content; the name's suffix does not count, as pictures are often renamed."""
+"""Detected by content; the name's suffix is ignored, because pictures are often renamed."""
 MAX_SCANS = 100
-"""Of a progressive JPEG: each costs a pass over the whole picture, and 200 kB of repeated ones took 20 seconds."""
+"""Scans of a progressive JPEG: each is a pass over the picture, and 200 kB of repeated scans took 20 seconds."""
 ORIENTATION = 0x0112
 """EXIF tag; 1 is upright."""
 MAX_PIXELS = 50_000_000
 """An image with more pixels is refused from its header, before it is decoded (decompression bombs)."""
 JPEG_QUALITY = 95
-"""Of TIFF pages, the only images that are re-encoded: PNGs of scanned pages would be ten times as large."""
+"""For TIFF pages, the only images that packing re-encodes: PNGs of scanned pages would be ten times as large."""
 MAX_PAGES = 256
 
 
@@ -35,9 +35,9 @@ class ImageError(ValueError):
 
 
 def check_image(data: bytes) -> list[str]:
-    """Raises ImageError unless `data` decodes to the end, is larger than 1x1 and at most MAX_PIXELS.
+    """Raises ImageError unless `data` decodes to the end, is at least 2x2 and has at most MAX_PIXELS.
 
-    Returns what is particular about it: image_animated, image_cmyk, image_16_bit, image_to_be_turned (by its EXIF
+    Returns notes: image_animated, image_cmyk, image_16_bit, image_to_be_turned (by its EXIF
     orientation), image_transparent. JPEGs are decoded at an eighth of their size and without colour (`draft`), which
     still reads every coded bit, in half the time.
     """
@@ -47,17 +47,17 @@ def check_image(data: bytes) -> list[str]:
     notes += ["image_16_bit"] if _is_16_bit(image) else []
     if image.format == "JPEG":
         image.draft("L", (max(1, image.width // 8), max(1, image.height // 8)))
-    _load(image)  # before PIL is asked for EXIF data, for which it decodes a PNG and may fail
+    _load(image)  # before _orientation: for EXIF data PIL decodes a PNG, and may fail
     notes += ["image_to_be_turned"] if _orientation(image) not in (None, 1) else []
     notes += ["image_transparent"] if image.has_transparency_data else []
     return notes
 
 
 def decode_image(data: bytes, size: int, is_exact: bool = True, as_seen: bool = False) -> np.ndarray:
-    """uint8 [size, size, 3]. Raises ImageError for what check_image would have refused.
+    """Returns uint8 [size, size, 3]. Raises ImageError for images that check_image refuses.
 
-    as_seen: turned by its EXIF orientation, and on white where it is transparent, as viewers show it. The published
-    code does neither.
+    as_seen: turns the image by its EXIF orientation and puts transparent parts on white, as viewers show it. The
+    published code does neither.
     is_exact False: a JPEG at least twice as large as wanted is halved, quartered, ... while it is decoded, which takes
     a half to a quarter of the time; smaller ones come out the same.
     """
@@ -71,12 +71,12 @@ def decode_image(data: bytes, size: int, is_exact: bool = True, as_seen: bool = 
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """The decoded image in its own size. Raises ImageError."""
+    """Decodes an image in its own size, as RGB. Raises ImageError."""
     return _to_rgb(_load(_open(data)))
 
 
 def embedded_image(text: str) -> bytes | None:
-    """A base64 image of an interleaved document; None where width or height is 1, as the published code drops it."""
+    """Decodes the base64 of an interleaved document's image; None if width or height is 1, as in the published code."""
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
@@ -91,7 +91,7 @@ def embedded_image(text: str) -> bytes | None:
 
 
 def tiff_pages(data: bytes) -> list[bytes | None]:
-    """The pages of a TIFF as JPEGs, bilevel ones as PNGs; None where width or height is 1. Raises ImageError."""
+    """Returns the pages of a TIFF as JPEGs, bilevel ones as PNGs; None if width or height is 1. Raises ImageError."""
     image = _open(data, ("TIFF",), checks_size=False)
     try:
         with warnings.catch_warnings():
@@ -127,7 +127,7 @@ def _page(image: Image.Image, page: int) -> bytes | None:
 def _open(data: bytes, formats: tuple[str, ...] = FORMATS, checks_size: bool = True) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of decompression bombs, for the limit below is stricter; of odd EXIF data
+            warnings.simplefilter("ignore")  # decompression bombs (the limit below is stricter), odd EXIF data
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", f"it has more than {MAX_PIXELS:,} pixels") from error
@@ -166,7 +166,7 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
-    orientation = _orientation(image)  # which the image on white no longer carries
+    orientation = _orientation(image)  # read first, because the image on white loses it
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
@@ -176,7 +176,7 @@ def _as_seen(image: Image.Image) -> Image.Image:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Grey of more than 8 bits; colour of 16 bits is read as 8 bits by PIL itself."""
+    """Returns whether an image is grey of more than 8 bits; PIL itself reads 16-bit colour as 8 bits."""
     return image.mode == "I" or image.mode.startswith("I;16")
 
 

@@ -1,8 +1,8 @@
-"""Instruction data as LLaVA publishes it: one JSON list of entries (or a .jsonl), pictures in a folder beside it.
+"""Reads instruction data in LLaVA's format: one JSON list of entries (or a .jsonl), and a folder of pictures.
 
     [{"id": "0", "image": "coco/0.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}, ...]
 
-"image" is a name or a list of names in the folder of --images; entries of text alone have none. A list of 10M entries
+"image" is a name or a list of names in the folder of --images; text-only entries have none. A list of 10M entries
 (MAmmoTH-VL) is never loaded whole: one pass finds where each entry begins and ends, and a task reads its own range.
 """
 
@@ -41,16 +41,16 @@ def is_instructions(path: str) -> bool:
 
 
 def entry_offsets(path: str) -> np.ndarray:
-    """int64 [n, 2], where each entry begins and ends. Raises UserError for a broken one, naming the place."""
+    """Returns int64 [n, 2], the bytes where each entry begins and ends. Raises UserError that locates a broken one."""
     with paths.open_input(path) as file:
         return np.array(list(find_entries(file, path)), np.int64).reshape(-1, 2)
 
 
 def find_entries(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
-    """(begin, end) of every object of a JSON list or of JSON lines, reading a block at a time.
+    """Yields (begin, end) of every object of a JSON list or of JSON lines, reading a block at a time.
 
-    Bytes are taken as Latin-1, so that a character is a byte: what is not ASCII in UTF-8 stands inside strings, where
-    it means nothing to the structure.
+    Bytes are decoded as Latin-1, so that a character is a byte. The non-ASCII bytes of UTF-8 occur only inside strings,
+    where they do not affect the structure.
     """
     decoder, number = json.JSONDecoder(), 0
     text, base, position = file.read(READ_BYTES).decode("latin-1"), 0, 0
@@ -80,19 +80,19 @@ def find_entries(file: BinaryIO, path: str) -> Iterator[tuple[int, int]]:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             left = len(text) - position
-            more = file.read(max(READ_BYTES, left)) if left < MAX_ENTRY_BYTES else b""
-            if not more:
+            block = file.read(max(READ_BYTES, left)) if left < MAX_ENTRY_BYTES else b""
+            if not block:
                 raise UserError(
                     f"{path}: entry {number}, at byte {base + position}, is not valid JSON or is cut off: {error}."
                 ) from error
-            base, text, position = base + position, text[position:] + more.decode("latin-1"), 0
+            base, text, position = base + position, text[position:] + block.decode("latin-1"), 0
             continue
         yield base + position, base + end
         number, position = number + 1, end
 
 
 def split_into_ranges(path: str, entries_per_task: int) -> list[str]:
-    """The file as inputs of so many entries each."""
+    """Splits the file into inputs of `entries_per_task` entries each."""
     offsets = entry_offsets(path)
     if not len(offsets):
         raise UserError(f"{path}: the list is empty.")
@@ -110,7 +110,7 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 
 
 def read_instructions(path: str, images: str | None) -> Iterator[Sample]:
-    """Samples of an input of split_into_ranges, or of a whole file."""
+    """Yields the samples of an input of split_into_ranges, or of a whole file."""
     file, span = paths.split_range(path)
     if not span:
         for start, stop in entry_offsets(file).tolist():
@@ -123,7 +123,7 @@ def read_instructions(path: str, images: str | None) -> Iterator[Sample]:
 
 
 def parse_entry(entry: bytes, images: str | None) -> Sample:
-    """The sample of one entry with its pictures read. Problems are named, not raised."""
+    """Parses one entry and reads its pictures. A problem of the entry is stored in the sample, not raised."""
     try:
         value = json.loads(entry)
     except (ValueError, RecursionError):
@@ -158,16 +158,16 @@ def parse_entry(entry: bytes, images: str | None) -> Sample:
 
 
 def leads_outside(folder: str, name: str) -> bool:
-    """A symbolic link to a file elsewhere: read, for picture folders are often links, and counted."""
+    """Returns whether a symbolic link leads outside. It is read all the same, as picture folders often hold links."""
     if paths.is_remote(folder):
         return False
     return not os.path.realpath(os.path.join(folder, name)).startswith(os.path.realpath(folder) + os.sep)
 
 
 def picture_versions(files: Iterable[str], images: str | None) -> str:
-    """Changes when a picture that the entries of some inputs name is replaced; "" where none is read from a folder.
+    """Returns a digest that changes when a picture that the inputs name is replaced; "" without a local folder.
 
-    In a bucket, pictures are not looked at: it would take a request each.
+    Pictures in a bucket are not checked, because each would take a request.
     """
     if images is None or paths.is_remote(images):
         return ""
@@ -176,14 +176,14 @@ def picture_versions(files: Iterable[str], images: str | None) -> str:
         for name in image_names(file):
             try:
                 version = paths.file_version(paths.join(images, name))
-            except (OSError, ValueError):  # missing, or no name of a file: counted when the entry is read
+            except (OSError, ValueError):  # missing, or not a file name: counted when the entry is read
                 version = None
             digest.update(json.dumps([name, version]).encode())
     return digest.hexdigest()
 
 
 def image_names(path: str) -> Iterator[str]:
-    """Of all entries of an input, in their order."""
+    """Yields the names of the images of all entries of an input, in their order."""
     file, span = paths.split_range(path)
     start, stop = map(int, span.split("-")) if span else (0, paths.file_version(file)[0])
     content = read_range(file, start, stop)

@@ -1,7 +1,7 @@
-"""Reading parquet files with Polars so that a damaged one is one sentence, whatever it does to Polars.
+"""Reads parquet files with Polars and reports a damaged one in one sentence, whatever it does to Polars.
 
-Most damage is an error of Polars. Some makes its Rust code panic, which is no Exception to Python, and one in a few
-thousand makes it ask for more memory than there is, which ends the process: only another process can tell of that.
+Most damage raises a Polars error. Some makes its Rust code panic, which is not a Python Exception. One damaged file in
+a few thousand makes it allocate more memory than there is, which ends the process; only another process can report it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def reading_parquet(name: str) -> Iterator[None]:
 
 
 def in_own_process(function: Callable, argument: Any, files: Callable[[], list[str]]) -> Any:
-    """function(argument), run in a process of its own. Raises UserError where one of the parquet files ends it."""
+    """Runs function(argument) in its own process. Raises UserError if it dies, naming the file that ends it, if any."""
     try:
         return call(function, argument)
     except BrokenProcessPool as error:
@@ -50,7 +50,7 @@ def is_readable(file: str) -> bool:
 
 
 def read_whole(files: list[str]) -> None:
-    """Raises UserError for the first that cannot be read; may not return."""
+    """Reads every file. Raises UserError for the first that cannot be read; a damaged one can end the process."""
     import polars as pl
 
     for file in files:

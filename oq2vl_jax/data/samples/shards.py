@@ -1,13 +1,13 @@
-"""Tars and packed JSON files to Samples: captions, conversations, interleaved documents.
+"""Reads tars and packed JSON files as Samples: captions, conversations, interleaved documents.
 
     caption       KEY.jpg|png|webp + KEY.txt
     conversation  KEY.json with "conversations" (LLaVA) + KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... in the order of numbers
-    interleaved   KEY.json with "texts" (null where an image stands) and the parallel "image_info" of {"image_base64"}
+    interleaved   KEY.json with "texts" (null for an image) and the parallel "image_info" of {"image_base64"}
                   or null (OBELICS, MMC4); or KEY.tiff, one page for each null of "texts" (MINT)
     *.json        data/samples/instructions.py reads lists of conversations; an object here is
                   a row of the published packer: {"data": [{"texts", "image_info", "key", "uid"}, ...]}
 
-Whatever cannot be used is a Sample with a `problem`, never a sample less.
+Content that cannot be used becomes a Sample with a `problem`; no sample is dropped.
 """
 
 import json
@@ -27,10 +27,10 @@ TIFF_SUFFIXES = ("tiff", "tif")
 
 
 class Sample(NamedTuple):
-    """What one key holds. Exactly one of text, conversations and elements is set, or `problem` says why none is.
+    """The content of one key. Without a `problem`, exactly one of text, conversations and elements is set.
 
-    elements: an interleaved document, None where the next of `images` stands. notes: what was mended on the way.
-    uid: what the metadata calls it, for filters.
+    elements: an interleaved document, with None for the next of `images`. notes: oddities, and repairs while reading.
+    uid: its id in the metadata, or one made from its key; for filters.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 def read_samples(path: str) -> Iterator[Sample]:
-    """Samples of a tar or a packed JSON file, in their order."""
+    """Yields the samples of a tar or a packed JSON file, in their order."""
     if path.endswith(".json"):
         yield from read_packed_json(path)
         return
@@ -59,7 +59,7 @@ def sample_of(members: Members) -> Sample:
 
 
 def uid_of(members: Members) -> str | None:
-    """The "uid" of KEY.json, 32 hex digits in DataComp; where there is none (img2dataset) one made of the key."""
+    """Returns the "uid" of KEY.json, 32 hex digits in DataComp; without one (img2dataset), an id made from the key."""
     try:
         metadata = json.loads(members.files.get("json", b"null"))
     except (ValueError, RecursionError):
@@ -70,7 +70,7 @@ def uid_of(members: Members) -> str | None:
 
 
 def parse_sample(members: Members) -> Sample:
-    """Problems are named, not raised."""
+    """Parses the files of one key. A problem is stored in the sample, not raised."""
     key, files = members.key, members.files
     image_names = [name for name in files if name.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
     images = [files[name] for name in sorted(image_names, key=_image_order)]
@@ -94,8 +94,8 @@ def parse_sample(members: Members) -> Sample:
 
 
 def parse_interleaved(key: str, metadata: dict, tiff: bytes | None = None) -> Sample:
-    """OBELICS, MMC4 (images in the JSON) or MINT (pages of a TIFF). Images of width or height 1 and empty places are
-    left out, as in the published code, and noted."""
+    """Parses OBELICS and MMC4 (images in the JSON) or MINT (pages of a TIFF). Images of width or height 1 and empty
+    places are dropped, as in the published code, and noted."""
     texts = metadata["texts"]
     if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
         return Sample(key, [], problem="interleaved_invalid")
@@ -116,7 +116,7 @@ def parse_interleaved(key: str, metadata: dict, tiff: bytes | None = None) -> Sa
 
 
 def spread_pages(pages: list[bytes | None], texts: list[str | None]) -> list[bytes | None] | None:
-    """The i-th page at the i-th null of `texts`; None where their numbers differ."""
+    """Puts the i-th page at the i-th null of `texts`; returns None if their numbers differ."""
     if len(pages) != texts.count(None):
         return None
     remaining = iter(pages)
@@ -124,7 +124,7 @@ def spread_pages(pages: list[bytes | None], texts: list[str | None]) -> list[byt
 
 
 def embedded_images(image_info: Any, count: int) -> list[bytes | None] | None:
-    """The images of the parallel list "image_info"; None where there is none. None for a list that is not parallel."""
+    """Returns the images of the list "image_info", None for an entry without one; None if it is not parallel."""
     if not isinstance(image_info, list) or len(image_info) != count:
         return None
     encoded = [info.get("image_base64") if isinstance(info, dict) else None for info in image_info]
@@ -132,7 +132,7 @@ def embedded_images(image_info: Any, count: int) -> list[bytes | None] | None:
 
 
 def read_packed_json(path: str) -> Iterator[Sample]:
-    """The documents of one row of the published packer. Its reader writes documents of one image as captions."""
+    """Yields the documents of one row of the published packer. One image and text are a caption, as in its reader."""
     content = paths.read_json(path)
     documents = content.get("data") if isinstance(content, dict) else None
     if not isinstance(documents, list) or not all(isinstance(d, dict) and "texts" in d for d in documents):
@@ -149,7 +149,7 @@ def read_packed_json(path: str) -> Iterator[Sample]:
 
 
 def printable(text: str) -> str:
-    """JSON can spell lone surrogates, which no file can hold."""
+    """Escapes lone surrogates, which JSON can spell but no file can hold."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

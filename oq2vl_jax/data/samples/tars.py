@@ -1,9 +1,9 @@
-"""The files of a tar, grouped by key as WebDataset groups them, every kind of damage named.
+"""Reads the files of a tar, grouped by key as in WebDataset, and names every kind of damage.
 
-Nothing is extracted and nothing passes unseen: what cannot be used is a Members with a `problem`, or ends the tar with
-a CutOffError. Deviation from webdataset's reader: that one takes a broken header for the end of the tar, and stops at
-the first duplicate. Headers of ordinary files are read here, at a third of tarfile's time; the first one that is
-anything else hands the rest of the tar to tarfile.
+Nothing is extracted to disk, and nothing is skipped silently: content that cannot be used becomes a Members with a
+`problem`, or ends the tar with a CutOffError. Deviation: webdataset's reader takes a broken header for the end of the
+tar, and stops at the first duplicate. Headers of ordinary files are parsed here, in a third of tarfile's time; from the
+first other header on, tarfile reads the tar.
 """
 
 import errno
@@ -21,30 +21,30 @@ from oq2vl_jax import paths
 from oq2vl_jax.errors import UserError
 
 MAX_MEMBER_BYTES, MAX_SAMPLE_BYTES = 256 * 2**20, 512 * 2**20
-"""A larger member is refused from its header, before it is read; of a larger sample nothing is kept."""
+"""A larger member is refused from its header, before it is read; a larger sample keeps none of its files."""
 MAX_HEADER_BYTES = 2**20
-"""Of an extended header or a long name; a larger one is a lie."""
+"""Limit of an extended header or a long name; a larger one is treated as damage."""
 EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
                     tarfile.GNUTYPE_LONGLINK)  # fmt: skip
 BLOCK = 512
 KEY_AND_SUFFIX = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 PAX_NAMES_OF_NO_EFFECT = re.compile(rb"\d+ (mtime|atime|ctime|uid|gid|uname|gname)=")
-"""webdataset writes an extended header before each member, for its time alone."""
+"""webdataset writes an extended header before each member, only to store its time."""
 
 BROKEN = (tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError,
           LookupError, OverflowError, MemoryError)  # fmt: skip
-"""What tarfile and the decompressors raise on headers that lie."""
+"""Exceptions of tarfile and the decompressors on false headers."""
 
 ReadData = Callable[[], tuple[bytes, str | None]]
-"""(content of a file, why it cannot be used)."""
+"""Returns (content of a file, the problem if it cannot be used)."""
 
 
 class CutOffError(UserError):
-    """A tar that ends before its end-of-archive mark, holds a broken header, or is none."""
+    """A tar that ends before its end-of-archive mark, holds a broken header, or is not a tar."""
 
 
 class Members(NamedTuple):
-    """The files of one key, by lower-case suffix, bytes as they came; `problem` says why they cannot be used."""
+    """The files of one key, by lower-case suffix, bytes unchanged; `problem` says why they cannot be used."""
 
     key: str
     files: dict[str, bytes]
@@ -52,7 +52,7 @@ class Members(NamedTuple):
 
 
 def read_members(path: str) -> Iterator[Members]:
-    """The keys of a tar in its order, neighbours of the same key together. Raises CutOffError; see there."""
+    """Yields the keys of a tar in its order; neighbours of the same key form one Members. Raises CutOffError."""
     num_keys = 0
     try:
         with paths.open_input(path) as stream:
@@ -63,7 +63,7 @@ def read_members(path: str) -> Iterator[Members]:
         raise
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # of the disk, not of the tar; a seek to where no file can be is EINVAL
+            raise  # an error of the disk, not of the tar; EINVAL is a seek to an impossible position
         reason = str(error).partition("\n")[0].rstrip(":")
         raise CutOffError(
             f"{path}: the tar is broken or cut off after {num_keys} whole samples ({reason}); "
@@ -72,8 +72,8 @@ def read_members(path: str) -> Iterator[Members]:
 
 
 def group_by_key(stream: BinaryIO) -> Iterator[Members]:
-    """Samples, each followed by the members between its own that belong to none (README, ._0001.txt): these part no
-    sample, and are Members of their own with a problem."""
+    """Yields the samples. Files that belong to no sample (README, ._0001.txt) do not split the sample around them; they
+    follow it as Members of their own with a problem."""
     seen = set()
     group: Members | None = None
     strays: list[Members] = []
@@ -92,8 +92,8 @@ def group_by_key(stream: BinaryIO) -> Iterator[Members]:
 
 
 def with_member(group: Members, suffix: str, read: ReadData, problem: str | None) -> Members:
-    """The sample with one more file, which is not read if its name has a problem; of a sample that grows too large
-    nothing is kept or read."""
+    """Returns the sample with one more file, which is not read if its name has a problem. A sample that grows too large
+    keeps no files, and no more of it are read."""
     if group.problem == "sample_too_large":
         return group
     data, problem = (b"", problem) if problem else read()
@@ -107,7 +107,7 @@ def with_member(group: Members, suffix: str, read: ReadData, problem: str | None
 
 
 def key_offsets(path: str) -> list[tuple[int, int]]:
-    """Where the members of each key, and each member of none, begin and end in a tar that is not compressed.
+    """Returns where the members of each key, and each member without a key, begin and end in an uncompressed tar.
 
     Raises UserError.
     """
@@ -119,7 +119,7 @@ def key_offsets(path: str) -> list[tuple[int, int]]:
                 if member.isdir():
                     continue
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if not split_name(member.name)[1]:  # a span of its own, also within that of a sample that goes on
+                if not split_name(member.name)[1]:  # a span of its own, even inside the span of a sample
                     spans.append((member.offset, end))
                     continue
                 key = split_name(member.name)[0]
@@ -139,7 +139,7 @@ def key_offsets(path: str) -> list[tuple[int, int]]:
 
 
 def read_key(path: str, begin: int, end: int) -> Members:
-    """The members between two offsets of key_offsets."""
+    """Reads the members between two offsets of key_offsets. Raises CutOffError."""
     with open(path, "rb") as stream:
         stream.seek(begin)
         content = stream.read(end - begin)
@@ -152,7 +152,7 @@ def read_key(path: str, begin: int, end: int) -> Members:
 
 
 def read_files(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
-    """(name, function that reads the content) of each file; to be called before the next is asked for."""
+    """Yields (name, function that reads the content) of each file; call the function before taking the next file."""
     position = 0
     while True:
         stream.seek(position)
@@ -185,19 +185,19 @@ def read_file(stream: BinaryIO, name: str, size: int) -> tuple[bytes, str | None
 
 
 def ordinary_file(header: bytes) -> tuple[str | None, int]:
-    """(name, size) of the header of a plain file; None for everything that tarfile had better look at."""
+    """Returns (name, size) from a plain file's header; name is None for every header that needs tarfile."""
     if header[156:157] not in (b"0", b"\0") or not is_ordinary(header):
         return None, 0
     name, prefix, size = until_zero(header[:100]), until_zero(header[345:500]), parse_octal(header[124:136])
     if size is None or not name or name.endswith(b"/"):
         return None, 0
-    if prefix and header[257:263] == b"ustar\0":  # GNU's magic has other fields there
+    if prefix and header[257:263] == b"ustar\0":  # GNU tar has other fields in that place
         name = prefix + b"/" + name
     return name.decode("utf-8", "surrogateescape"), size
 
 
 def is_ordinary(header: bytes) -> bool:
-    """A header of ustar, pax or GNU tar whose checksum is right."""
+    """Returns whether a header is of ustar, pax or GNU tar and its checksum is right."""
     if len(header) != BLOCK or header[257:262] != b"ustar":
         return False
     return parse_octal(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
@@ -208,22 +208,22 @@ def until_zero(field: bytes) -> bytes:
 
 
 def parse_octal(field: bytes) -> int | None:
-    """None for an empty field and for GNU's binary numbers."""
+    """Parses an octal number; None for an empty field and for GNU's binary numbers."""
     digits = until_zero(field).strip(b" ")
     return int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else None
 
 
 class CheckedHeader(tarfile.TarInfo):
-    """Refuses an extended header that claims to be large before tarfile takes memory for it."""
+    """Refuses an extended header that claims to be large before tarfile allocates memory for it."""
 
-    def _proc_member(self, tar: tarfile.TarFile):  # what tarfile's own comments name as to be overridden
+    def _proc_member(self, tar: tarfile.TarFile):  # tarfile's own comments name it as the method to override
         if self.type in EXTENDED_HEADERS and self.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"an extended header claims {self.size} bytes")
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def read_files_with_tarfile(stream: BinaryIO) -> Iterator[tuple[str, ReadData]]:
-    """The rest of a tar from the position of the stream: compressed, or with headers that are not ordinary."""
+    """Reads the rest of a tar from the position of the stream: compressed, or with headers that are not ordinary."""
     with tarfile.open(fileobj=stream, mode="r:*", tarinfo=CheckedHeader) as tar:
         for member in tar:
             if not member.isdir():
@@ -253,17 +253,17 @@ def name_problem(name: str) -> str | None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case suffix), as WebDataset splits: at the first dot after the last slash."""
+    """Splits a name into (key, lower-case suffix) as WebDataset does, at the first dot after the last slash."""
     readable = name.encode("utf-8", "backslashreplace").decode()  # names in a tar can be any bytes
     match = KEY_AND_SUFFIX.fullmatch(readable)
     return (match[1], match[2].lower()) if match else (readable, "")
 
 
 def check_swallows_nothing(name: str, data: bytes) -> None:
-    """A header that claims too many bytes takes the following members for its own data."""
-    found = data.find(b"ustar")
-    while found >= 0:
-        start = found - 257
+    """Raises ReadError if the data hold other members, because the header of `name` claims too many bytes."""
+    index = data.find(b"ustar")
+    while index >= 0:
+        start = index - 257
         if start >= 0 and start % BLOCK == 0:
             try:
                 tarfile.TarInfo.frombuf(data[start : start + BLOCK], "utf-8", "surrogateescape")
@@ -271,12 +271,12 @@ def check_swallows_nothing(name: str, data: bytes) -> None:
                 pass
             else:
                 raise tarfile.ReadError(f"the header of {name} claims {len(data)} bytes and swallows other members")
-        found = data.find(b"ustar", found + 1)
+        index = data.find(b"ustar", index + 1)
 
 
 def check_end_of_archive(tar: tarfile.TarFile) -> None:
-    """A tar ends in zero blocks, and nothing follows them. One cut between two members, one with a broken or zeroed
-    header and one with another tar behind it would else pass for whole."""
+    """Raises ReadError unless the tar ends in zero blocks and nothing follows them. Otherwise a tar that is cut between
+    two members, has a broken or zeroed header, or is followed by another tar would pass as whole."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(BLOCK)

@@ -1,4 +1,4 @@
-"""Pictures on the HTML pages."""
+"""Makes thumbnails for the HTML pages."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ THUMBNAIL_PIXELS = 220
 
 
 def picture(data: bytes, caption: str, note: str = "") -> str:
-    """A thumbnail with its caption; an image that does not decode says so in its place."""
+    """Returns HTML of a thumbnail with its caption; if the image does not decode, the error takes its place."""
     try:
         image = open_rgb(data)
         image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))

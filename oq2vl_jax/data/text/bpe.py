@@ -1,7 +1,7 @@
-"""Tokenizer folders from byte-pair ranks: Qwen's own vocabulary, or its first merges for small models.
+"""Writes tokenizer folders from byte-pair ranks: Qwen's vocabulary, or its first merges for small models.
 
-Ranks are in the order the merges were learned, so the first n of them are a valid tokenizer with n entries; the
-tokenizer of the demo is the first 8,192 of Qwen's, that of configs/tiny.py is bytes alone.
+Ranks are in the order the merges were learned, so the first n of them are a valid tokenizer with n entries. The
+demo's tokenizer has the first 8,192 ranks of Qwen's; that of configs/tiny.py has the 256 bytes only.
 """
 
 import base64
@@ -13,12 +13,12 @@ ADDED_TOKENS = (
     "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-"""Qwen2.5's, in its order: they follow the ranks (151643..151664 there)."""
+"""Qwen2.5's added tokens, in its order; their ids follow the ranks (151643..151664 in Qwen2.5)."""
 
 PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 
 PRINTED_AS_THEMSELVES = {*range(33, 127), *range(161, 173), *range(174, 256)}
-"""Bytes that byte-level BPE writes as the character of that number; the others stand at 256 and on, in order."""
+"""Bytes that byte-level BPE writes as the character of that number; the others become 256, 257, ... in order."""
 BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTED_AS_THEMSELVES} | {
     chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - PRINTED_AS_THEMSELVES))
 }
@@ -27,7 +27,7 @@ BYTE_RANKS = {bytes([byte]): byte for byte in range(256)}
 
 
 def read_tiktoken_ranks(path: Path, num_ranks: int | None = None) -> dict[bytes, int]:
-    """A .tiktoken file: one `base64 rank` a line, in order."""
+    """Reads the first `num_ranks` ranks (None: all) of a .tiktoken file: one `base64 rank` per line, in order."""
     lines = path.read_bytes().splitlines()[:num_ranks]
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
 
@@ -39,7 +39,7 @@ def save_bpe_tokenizer(ranks: dict[bytes, int], folder: str) -> None:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     converter = TikTokenConverter(vocab_file=folder, pattern=PATTERN, extra_special_tokens=list(ADDED_TOKENS))
-    # tiktoken's own reader keeps a cache by path, so that a rewritten file would be read as it was
+    # tiktoken's own reader caches by path, so it would return the old content of a rewritten file
     converter.load_tiktoken_bpe = lambda _: ranks  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = converter.converted()
     tokenizer.normalizer = normalizers.NFC()

@@ -1,13 +1,13 @@
-"""Samples to Documents: tokenizer, special tokens, templates, and which tokens are labelled.
+"""Turns Samples into Documents: tokenizer, special tokens, templates, and the loss mask (is_labelled).
 
 Captions and interleaved documents have one form, conversations four templates (arXiv 2504.00595 and its code):
   interleaved   <s>, then <image>\\n or text <|endofchunk|> per element, <|im_end|>
   plain         <s> <image>\\n caption <|im_end|>                            everything but the image labelled
   open_qwen2vl  the published tuning template, exactly: no newline before "assistant", and in the first turn the token
                 after an image is dropped (a rule meant for Llama that fires because the turn begins with <s>)
-  open_qwen2vl_released   what the released instruct weights very likely saw, inferred from the history of that code:
-                the images of the first turn before everything, no newline before an answer
-  chatml        Qwen2.5's own
+  open_qwen2vl_released   very likely the template of the released instruct weights, inferred from that code's history:
+                the images of the first turn precede everything, no newline before an answer
+  chatml        Qwen2.5's own template
 Conversations are labelled on assistant turns only.
 """
 
@@ -24,10 +24,10 @@ from oq2vl_jax.data.text.tokenizer import BOS, END_OF_CHUNK, EOS, IMAGE_PAD, PAD
 from oq2vl_jax.errors import UserError
 
 IMAGE = "<image>"
-"""Where an image stands in the text of a conversation."""
+"""Marks the place of an image in the text of a conversation."""
 TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja")
 IMAGE_IN_TEXT = "<image-placeholder>"
-"""What a literal <image> becomes in captions and interleaved documents, as in the published code."""
+"""Replaces a literal <image> in captions and interleaved documents, as in the published code."""
 HUMAN, ASSISTANT = "human", "gpt"
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -50,28 +50,28 @@ class SpecialTokens(NamedTuple):
 
 
 class TextCodec:
-    """A tokenizer with the special tokens of this project; writes documents and prompts, reads tokens back."""
+    """A tokenizer with this project's special tokens; it encodes documents and prompts, and decodes tokens."""
 
     _tokenizer: Any = None
-    """transformers' own, where it was needed to load the folder."""
+    """The tokenizer of transformers, if it was needed to load the folder."""
     _folder: Path | None = None
-    """Where the files are, where it was not."""
+    """The folder of the files, if `load` did not need transformers."""
 
     def __init__(self, folder: str):
-        """Loads a Hugging Face tokenizer folder and declares <s> and <|endofchunk|>. Raises UserError if it is none."""
+        """Loads a Hugging Face tokenizer folder and declares this project's special tokens. Raises UserError."""
         self._tokenizer = load_tokenizer(folder)
         self._prepare(self._tokenizer.backend_tokenizer, folder)
 
     @staticmethod
     def load(folder: str) -> "TextCodec":
-        """TextCodec(folder); seconds faster where every token is declared already, as in a checkpoint's tokenizer."""
+        """Returns TextCodec(folder), seconds faster if every token is declared, as in a checkpoint's tokenizer."""
         import tokenizers
 
         file = Path(folder) / "tokenizer.json"
         if file.is_file():
             try:
                 backend = tokenizers.Tokenizer.from_file(str(file))
-            except Exception:  # the loader below says what is wrong with it
+            except Exception:  # TextCodec(folder) reports the problem
                 return TextCodec(folder)
             declared = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
             if {END_OF_CHUNK, BOS, IMAGE_PAD} <= declared:
@@ -83,7 +83,7 @@ class TextCodec:
 
     @staticmethod
     def from_saved(tokenizer_json: str, where: str) -> "TextCodec":
-        """The codec whose `save` wrote this tokenizer.json. A second faster than importing transformers."""
+        """Returns the codec whose `save` wrote this tokenizer.json, a second faster than importing transformers."""
         import tokenizers
 
         codec = TextCodec.__new__(TextCodec)
@@ -102,7 +102,7 @@ class TextCodec:
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Raises SampleError for text with lone surrogates, which JSON can spell and UTF-8 cannot."""
+        """Returns the ids of a text. Raises SampleError for lone surrogates, which JSON can spell and UTF-8 cannot."""
         if not text.isascii():
             try:
                 text.encode("utf-8")
@@ -114,11 +114,11 @@ class TextCodec:
         return self._backend.decode(tokens, skip_special_tokens=True)
 
     def decode_exact(self, tokens: list[int]) -> str:
-        """With special tokens as they are written."""
+        """Decodes tokens to text that includes the special tokens."""
         return self._backend.decode(tokens, skip_special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, which can be a part of a character; none for an id without a token."""
+        """Returns the bytes of one token, which can be part of a character; empty for an id without a token."""
         name = self._backend.id_to_token(token) or ""
         if name in self._added_tokens:
             return name.encode()
@@ -128,7 +128,7 @@ class TextCodec:
             return name.encode()
 
     def save(self, folder: Path) -> None:
-        """The files of the tokenizer, to a folder that exists."""
+        """Writes the files of the tokenizer to an existing folder."""
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
             return
@@ -138,7 +138,7 @@ class TextCodec:
                 shutil.copyfile(file, folder / file.name)
 
     def document(self, sample: Sample, template: str, num_visual_tokens: int) -> Document:
-        """Raises SampleError for a sample that does not fit the template."""
+        """Tokenises a sample. Raises SampleError if it does not fit the template."""
         if sample.problem:
             raise SampleError(sample.problem)
         if sample.text is not None:
@@ -157,9 +157,9 @@ class TextCodec:
         return Document(np.array(tokens, np.int32), np.array(is_labelled, bool), sample.images, sample.key)
 
     def prompt(self, turns: list[str], template: str, num_visual_tokens: int, system: str | None = None) -> list[int]:
-        """Tokens to generate from: a conversation, human first and last, and the header of the answer.
+        """Returns the tokens to generate from: a conversation, human first and last, and the header of the answer.
 
-        Images stand where the turns have <image>. A plain prompt is <s> and the texts. Raises SampleError.
+        Image placeholders replace <image> in the turns. A plain prompt is <s> and the texts. Raises SampleError.
         """
         if template == "plain":
             texts = [system or "", *(turn.strip() for turn in turns)]
@@ -176,9 +176,9 @@ class TextCodec:
         return [token for run in runs for token in run]
 
     def published_prompt(self, turns: list[str], num_visual_tokens: int, system: str | None = None) -> list[int]:
-        """Tokens as the published code asks (get_prompt, generate_batch): the conversation of open_qwen2vl, human first
-        and last, tokenised in one go from image to image, blanks at its end removed, the token behind every image
-        dropped, and <s> put before the <s> that is there. Raises SampleError.
+        """Returns the prompt of the published code (get_prompt, generate_batch): the conversation of open_qwen2vl,
+        human first and last. The text between two images is tokenised in one piece, blanks at the end are removed, the
+        token after every image is dropped, and a second <s> is put in front. Raises SampleError.
         """
         special = self.special
         items: list[str | int | None] = [special.bos, special.turn_start, f"system\n{system or DEFAULT_SYSTEM}"]
@@ -196,7 +196,7 @@ class TextCodec:
         return [special.bos, *(token for run in runs for token in run)]
 
     def text_notes(self, sample: Sample) -> list[str]:
-        """Names of what the text of a sample spells and does not mean: images and special tokens."""
+        """Returns notes for text that spells an image marker or a special token without meaning one."""
         texts = [sample.text or "", *(text or "" for text in sample.elements or ())]
         notes = ["image_marker_in_text"] if any(IMAGE in text for text in texts) else []
         if isinstance(sample.conversations, list):
@@ -269,7 +269,7 @@ class TextCodec:
         return [(self._encode_items([*split_at_images(text or " "), self.special.eos, "\n"]), True)]
 
     def _encode_items(self, items: "list[str | int | None]") -> "Turn":
-        """Text, special ids and images (None) to tokens; neighbouring texts are tokenised as one."""
+        """Turns text, special ids and images (None) into tokens; neighbouring texts are tokenised as one."""
         turn: Turn = []
         text = ""
         for item in [*items, None]:
@@ -283,10 +283,10 @@ class TextCodec:
 
 
 Turn = list[int | None]
-"""Token ids, None where an image stands."""
+"""Token ids, with None for an image."""
 
 
 def split_at_images(text: str) -> list[str | None]:
-    """'a<image>b' to ['a', None, 'b']."""
+    """Splits 'a<image>b' into ['a', None, 'b']."""
     pieces = text.split(IMAGE)
     return [item for piece in pieces for item in (None, piece)][1:]

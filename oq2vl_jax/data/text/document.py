@@ -1,4 +1,4 @@
-"""What a sample is after tokenising."""
+"""Document: a tokenised sample."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 
 class Document(NamedTuple):
     """One tokenised sample. tokens: int32 [n] with the image placeholder at visual tokens; is_labelled: bool [n], True
-    where the token is something to predict; images: encoded bytes in order; key: where it came from."""
+    for a token to predict (the loss mask); images: encoded bytes in order; key: the key of the sample."""
 
     tokens: np.ndarray
     is_labelled: np.ndarray

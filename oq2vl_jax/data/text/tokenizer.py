@@ -1,4 +1,4 @@
-"""Tokenizer folders: loading one with this project's special tokens, and telling two apart."""
+"""Loads tokenizer folders with this project's special tokens, and identifies them by a digest."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ TURN_START, IMAGE_PAD = "<|im_start|>", "<|image_pad|>"
 
 
 def load_tokenizer(folder: str):
-    """A Hugging Face tokenizer from a local folder, with <s> and <|endofchunk|> declared special.
+    """Loads a Hugging Face tokenizer from a local folder and declares <s>, <|endofchunk|> and <|image_pad|> special.
 
-    In Qwen2.5 <s> is already a BPE entry (128245) and keeps that id; <|endofchunk|> becomes 151665. <|image_pad|> is
-    there already; older tokenizers of the family get it.
+    In Qwen2.5 <s> is already a BPE entry (128245) and keeps that id; <|endofchunk|> becomes 151665. <|image_pad|>
+    exists already; it is added to older tokenizers of the family. Raises UserError.
     """
     import transformers
 
@@ -25,7 +25,7 @@ def load_tokenizer(folder: str):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not parts_text_as_saved(tokenizer, Path(folder) / "tokenizer.json"):
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what the Rust library raises for a broken file is a plain Exception
+    except Exception as error:  # for a broken file the Rust library raises a plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: no tokenizer could be loaded: {reason}") from error
     tokenizer.add_tokens([END_OF_CHUNK, BOS, IMAGE_PAD], special_tokens=True)
@@ -33,8 +33,8 @@ def load_tokenizer(folder: str):
 
 
 def parts_text_as_saved(tokenizer: Any, file: Path) -> bool:
-    """Whether a tokenizer parts text as its tokenizer.json says: transformers 5 takes vocabulary and merges from there,
-    the rest from the class that tokenizer_config.json names."""
+    """Returns whether a tokenizer normalises and splits text as its tokenizer.json says. transformers 5 takes only the
+    vocabulary and the merges from that file, and the rest from the class that tokenizer_config.json names."""
     if not file.is_file():
         return True
     saved, built = json.loads(file.read_bytes()), json.loads(tokenizer.backend_tokenizer.to_str())
@@ -42,10 +42,11 @@ def parts_text_as_saved(tokenizer: Any, file: Path) -> bool:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Identity of a saved tokenizer: packed rows and model must come from the same one.
+    """Returns the identity of a saved tokenizer; packed rows and model must share one.
 
-    Over what decides the ids (vocabulary, merges, added tokens), not over the bytes of the file: transformers writes
-    the same tokenizer in more than one way, for example when a model's config.json stands beside it.
+    The hash covers the parts that decide the ids (vocabulary, merges, added tokens, normalizer, pre-tokenizer), not
+    the bytes of the file: transformers writes the same tokenizer in more than one way, for example if a model's
+    config.json lies beside it. Raises UserError.
     """
     file = folder / "tokenizer.json"
     try:

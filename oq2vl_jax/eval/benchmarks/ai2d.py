@@ -1,7 +1,7 @@
 """AI2D (arXiv 1603.07396), test split: 3,088 questions about diagrams.
 
 Files: AI2D_TEST.tsv (VLMEvalKit), or parquet of lmms-lab/ai2d. The published harness takes the likeliest of the letters
-A to D, over test and validation questions together; here over the file that is given.
+A to D and evaluates test and validation questions together; here only the given files are evaluated.
 """
 
 from oq2vl_jax.eval.benchmark import (
@@ -38,7 +38,7 @@ def read(table: Table) -> list[Item]:
 
 
 def letter_at(answer: object, number: int) -> str:
-    """ "2" to "C"."""
+    """Converts the index of an option, from 0, to its letter: 2 -> "C". Raises RowError."""
     text = str(answer).strip()
     if not text.isdecimal() or int(text) >= len(LETTERS):
         raise RowError(f"the answer of row {number} is {answer!r}; expected the number of an option, from 0")

@@ -1,6 +1,6 @@
 """easy-VQA (Victor Zhou): 9,673 test questions about 64x64 pictures of a shape, 13 possible answers.
 
-File: easy_vqa_test.parquet, written by python -m oq2vl_jax.demo.easy_vqa. Right is a reply that equals the answer.
+File: easy_vqa_test.parquet, written by python -m oq2vl_jax.demo.easy_vqa. A reply must equal the answer.
 """
 
 from oq2vl_jax.eval.benchmark import (

@@ -1,8 +1,8 @@
-"""MathVista testmini (arXiv 2310.02255): 1,000 questions, options or a number.
+"""MathVista testmini (arXiv 2310.02255): 1,000 questions with options, a number, a list or a text as the answer.
 
-Files: MathVista_MINI.tsv (VLMEvalKit), or parquet of AI4Math/MathVista, split testmini. The official score needs a
-judge model to find the answer in a reply; here it is found by rules, and what they do not find is counted as unparsed,
-never moved to the nearest option. The published harness parses every reply as an open answer.
+Files: MathVista_MINI.tsv (VLMEvalKit), or parquet of AI4Math/MathVista, split testmini. The official score uses a judge
+model to extract the answer from a reply. Here rules extract it; a reply in which they find no answer counts as unparsed
+and is not mapped to the nearest option. The published harness parses every reply as an open answer.
 """
 
 from typing import Any
@@ -57,12 +57,12 @@ def read(table: Table) -> list[Item]:
 
 
 def number_of_places(row: dict[str, Any]) -> int:
-    """Decimal places that count; the files hold them as a float."""
+    """Returns the number of decimal places to compare, 2 by default. The files store it as a float."""
     return max(0, int(float(row["precision"]))) if is_given(row.get("precision")) else 2
 
 
 def answer_letter(row: dict[str, Any], choices: dict[str, str], index: str) -> str:
-    """The letter of the right option, which the files give as its text. Raises RowError where there is none."""
+    """Returns the letter of the right option: answer_option, else the option equal to the answer. Raises RowError."""
     if is_given(row.get("answer_option")):
         return str(row["answer_option"])
     letters = [letter for letter, text in choices.items() if text == str(row["answer"])]

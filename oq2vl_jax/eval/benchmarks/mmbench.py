@@ -1,8 +1,8 @@
-"""MMBench EN dev (arXiv 2307.06281). Circular: a question counts only if every rotation of its options is answered
-right; rotations have the index of the question + k * 1,000,000.
+"""MMBench EN dev (arXiv 2307.06281), circular: a question is right only if every rotation of its options is answered
+right. Rotation k has the index of the question + k * 1,000,000.
 
 Files: MMBench_DEV_EN.tsv (VLMEvalKit), or parquet of lmms-lab/MMBench, split dev. The published harness counts every
-copy singly, leaves the hint out and always writes four options.
+rotation separately, omits the hint and always writes four options.
 """
 
 from collections import defaultdict
@@ -54,7 +54,7 @@ def prompt(item: Item, profile: Profile) -> Prompt:
 
 
 def combine(items: list[Item], judgements: list[Judgement], profile: Profile) -> list[tuple[Item, float]]:
-    """The questions under `official`, every copy under `open_qwen2vl`. A rotation the file lacks is not asked for."""
+    """Counts questions under `official`, rotations under `open_qwen2vl`. Rotations not in the file are not required."""
     if profile == "open_qwen2vl":
         return [(item, judgement.score) for item, judgement in zip(items, judgements, strict=True)]
     groups: dict[int, list[tuple[Item, float]]] = defaultdict(list)

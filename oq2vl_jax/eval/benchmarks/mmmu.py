@@ -1,8 +1,8 @@
 """MMMU val (arXiv 2311.16502): 900 college questions, up to seven pictures each, options or an open answer.
 
 Files: MMMU_DEV_VAL.tsv (VLMEvalKit; its dev rows are left out), or parquet of MMMU, split validation. Both profiles use
-MMMU's own parser. Its random choice for a reply that names no option is drawn from the item's index here, so that it is
-the same every time, and counted as unparsed.
+MMMU's own parser, which chooses a random option for a reply that names none. Here the item's index seeds that choice,
+so that it is reproducible, and the reply counts as unparsed.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from oq2vl_jax.eval.choices import parse_mmmu_choice
 from oq2vl_jax.eval.tables import Table, check_columns, images_of, is_given, literal_list
 
 PUBLISHED_MAX_PICTURES = 5
-"""The published harness reads five of the seven, and puts them into the places in their order, whatever number these
-have, and from the first again where there are more places."""
+"""The published harness uses at most five of the seven pictures. It fills the places of the text in order, whatever
+their numbers are, and starts again with the first picture if there are more places."""
 MARKER = re.compile(r"<image (\d)>")
 
 
@@ -76,9 +76,10 @@ def read_parquet_rows(table: Table) -> list[Item]:
 
 
 def place_images(question: str, choices: dict[str, str], images: list[bytes]) -> tuple[str, list[bytes], bool]:
-    """(the question with <image> for each <image N> of question and options, the pictures in that order, whether there
-    are such markers); `choices` is changed as well. A marker of a picture that is not there takes the first; without
-    markers all come first."""
+    """Replaces each <image N> in question and options (`choices`, changed in place) by <image>.
+
+    Returns (question, pictures in the order of the markers, whether pictures are placed). A marker of a missing picture
+    takes the first one. Without markers the pictures are not placed and keep their order."""
     question = without_markers(question)
     wanted = MARKER.findall(question + "".join(choices.values()))
     if not wanted or not images:
@@ -93,7 +94,7 @@ def prompt(item: Item, profile: Profile) -> Prompt:
     instruction = ASK_LETTER if item.choices else ASK_SHORT
     if profile == "official":
         return chat_prompt(item, item.question, instruction)._replace(options=tuple(item.choices))
-    if item.facts.get("has_placed_pictures"):  # a line break stands behind each there
+    if item.facts.get("has_placed_pictures"):  # the published harness adds a line break after each
         choices = {letter: text.replace(IMAGE, f"{IMAGE}\n") for letter, text in item.choices.items()}
         item = dataclasses.replace(item, question=item.question.replace(IMAGE, f"{IMAGE}\n"), choices=choices)
     else:

@@ -1,6 +1,6 @@
 """MMStar (arXiv 2403.20330): 1,500 questions that cannot be answered without the picture, 6 categories of 3 skills.
 
-Files: MMStar.tsv (VLMEvalKit), or parquet of Lin-Chen/MMStar, split val, whose questions hold their options.
+Files: MMStar.tsv (VLMEvalKit), or parquet of Lin-Chen/MMStar, split val, with the options in the question.
 """
 
 from oq2vl_jax.eval.benchmark import (
@@ -48,11 +48,11 @@ def read(table: Table) -> list[Item]:
 
 
 def options_in(question: str) -> dict[str, str]:
-    """Options written into a question as "A: cat, B: dog, ..."; a letter whose text cannot be told has none."""
+    """Parses options in a question, "A: cat, B: dog, ...". If one is missing, all get the NUL character as text."""
     choices = {}
     for i, letter in enumerate("ABCD"):
-        _, found, behind = question.rpartition(f"{letter}: ")
-        if found:
+        _, marker, behind = question.rpartition(f"{letter}: ")
+        if marker:
             following = "ABCD"[i + 1 : i + 2]
             text = behind.split(f"{following}: ")[0] if following else behind
             choices[letter] = text.strip().rstrip(",").strip()

@@ -1,7 +1,7 @@
-"""POPE (arXiv 2305.10355): is the object in the picture? 9,000 questions, three ways to choose the absent ones.
+"""POPE (arXiv 2305.10355): is the object in the picture? 9,000 questions; absent objects are chosen in three ways.
 
-Files: POPE.tsv (VLMEvalKit), or parquet of lmms-lab/POPE, split test. A reply that says neither counts as wrong, and as
-"no" in precision, recall, F1 and yes-rate (VLMEvalKit's rule).
+Files: POPE.tsv (VLMEvalKit), or parquet of lmms-lab/POPE, split test. A reply without a clear yes or no counts as
+wrong, and as "no" in precision, recall, F1 and yes-rate (VLMEvalKit's rule).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def read(table: Table) -> list[Item]:
     for row in table.rows:
         answer = str(row["answer"]).strip().lower()
         if answer not in ("yes", "no"):
-            raise RowError(f"the answer is {row['answer']!r}; expected yes or no")  # of this row alone
+            raise RowError(f"the answer is {row['answer']!r}; expected yes or no")  # read_items marks only this row
         categories = {"category": str(row["category"])} if is_given(row.get("category")) else {}
         name = str(row[index]) if index != "question_id" else f"{row[index]}-{row.get('category', '')}"
         items.append(Item(name, str(row["question"]), images_of(row["image"]), answer, categories=categories))
@@ -56,12 +56,12 @@ def judge(item: Item, reply: str, profile: Profile) -> Judgement:
 
 
 def splits_of(item: Item) -> list[str]:
-    """POPE.tsv holds a question of several splits once, as "popular,random"."""
+    """Returns the splits of an item. POPE.tsv holds a question of several splits once, as "popular,random"."""
     return item.categories.get("category", "").split(JOINED)
 
 
 def combine(items: list[Item], judgements: list[Judgement], profile: Profile) -> list[tuple[Item, float]]:
-    """Every row, or, in the published harness, every row once for each of its splits."""
+    """Counts every row once; the published harness counts a row once per split."""
     if profile == "official":
         return each_item(items, judgements, profile)
     return [
@@ -72,8 +72,8 @@ def combine(items: list[Item], judgements: list[Judgement], profile: Profile) ->
 
 
 def extra(items: list[Item], judgements: list[Judgement]) -> dict[str, float]:
-    """Over all rows together, VLMEvalKit's; "yes" is the positive answer. The published harness reports the mean of the
-    splits' F1."""
+    """Returns VLMEvalKit's metrics over all rows, with "yes" as the positive class, and the mean of the splits' F1,
+    which the published harness reports."""
     pairs = list(zip(items, judgements, strict=True))
     splits = sorted({split for item in items for split in splits_of(item)})
     f1s = [rates([pair for pair in pairs if split in splits_of(pair[0])])["f1"] for split in splits]

@@ -1,6 +1,6 @@
 """TextVQA val (arXiv 1904.08920): 5,000 questions about text in pictures, ten human answers each, VQA accuracy.
 
-Files: TextVQA_VAL.tsv (VLMEvalKit), or parquet of lmms-lab/textvqa, split validation. Without OCR tokens in the prompt.
+Files: TextVQA_VAL.tsv (VLMEvalKit), or parquet of lmms-lab/textvqa, split validation. The prompt has no OCR tokens.
 """
 
 from oq2vl_jax.eval.answers import vqa_accuracy
