@@ -32,7 +32,7 @@ config = TrainConfig(
         num_visual_tokens=225,
         image_token_id=151_655,
     ),
-    data=DataConfig(sources=("synthetic",), num_tokens=1024, max_images=4, template="plain"),
+    data=DataConfig(num_tokens=1024, max_images=4, template="plain"),
     optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01),
     num_steps=100,
     global_batch_size=2,

@@ -38,7 +38,7 @@ config = TrainConfig(
         num_visual_tokens=4,
         image_token_id=268,
     ),
-    data=DataConfig(sources=(), num_tokens=128, max_images=8, template="plain", synthetic_documents=512),
+    data=DataConfig(num_tokens=128, max_images=8, kind="synthetic", template="plain"),
     optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.01),
     trainable=TrainableConfig(vision=True),
     num_steps=60,

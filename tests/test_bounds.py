@@ -40,7 +40,7 @@ COMMANDS = {
 }  # fmt: skip
 ZERO_MEANS = {
     "seed", "top_k", "rank", "num_pictures", "kernels", "warmup_steps", "process_id", "image_token_id", "port",
-    "num_samples", "synthetic_documents", "num_workers",
+    "num_samples", "num_workers",
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def is_in(module, room):
 
 def room_of(module):
     """The room of a module of ours: the longest name that it lies in; "" for the floor."""
-    if module == "oq2vl_jax" or module.removeprefix("oq2vl_jax.") in FLOOR:
+    if module == "oq2vl_jax" or module.removeprefix("oq2vl_jax.").split(".")[0] in FLOOR:
         return ""
     return max((room for room in (*ROOMS, *TOP) if is_in(module, room)), key=len, default=None)
 

@@ -44,7 +44,7 @@ def measure(options: Data) -> list[dict[str, Any]]:
     changes = {"num_threads": options.num_threads, "num_workers": options.num_workers}
     changes = {name: value for name, value in changes.items() if value is not None}
     data = dataclasses.replace(config.data, sources=options.sources or config.data.sources, **changes)
-    if not data.sources or data.packing == "online":
+    if not data.sources or data.kind == "online":
         raise UserError("bench data reads packed folders; name them with --sources.")
     rows = config.global_batch_size if options.global_rows is None else options.global_rows
     loader = make_loader(data, config.model, rows, config.seed)

@@ -37,7 +37,7 @@ def measure(config: Rows) -> list[dict]:
     from oq2vl_jax.jobs import Execution
 
     model = ModelConfig.open_qwen2vl_2b()
-    data = DataConfig(sources=(), num_tokens=4096, max_images=28, template="plain", num_threads=1)
+    data = DataConfig(num_tokens=4096, max_images=28, template="plain", num_threads=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_photo_shards(folder, 1, config.num_samples, config.seed)

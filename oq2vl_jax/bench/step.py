@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from oq2vl_jax.bounds import Count, CountOrZero, Seed, SmallCount, check_bounds
-from oq2vl_jax.config import Attention, TrainConfig
+from oq2vl_jax.config import Attention, OnlineConfig, TrainConfig
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.runtime import set_environment
 
@@ -146,7 +146,7 @@ def check(config: TrainConfig, num_devices: int) -> None:
     """Checks the configuration, except for its data, which is not used."""
     from oq2vl_jax.train.checks import check_config
 
-    data = dataclasses.replace(config.data, sources=("synthetic",), packing="offline", images=None)
+    data = dataclasses.replace(config.data, kind="synthetic", sources=(), weights=(), online=OnlineConfig())
     check_config(dataclasses.replace(config, data=data), num_devices)
 
 

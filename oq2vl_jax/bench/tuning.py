@@ -150,7 +150,7 @@ def train_config(config: Tuning, rows: int, num_tokens: int, slots: int) -> Trai
             num_visual_tokens=VISUAL_TOKENS,
             image_token_id=IMAGE_TOKEN,
         ),
-        data=DataConfig(sources=(), num_tokens=num_tokens, max_images=slots),
+        data=DataConfig(num_tokens=num_tokens, max_images=slots),
         optimizer=OptimizerConfig(1e-4, 0.0),
         num_steps=1,
         global_batch_size=rows,

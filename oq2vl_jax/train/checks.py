@@ -28,14 +28,10 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         )
     if not config.trainable.parts:
         problems.append("trainable: nothing is trained; set one of vision, projector, decoder")
-    if not config.data.sources and not config.data.synthetic_documents:
-        problems.append("data.sources is empty")
-    if config.data.packing == "online" and (config.data.tokenizer is None or config.data.weights):
-        problems.append("data.packing = online needs data.tokenizer, and mixes no weights")
-    if config.data.packing == "online" and config.data.synthetic_documents:
-        problems.append("data.synthetic_documents makes packed rows; set it to 0 for data.packing = online")
-    if config.data.images is not None and not Path(config.data.images).is_dir():
-        problems.append(f"data.images: no folder {config.data.images}")
+    problems += config.data.problems()
+    images = config.data.online.images
+    if images is not None and not Path(images).is_dir():
+        problems.append(f"data.online.images: no folder {images}")
     rates = ("vision", "projector", "decoder")
     part_rates = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
     problems += [
@@ -51,7 +47,7 @@ def check_local_paths(config: TrainConfig) -> None:
     """Raises UserError for a remote run_dir, init_from or packed rows; samples packed while training may be remote."""
     check_local("run_dir", config.run_dir)
     check_local("init_from", config.init_from)
-    for source in (*(config.data.sources if config.data.packing == "offline" else ()), *config.held_out.sources):
+    for source in (*(config.data.sources if config.data.kind == "packed" else ()), *config.held_out.sources):
         check_local("data.sources", source)
 
 

@@ -44,7 +44,8 @@ from oq2vl_jax.train.parts import split_trainable, split_vocabulary
 from oq2vl_jax.trees import is_matrix, merge_parts
 
 MAX_CHUNK, MIN_CHUNK, CHUNK_SHARE = 512, 32, 1 / 8
-"""Positions whose logits exist at once on a device: CHUNK_SHARE of the microbatch, within bounds. A chunk costs a pass over the head's float32 gradient; unused positions cost matrix products."""
+"""Positions whose logits exist at once on a device: CHUNK_SHARE of the microbatch, within bounds.
+A chunk costs a pass over the head's float32 gradient; unused positions cost matrix products."""
 
 
 def loss_and_gradients(

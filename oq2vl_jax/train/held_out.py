@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from oq2vl_jax.config import DataConfig, TrainConfig
+from oq2vl_jax.config import DataConfig, OnlineConfig, TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.data.loading.loader import make_loader
 from oq2vl_jax.data.packing.packed import PackedRows, check_files
@@ -41,7 +41,7 @@ class HeldOut:
         """Raises UserError if the held-out rows do not fit the configuration."""
         self._config, self._mesh = config, mesh
         self._data: DataConfig = dataclasses.replace(
-            config.data, sources=config.held_out.sources, weights=(), packing="offline", synthetic_documents=0
+            config.data, kind="packed", sources=config.held_out.sources, weights=(), online=OnlineConfig()
         )
         for path in self._data.sources:
             check_files(path, is_whole=self._data.verify == "full")

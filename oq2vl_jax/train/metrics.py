@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,7 +215,7 @@ class StepReporter:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         print(f"step {step}/{self._num_steps}  {shown}" + (f"  samples {page}" if page else ""), flush=True)
 
-    def skipped(self, counts: dict[str, int]) -> None:
+    def skipped(self, counts: Mapping[str, int]) -> None:
         """Adds to later records how many samples online packing has skipped in this process, by reason."""
         self._skipped = {"skipped_samples": dict(counts)} if counts else {}
 

@@ -13,21 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from oq2vl_jax.checkpoint import find_checkpoint, load_weights, open_checkpoint
-from oq2vl_jax.config import DataConfig, TrainConfig
+from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import to_json
-from oq2vl_jax.data.loading.loader import make_loader
-from oq2vl_jax.data.packing.packed import check_files, fingerprint
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.runtime import is_first_process, use_compilation_cache, wait_for_all, whole_array
+from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_compute
 from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.checks import check_config, check_memory, check_run_dir, check_same_model, row_bytes
 from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
+from oq2vl_jax.train.open_data import OpenData, open_data
 from oq2vl_jax.train.run_lock import run_lock
 from oq2vl_jax.train.step import (
     StepMetrics,
@@ -59,17 +59,17 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     run_dir = Path(config.run_dir)
     use_compilation_cache(run_dir.absolute().parent)
     check_memory(config, mesh)
-    loader, tokenizer, data_identity = open_data(config, run_dir)
+    data = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
     check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
     held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
-    state = start_state(config, mesh, checkpointer, loader, data_identity, tokenizer)
+    state = start_state(config, mesh, checkpointer, data)
     write_config(config, run_dir)
     train_step = compile_train_step(config, mesh, compute)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
     reporter = make_reporter(config, run_dir, start_step)
-    batches, digest = iter(loader), None
+    batches, digest = iter(data.loader), None
     try:
         pending = None  # the running step: its numbers are read one step later, so that the device never waits
         for step in range(start_step + 1, last_step + 1):
@@ -80,7 +80,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
             if pending:
                 reporter.finish(*checked(*pending, saved_step))
             pending = (step, metrics, counts)
-            reporter.skipped(getattr(loader, "skipped", {}))
+            reporter.skipped(data.skipped)
             must_leave = is_terminated(step)  # saves at once: SIGTERM may leave no time for the held-out loss
             is_last = step == last_step or must_leave
             is_due = step % config.held_out.every_num_steps == 0 or step == last_step
@@ -92,8 +92,8 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
             if is_held_out_due and held_out is not None:
                 report_held_out(held_out, state, reporter, run_dir)
             if is_saved:
-                loader_state = {"position": loader.get_state(), "data": data_identity}
-                checkpointer.save(state, loader_state, config, tokenizer)
+                loader_state = {"position": data.loader.get_state(), "data": data.identity}
+                checkpointer.save(state, loader_state, config, data.tokenizer)
                 saved_step = step
             if is_last:
                 break
@@ -101,7 +101,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
             digest = parameters_sha256(state.model)
     finally:
         checkpointer.close()
-        loader.close()
+        data.loader.close()
         reporter.close(digest)
     if not is_first_process():
         return digest
@@ -121,25 +121,6 @@ def make_reporter(config: TrainConfig, run_dir: Path, start_step: int) -> StepRe
         log_dir = run_dir / "processes" / str(jax.process_index())
         log_dir.mkdir(parents=True, exist_ok=True)
     return StepReporter(log_dir, start_step, config, jax.process_count(), trackers, is_quiet=not is_first)
-
-
-def open_data(config: TrainConfig, run_dir: Path) -> tuple[Any, Path, str]:
-    """Returns (loader, tokenizer folder, data fingerprint) for packed folders, or for samples packed while training."""
-    data = with_synthetic_source(config, run_dir)
-    if data.packing == "online":
-        from oq2vl_jax.data.loading.online import OnlineLoader, online_fingerprint, prepare_tokenizer
-
-        if jax.process_count() > 1:
-            raise UserError("data.packing = online runs in one process; pack with oq2vl_jax.data.pack for several.")
-        tokenizer = prepare_tokenizer(data, run_dir / "tokenizer")
-        loader = OnlineLoader(data, config.model, config.global_batch_size, config.seed, tokenizer)
-        return loader, tokenizer, online_fingerprint(data)
-    for path in data.sources:
-        check_files(path, is_whole=data.verify == "full")
-    loader = make_loader(
-        data, config.model, config.global_batch_size, config.seed, jax.process_index(), jax.process_count()
-    )
-    return loader, Path(data.sources[0]) / "tokenizer", fingerprint(data.sources)
 
 
 def report_held_out(held_out: HeldOut, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
@@ -173,32 +154,18 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
     partial.replace(run_dir / "config.json")
 
 
-def with_synthetic_source(config: TrainConfig, run_dir: Path) -> DataConfig:
-    """Returns the data configuration; if data.synthetic_documents is set, makes and packs them as its source."""
-    if not config.data.synthetic_documents:
-        return config.data
-    from oq2vl_jax.data.packing.synthetic import make_synthetic_source
-
-    if is_first_process():
-        make_synthetic_source(run_dir / "data", config)
-    wait_for_all("synthetic data")
-    return dataclasses.replace(config.data, sources=(make_synthetic_source(run_dir / "data", config),))
-
-
-def start_state(
-    config: TrainConfig, mesh, checkpointer: Checkpointer, loader, data_identity: str, tokenizer: Path
-) -> TrainState:
+def start_state(config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData) -> TrainState:
     """Restores the run's newest checkpoint and sets the loader to it. Else starts afresh, or from init_from."""
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
     if step is not None:
         state, loader_state = checkpointer.restore(step, shapes_with(config, shardings))
-        if loader_state["data"] != data_identity:
+        if loader_state["data"] != data.identity:
             raise UserError(
                 f"the packed data is not what checkpoint {step} of {config.run_dir} was trained on; put the old rows "
                 "back, or start another run with --init-from."
             )
-        loader.set_state(loader_state["position"])
+        data.loader.set_state(loader_state["position"])
         if is_first_process():
             print(f"resuming from step {step}")
         return state
@@ -206,8 +173,10 @@ def start_state(
     if config.init_from is None:
         return state
     source = open_checkpoint(config.init_from)
-    if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(tokenizer):
-        raise UserError(f"init_from {source}: its tokenizer is not the one the data was packed with ({tokenizer}).")
+    if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(data.tokenizer):
+        raise UserError(
+            f"init_from {source}: its tokenizer is not the one the data was packed with ({data.tokenizer})."
+        )
     model = load_weights(source, shapes_with(config, shardings).model)
     check_same_model(source, config)
     return state._replace(model=model)

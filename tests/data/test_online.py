@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from oq2vl_jax.config import DataConfig
+from oq2vl_jax.config import DataConfig, OnlineConfig
 from oq2vl_jax.data.loading.online import OnlineLoader, SampleSource, prepare_tokenizer
 from oq2vl_jax.data.samples.tars import read_members
 from oq2vl_jax.errors import UserError
@@ -39,7 +39,7 @@ def make_loader(folder, byte_tokenizer_folder):
     def make(window=16, **changes):
         data = DataConfig(
             sources=(str(folder / "data.json"),), num_tokens=256, max_images=4, template="chatml", num_threads=2,
-            packing="online", images=str(folder / "images"), tokenizer=byte_tokenizer_folder, window=window,
+            kind="online", online=OnlineConfig(str(folder / "images"), byte_tokenizer_folder, window),
         )  # fmt: skip
         data = dataclasses.replace(data, **changes)
         return OnlineLoader(data, TINY.model, 2, 7, prepare_tokenizer(data, folder / "tokenizer"))
@@ -96,14 +96,14 @@ def test_samples_of_a_tar_are_the_ones_the_packer_reads(tmp_path, write_shard):
         assert source[i].images == [data for name, data in expected[i].files.items() if name.endswith("jpg")]
 
 
-def test_a_mistake_in_the_sources_is_one_sentence(make_loader, folder, write_shard):
+def test_a_mistake_in_the_sources_is_one_sentence(make_loader, folder, write_shard, byte_tokenizer_folder):
     with pytest.raises(UserError, match="no file nowhere"):
         make_loader(sources=("nowhere/*.json",))
     (folder / "cut.tar").write_bytes((folder / "images" / "0.png").read_bytes())
     with pytest.raises(UserError, match="the tar is compressed, broken or cut off"):
         make_loader(sources=(str(folder / "cut.tar"),))
     with pytest.raises(UserError, match="give the folder of the images with --images"):
-        next(make_loader(images=None))
+        next(make_loader(online=OnlineConfig(None, byte_tokenizer_folder)))
 
 
 def test_sources_without_a_usable_sample_end_with_a_sentence(make_loader, folder, monkeypatch):

@@ -213,7 +213,7 @@ def test_a_flipped_bit_in_a_row_names_the_file_and_the_row(two_shards):
 
 
 def test_a_run_goes_on_with_its_rows_in_another_place(two_shards, tmp_path):
-    data = dataclasses.replace(TINY.data, sources=(str(two_shards),), synthetic_documents=0)
+    data = dataclasses.replace(TINY.data, kind="packed", sources=(str(two_shards),))
     config = dataclasses.replace(TINY, data=data, run_dir=str(tmp_path / "run"), num_steps=2)
     run(config, stop_at_step=1)
     shutil.move(two_shards, tmp_path / "moved")

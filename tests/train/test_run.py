@@ -16,13 +16,14 @@ import optax
 import pytest
 
 from oq2vl_jax.checkpoint import find_checkpoint
-from oq2vl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainableConfig
+from oq2vl_jax.config import DataConfig, MeshConfig, OnlineConfig, OptimizerConfig, SyntheticConfig, TrainableConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.sharding import make_mesh, parameter_shardings, to_global_batch
 from oq2vl_jax.train import gradients
 from oq2vl_jax.train import step as step_module
 from oq2vl_jax.train.checkpointer import Checkpointer
+from oq2vl_jax.train.checks import check_config
 from oq2vl_jax.train.optimizer import decay_mask
 from oq2vl_jax.train.run import run
 from oq2vl_jax.train.step import compile_train_step, init_train_state, state_shardings
@@ -247,7 +248,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(tiny_config):
         ({"mesh": MeshConfig(3, -1)}, "mesh.data = 3 times mesh.fsdp = -1 does not fit 8 devices"),
         ({"num_steps": 0}, "num_steps must be 1 to 2,147,483,647, got 0"),
         ({"trainable": TrainableConfig(False, False, False)}, "nothing is trained"),
-        ({"data": DataConfig((), 128, 8)}, "data.sources is empty"),
+        ({"data": DataConfig(128, 8)}, "data.sources is empty"),
     ],
 )
 def test_impossible_configurations_are_one_sentence(tiny_config, overrides, message):
@@ -327,3 +328,26 @@ def test_every_matrix_is_sharded_and_every_vector_is_whole():
     for name, sharding in shardings.items():
         is_sharded = any(sharding.spec)
         assert is_sharded == name.endswith(("kernel", "embedding", "tokens")), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "packed"}, "data.sources is empty"),
+        ({"kind": "online", "sources": ("a.tar",)}, "data.kind = online needs data.online.tokenizer"),
+        (
+            {"sources": ("packed",)},
+            "data.kind = synthetic makes its own rows; leave data.sources out, or set data.kind",
+        ),
+        ({"weights": (1.0,)}, "data.kind = synthetic mixes no data.weights"),
+        ({"online": OnlineConfig(window=8)}, "data.online is set, but data.kind is synthetic; set data.kind = online"),
+        (
+            {"kind": "packed", "sources": ("packed",), "synthetic": SyntheticConfig(8)},
+            "data.synthetic is set, but data.kind is packed; set data.kind = synthetic, or leave it out",
+        ),
+    ],
+)
+def test_settings_of_another_kind_of_data_are_refused(changes, message):
+    config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, **changes))
+    with pytest.raises(UserError, match=message):
+        check_config(config, num_devices=8)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from oq2vl_jax.config import DataConfig, HeldOutConfig, OptimizerConfig
+from oq2vl_jax.config import DataConfig, HeldOutConfig, OnlineConfig, OptimizerConfig
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow
 from oq2vl_jax.errors import UserError
@@ -42,7 +42,7 @@ def online(tmp_path, byte_tokenizer_folder):
     (tmp_path / "data.json").write_text(json.dumps(entries))
     data = DataConfig(
         sources=(str(tmp_path / "data.json"),), num_tokens=256, max_images=4, template="chatml", num_threads=2,
-        packing="online", images=str(tmp_path / "images"), tokenizer=byte_tokenizer_folder, window=16,
+        kind="online", online=OnlineConfig(str(tmp_path / "images"), byte_tokenizer_folder, window=16),
     )  # fmt: skip
     return dataclasses.replace(TINY, data=data, num_steps=6, log_every=1)
 
@@ -58,8 +58,8 @@ def test_a_run_that_packs_online_resumes_to_the_same_bits(online, tmp_path):
 
 
 def test_online_packing_needs_a_tokenizer(online):
-    with pytest.raises(UserError, match=r"data\.packing = online needs data\.tokenizer"):
-        run(dataclasses.replace(online, data=dataclasses.replace(online.data, tokenizer=None)))
+    with pytest.raises(UserError, match=r"data\.kind = online needs data\.online\.tokenizer"):
+        run(dataclasses.replace(online, data=dataclasses.replace(online.data, online=OnlineConfig())))
 
 
 @pytest.fixture

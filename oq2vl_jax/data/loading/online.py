@@ -9,6 +9,7 @@ of 512 documents through the packer of data/pack.py fills 0.95 (docs/experiments
 its counts beforehand and costs no time while training. Runs of several processes need it.
 """
 
+import functools
 import hashlib
 import json
 import sys
@@ -78,7 +79,7 @@ def online_fingerprint(data: DataConfig) -> str:
     """Returns a digest of the raw samples and the settings that the loader's state depends on."""
     files = [file for source in data.sources for file in paths.expand_paths("data.sources", source)]
     versions = [[file, *paths.file_version(file)] for file in files]
-    settings = [data.num_tokens, data.max_images, data.template, data.images, data.window]
+    settings = [data.num_tokens, data.max_images, data.template, data.online.images, data.online.window]
     return hashlib.sha256(json.dumps([versions, settings]).encode()).hexdigest()
 
 
@@ -143,8 +144,8 @@ class GiveOutRows(grain.experimental.FlatMapTransform):
 
 def prepare_tokenizer(data: DataConfig, folder: Path) -> Path:
     """Declares this project's tokens in the tokenizer and writes it to `folder`, for the checkpoints."""
-    assert data.tokenizer is not None, "train.run checks this"
-    codec = TextCodec.load(data.tokenizer)
+    assert data.online.tokenizer is not None, "DataConfig.problems"
+    codec = TextCodec.load(data.online.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     codec.save(folder)
     return folder
@@ -159,18 +160,19 @@ class OnlineLoader:
         codec = TextCodec.load(str(tokenizer))
         if codec.special.image != model.image_token_id or codec.vocab_size > model.decoder.vocab_size:
             raise UserError(
-                f"data.tokenizer {tokenizer}: image token {codec.special.image} and {codec.vocab_size} entries; the "
-                f"model has {model.image_token_id} and {model.decoder.vocab_size}."
+                f"data.online.tokenizer {tokenizer}: image token {codec.special.image} and {codec.vocab_size} entries; "
+                f"the model has {model.image_token_id} and {model.decoder.vocab_size}."
             )
         self.skipped: Counter[str] = Counter()
         """Samples skipped since this process began, counted by reason; prefetched samples are included."""
         limits = Limits(data.template, data.num_tokens, data.max_images, model.num_visual_tokens)
-        samples: Any = SampleSource(data.sources, data.images)
+        samples: Any = SampleSource(data.sources, data.online.images)
         documents = grain.MapDataset.source(samples).seed(seed).shuffle().repeat().map(ToDocument(codec, limits))
         num_threads = threads_of(data)
         reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
         used = DropSkipped(documents.to_iter_dataset(reading), self.skipped)
-        windows = used.batch(data.window, batch_fn=lambda docs: pack_window(docs, data.num_tokens, data.max_images))
+        pack = functools.partial(pack_window, num_tokens=data.num_tokens, max_images=data.max_images)
+        windows = used.batch(data.online.window, batch_fn=pack)
         rows = grain.experimental.FlatMapIterDataset(windows, GiveOutRows())
         batches = rows.map(RowDecoder(data, model, codec.special.pad)).batch(batch_size, drop_remainder=True)
         self._iterator = iter(

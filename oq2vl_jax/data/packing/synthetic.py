@@ -15,7 +15,7 @@ COLORS = ("red", "green", "blue", "yellow")
 
 
 def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
-    """Makes and packs data.synthetic_documents documents under `folder`, once; returns the packed directory."""
+    """Makes and packs data.synthetic.num_documents documents under `folder`, once; returns the packed directory."""
     from webdataset.writer import TarWriter
 
     packed = folder / "packed"
@@ -24,7 +24,7 @@ def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     save_bpe_tokenizer(BYTE_RANKS, str(folder / "tokenizer"))
     with TarWriter(str(folder / "00000.tar"), mtime=0) as writer:
-        for sample in captioned_shapes(config.data.synthetic_documents, config.seed):
+        for sample in captioned_shapes(config.data.synthetic.num_documents, config.seed):
             writer.write(sample)
     pack_shards(
         PackConfig(
