@@ -67,7 +67,7 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
     encoder, sizes = read_vision_config(vision), read_decoder_config(decoder)
     if config.activation:
         encoder = dataclasses.replace(encoder, activation=config.activation)
-    codec = TextCodec(str(decoder))  # after the configuration is checked: it fails on a bad one
+    codec = TextCodec.from_transformers(str(decoder))  # after the configuration is checked: it fails on a bad one
     model = ModelConfig(encoder, sizes, config.visual_tokens, codec.special.image)
     importer = Import(parameter_shapes(model))
     importer.add("siglip", Renamed(SafetensorsSource(vision), siglip_name), ("vision",), model.vision.num_layers)
@@ -86,7 +86,7 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
     from .tensor_files import Renamed, SafetensorsSource
 
     model, template, num_vision_blocks = read_llava_config(folder)
-    codec = TextCodec(str(folder))
+    codec = TextCodec.from_transformers(str(folder))
     # Any id may mark an image, because its embedding is never used. The tokenizer decides.
     model = dataclasses.replace(model, image_token_id=codec.special.image)
     importer = Import(parameter_shapes(model))

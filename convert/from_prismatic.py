@@ -57,7 +57,7 @@ def convert(config: FromPrismaticConfig) -> str:
         raise UserError(f"{file}: no such file; there: {', '.join(present) or 'no checkpoints/*.pt'}.")
     decoder = local_folder(config.decoder or decoder_on_the_hub(run_dir), CONFIG_FILES)
     vision = local_vision(config.vision)
-    codec = TextCodec(str(decoder))
+    codec = TextCodec.from_transformers(str(decoder))
     vision_folder = vision if vision and vision.is_dir() else None
     model, template = read_run(run_dir, vision_folder, decoder, codec.special.image)
     source = TorchSource(file, root="model")

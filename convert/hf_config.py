@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from oq2vl_jax.config import DecoderConfig, ModelConfig, Template, VisionConfig
 from oq2vl_jax.config_files import from_dict
-from oq2vl_jax.data.text.codec import SpecialTokens
+from oq2vl_jax.data.text.templates import SpecialTokens
 from oq2vl_jax.errors import UserError
 
 ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}

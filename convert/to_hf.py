@@ -93,7 +93,7 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     from .export_tokenizer import complete_tokenizer
     from .hf_config import MEAN, STD, to_llava_config, why_not_native
 
-    model, codec = description.model, TextCodec(str(checkpoint / "tokenizer"))
+    model, codec = description.model, TextCodec.load(str(checkpoint / "tokenizer"))
     special = codec.special
     size = {"height": model.vision.image_size, "width": model.vision.image_size}
     processor = LlavaProcessor(

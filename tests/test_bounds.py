@@ -145,7 +145,7 @@ def test_a_cache_that_cannot_fit_says_how_much_it_would_take(tmp_path):
     from oq2vl_jax.sharding import make_mesh
 
     save_bpe_tokenizer(BYTE_RANKS, str(tmp_path / "tokenizer"))
-    codec, mesh = TextCodec(str(tmp_path / "tokenizer")), make_mesh(TINY.mesh)
+    codec, mesh = TextCodec.load(str(tmp_path / "tokenizer")), make_mesh(TINY.mesh)
     generator = Generator.of_model(tiny_model(), TINY.model, "plain", codec, mesh, "float32")
     request = Request(generator.encode_prompt("what is it?", 0), [])
     with pytest.raises(UserError, match=r"cache of 4,096 rows of [\d,]+ tokens would take [\d,.]+ GiB, and what"):

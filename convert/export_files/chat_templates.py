@@ -15,7 +15,8 @@ Face's tokenizer joins that word with an answer that begins with a letter.
 import itertools
 import json
 
-from oq2vl_jax.data.text.codec import DEFAULT_SYSTEM, TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
+from oq2vl_jax.data.text.templates import DEFAULT_SYSTEM
 
 MAX_BLANKS = 5
 MAX_LINE_BREAKS = 32

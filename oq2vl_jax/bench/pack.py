@@ -47,7 +47,7 @@ def measure(config: Pack) -> list[dict]:
         shards = write_photo_shards(folder, config.num_shards, config.samples_per_shard, config.seed)
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir()
-        TextCodec(config.tokenizer).save(tokenizer)
+        TextCodec.from_transformers(config.tokenizer).save(tokenizer)
         ours = pack_ours(config, str(tokenizer), folder)
         theirs = pack_as_published(config, str(tokenizer), shards, folder)
         check_image_bytes(shards, folder)

@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 from oq2vl_jax import paths
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.samples.shards import Sample
-from oq2vl_jax.data.text.codec import IMAGE, IMAGE_IN_TEXT, TextCodec
+from oq2vl_jax.data.text.codec import IMAGE_IN_TEXT, TextCodec
+from oq2vl_jax.data.text.templates import IMAGE
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from oq2vl_jax.data.text.codec import IMAGE
+from oq2vl_jax.data.text.templates import IMAGE
 from oq2vl_jax.eval.tables import Table, is_given
 
 Profile = Literal["official", "open_qwen2vl"]

@@ -6,9 +6,8 @@ from typing import Literal
 from oq2vl_jax.bounds import Count, SmallCount, check_bounds
 from oq2vl_jax.config import PromptForm, Template
 from oq2vl_jax.errors import UserError, hint
+from oq2vl_jax.eval.benchmarks import TASKS
 from oq2vl_jax.paths import check_local
-
-TASKS = ("mmbench", "seedbench", "mmstar", "mathvista", "ai2d", "textvqa", "pope", "mmmu", "easy_vqa")
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class EvalConfig:
     checkpoint: str
     """Run directory (its newest checkpoint) or one checkpoint folder."""
     tasks: str
-    """Names, separated by commas: mmbench, seedbench, mmstar, mathvista, ai2d, textvqa, pope, mmmu, easy_vqa."""
+    """Names of benchmarks, separated by commas: the modules of eval/benchmarks. A wrong name lists them."""
     data: str
     """Folder that holds the benchmarks' files at any depth: Hugging Face parquet or VLMEvalKit TSV."""
     out: str

@@ -15,7 +15,7 @@ from typing import Any
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt, RowError, check_answers
-from oq2vl_jax.eval.benchmarks import BENCHMARKS
+from oq2vl_jax.eval.benchmarks import find_benchmark
 from oq2vl_jax.eval.eval_config import EvalConfig
 from oq2vl_jax.eval.report import task_results, write_mistakes, write_results
 from oq2vl_jax.eval.tables import Table, find_files, read_table, sha256_of
@@ -31,17 +31,14 @@ INDEX_COLUMNS = ("index", "id", "question_id", "pid")
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Runs every task and writes OUT. Returns the results by task, as in results.json. Raises UserError."""
-    tasks = {name: find_files(config.data, name, BENCHMARKS[name].files) for name in config.task_names}
-    for (
-        name,
-        files,
-    ) in tasks.items():  # checks files before the checkpoint is loaded; keeps pictures of one task only
+    tasks = {name: find_files(config.data, name, find_benchmark(name).files) for name in config.task_names}
+    for name, files in tasks.items():  # checks files before the checkpoint is loaded; keeps pictures of one task only
         read_items(name, files)
     generator = Generator(config.checkpoint, config.template, config.dtype, config.prompt_form)
     results = {}
     for name, files in tasks.items():
         items = evenly_spaced(read_items(name, files), config.limit)
-        benchmark, folder = BENCHMARKS[name], Path(config.out) / name
+        benchmark, folder = find_benchmark(name), Path(config.out) / name
         settings = run_settings(config, generator, files)
         bad_rows = {item.index: item.problem for item in items if item.problem}
         unreadable = {item.index: why for item in items if not item.problem and (why := image_problem(item))}
@@ -64,7 +61,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def read_items(name: str, files: list[Path]) -> list[Item]:
     """Reads the items of a benchmark. A row with unexpected values becomes an item with a problem. Raises UserError if
     no row can be asked, and for missing columns."""
-    table, read = read_table(name, files), BENCHMARKS[name].read
+    table, read = read_table(name, files), find_benchmark(name).read
     try:
         items = read(table)
     except UserError:

@@ -14,7 +14,7 @@ from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMis
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
-from oq2vl_jax.data.text.codec import IMAGE
+from oq2vl_jax.data.text.templates import IMAGE
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions
 

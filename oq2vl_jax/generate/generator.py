@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from oq2vl_jax.checkpoint import load_description, load_weights, open_checkpoint
 from oq2vl_jax.config import MeshConfig, ModelConfig, PromptForm
 from oq2vl_jax.data.samples.images import decode_image
-from oq2vl_jax.data.text.codec import IMAGE, TextCodec
+from oq2vl_jax.data.text.codec import TextCodec
+from oq2vl_jax.data.text.templates import IMAGE
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.generate.decoding import (
     NOTHING,
@@ -76,7 +77,7 @@ class Generator:
         """dtype: of decoder matrices and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
         folder = open_checkpoint(checkpoint)
         description = load_description(folder)
-        codec, mesh = TextCodec(str(folder / "tokenizer")), make_mesh(MeshConfig())
+        codec, mesh = TextCodec.load(str(folder / "tokenizer")), make_mesh(MeshConfig())
         self.prompt_form = prompt_form
         if prompt_form == "published" and (template or description.template) != "open_qwen2vl":
             name = template or description.template

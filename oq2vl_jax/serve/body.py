@@ -13,7 +13,8 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oq2vl_jax.data.text.codec import IMAGE, IMAGE_IN_TEXT
+from oq2vl_jax.data.text.codec import IMAGE_IN_TEXT
+from oq2vl_jax.data.text.templates import IMAGE
 from oq2vl_jax.generate.reply import NUM_TOP, SamplingOptions
 from oq2vl_jax.serve.answers import RequestError
 from oq2vl_jax.serve.pictures import read_image

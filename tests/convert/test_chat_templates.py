@@ -46,7 +46,7 @@ def test_a_template_writes_the_tokens_of_the_codec(vocabulary, template, num_con
     from transformers import AutoTokenizer
 
     folder = request.getfixturevalue(vocabulary)
-    codec, tokenizer = TextCodec(folder), AutoTokenizer.from_pretrained(folder)
+    codec, tokenizer = TextCodec.from_transformers(folder), AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|endofchunk|>", "<s>"], special_tokens=True)
     jinja, rng = chat_template(template, codec), random.Random(0)
     num_compared = 0

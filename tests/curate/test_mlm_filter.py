@@ -93,7 +93,10 @@ def reference_prompt(tokenizer, text):
 def test_the_published_prompt_is_theirs_token_for_token(checkpoint, qwen_tokenizer_folder):
     from transformers import AutoTokenizer
 
-    theirs, codec = AutoTokenizer.from_pretrained(qwen_tokenizer_folder), TextCodec(qwen_tokenizer_folder)
+    theirs, codec = (
+        AutoTokenizer.from_pretrained(qwen_tokenizer_folder),
+        TextCodec.from_transformers(qwen_tokenizer_folder),
+    )
     rng, words = np.random.default_rng(0), ["a", " dog", "\n", "  ", "é", "你好", "85", ".", "\tx", " <b>", "'s"]
     for length in [0, 1, 5, 3000, *rng.integers(1, 200, 200)]:
         text = "".join(rng.choice(words, length)) + " Rate it."

@@ -39,7 +39,7 @@ LIMITS = Limits("plain", 400, 10, 4)
 
 @pytest.fixture(scope="module")
 def codec(byte_tokenizer_folder):
-    return TextCodec(byte_tokenizer_folder)
+    return TextCodec.from_transformers(byte_tokenizer_folder)
 
 
 def tar_of(path, members, sizes=None):

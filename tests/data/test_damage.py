@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from oq2vl_jax.data.packing.documents import read_documents
+from oq2vl_jax.data.samples.formats.packed_json import read_packed_json
 from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
 from oq2vl_jax.data.samples.shards import read_samples
 from oq2vl_jax.data.samples.tars import CutOffError, read_members
@@ -191,4 +192,4 @@ def test_hostile_names_and_packed_rows_are_read(tmp_path, codec):
     document.key.encode()
     file.write_text('{"data": ' + "[" * 100_000)
     with pytest.raises(UserError, match="not valid JSON"):
-        list(read_samples(str(file)))
+        list(read_packed_json(str(file)))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
-from oq2vl_jax.data.samples import instructions
-from oq2vl_jax.data.samples.instructions import (
+from oq2vl_jax.data.samples.formats import instructions
+from oq2vl_jax.data.samples.formats.instructions import (
     entry_offsets,
     is_instructions,
     parse_entry,

@@ -20,7 +20,8 @@ from oq2vl_jax.curate.reshard import ReshardConfig, reshard
 from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.loading.online import SampleSource
 from oq2vl_jax.data.packing.documents import read_documents
-from oq2vl_jax.data.samples import images, instructions, tars
+from oq2vl_jax.data.samples import images, tars
+from oq2vl_jax.data.samples.formats import instructions
 from oq2vl_jax.data.samples.ids import parse_uid, uid_of_key
 from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
 from oq2vl_jax.data.samples.tars import CutOffError, read_members
@@ -234,7 +235,7 @@ def test_a_tokenizer_is_what_its_tokenizer_json_says(tmp_path):
     file.write_text(file.read_text().replace("|\\\\p{N}|", "|\\\\p{N}{1,4}|"))
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
     expected = tokenizers.Tokenizer.from_file(str(file)).encode("2023", add_special_tokens=False).ids
-    codec = TextCodec(str(tmp_path))
+    codec = TextCodec.from_transformers(str(tmp_path))
     assert codec.encode("2023") == expected == [258]
     (tmp_path / "saved").mkdir()
     codec.save(tmp_path / "saved")

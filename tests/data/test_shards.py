@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from oq2vl_jax.data.packing.documents import make_document, read_documents
+from oq2vl_jax.data.samples.formats.packed_json import read_packed_json
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.samples.shards import read_samples
 from oq2vl_jax.data.samples.tars import read_members
@@ -87,7 +88,7 @@ def test_published_packed_json_is_read_and_one_image_documents_become_captions(t
     for content, message in (("{", "not valid JSON"), ('{"data": 3}', "expected"), ("[]", "expected")):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
-            list(read_samples(str(file)))
+            list(read_packed_json(str(file)))
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

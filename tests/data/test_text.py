@@ -13,7 +13,7 @@ M = 3
 
 @pytest.fixture(scope="module")
 def codec(qwen_tokenizer_folder):
-    return TextCodec(qwen_tokenizer_folder)
+    return TextCodec.from_transformers(qwen_tokenizer_folder)
 
 
 def conversation(*messages, images=1):
@@ -145,9 +145,9 @@ def test_text_only_conversation_has_no_placeholder(codec):
 
 def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        TextCodec(str(tmp_path / "missing"))
+        TextCodec.from_transformers(str(tmp_path / "missing"))
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
-        TextCodec(str(tmp_path))
+        TextCodec.from_transformers(str(tmp_path))
 
 
 def published_ids(plain, special, turns, system):
@@ -166,7 +166,7 @@ def published_ids(plain, special, turns, system):
 
 
 def test_the_published_form_of_a_prompt_has_their_ids(qwen_tokenizer_folder):
-    codec, rng = TextCodec(qwen_tokenizer_folder), random.Random(0)
+    codec, rng = TextCodec.from_transformers(qwen_tokenizer_folder), random.Random(0)
     plain = tokenizers.Tokenizer.from_str(codec._backend.to_str())
     plain.encode_special_tokens = False  # special tokens in the text are understood
     words = ("What", " is this", "?", "\n", "\n\n", " ", "<image>\n", "<image>", "Yes", "12", "café", "你好")

@@ -5,8 +5,7 @@ import pytest
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import Item, Judgement
-from oq2vl_jax.eval.benchmarks import BENCHMARKS, mathvista, mmbench, mmmu
-from oq2vl_jax.eval.eval_config import TASKS
+from oq2vl_jax.eval.benchmarks import TASKS, find_benchmark, mathvista, mmbench, mmmu
 from oq2vl_jax.eval.evaluate import read_items
 from oq2vl_jax.eval.tables import find_files, images_of
 from tests.eval import benchmark_files as files
@@ -21,11 +20,13 @@ def folders(tmp_path_factory):
 
 
 def read(folder, task):
-    return read_items(task, find_files(str(folder), task, BENCHMARKS[task].files))
+    return read_items(task, find_files(str(folder), task, find_benchmark(task).files))
 
 
-def test_every_task_of_the_command_is_a_benchmark():
-    assert list(BENCHMARKS) == list(TASKS)
+def test_every_module_of_the_folder_is_a_task_under_its_own_name():
+    assert set(TASKS) == {*EIGHT, "easy_vqa"}
+    assert len(EIGHT) == 8
+    assert [find_benchmark(name).name for name in TASKS] == list(TASKS)
 
 
 @pytest.mark.parametrize("kind", ["tsv", "parquet"])
@@ -38,7 +39,7 @@ def test_both_distributions_are_read_with_their_pictures(folders, kind, task):
         assert item.images
         assert set(item.images) <= photos
         for profile in ("official", "open_qwen2vl"):
-            prompt = BENCHMARKS[task].prompt(item, profile)
+            prompt = find_benchmark(task).prompt(item, profile)
             assert prompt.text.count("<image>") == len(item.images), prompt.text
             assert "<image 1>" not in prompt.text
 
@@ -56,21 +57,21 @@ def test_mmbench_rotations_share_one_picture_and_must_all_be_right(folders):
 
 def test_prompts_are_written_as_documented(folders):
     mmbench_item = read(folders["parquet"], "mmbench")[4]
-    assert BENCHMARKS["mmbench"].prompt(mmbench_item, "official").text == (
+    assert find_benchmark("mmbench").prompt(mmbench_item, "official").text == (
         "<image>\nLook closely.\nWhat is it?\nA. a cat\nB. a rocket\nC. an astronaut\nD. a cup\n"
         "Answer with the option's letter from the given choices directly."
     )
-    raw = BENCHMARKS["mmbench"].prompt(mmbench_item, "open_qwen2vl")
+    raw = find_benchmark("mmbench").prompt(mmbench_item, "open_qwen2vl")
     assert raw.text == (
         "<image>\nWhat is it?\nA. a cat\nB. a rocket\nC. an astronaut\nD. a cup\n"
         "Answer with the option's letter from the given choices directly.\nAnswer:"
     )
     assert (raw.is_raw, raw.max_new_tokens, raw.stop) == (True, 16, (".", ",", "\n"))
     vista = read(folders["parquet"], "mathvista")[1]
-    assert BENCHMARKS["mathvista"].prompt(vista, "official").text == (
+    assert find_benchmark("mathvista").prompt(vista, "official").text == (
         "<image>\nHow wide? (Unit: cm)\nAnswer the question using a single floating-point number with 1 decimal places."
     )
-    star = BENCHMARKS["mmstar"].prompt(read(folders["parquet"], "mmstar")[0], "open_qwen2vl").text
+    star = find_benchmark("mmstar").prompt(read(folders["parquet"], "mmstar")[0], "open_qwen2vl").text
     assert star.startswith("<image>\nQuestion: What is it?\nOptions: A: a cat")
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from oq2vl_jax.eval import answers
+from oq2vl_jax.eval import answers, choice_rules
 from oq2vl_jax.eval.benchmark import Item
-from oq2vl_jax.eval.benchmarks import choice_rules, mathvista, mmbench, pope, textvqa
+from oq2vl_jax.eval.benchmarks import mathvista, mmbench, pope, textvqa
 from oq2vl_jax.eval.choices import REFUSED, infer_choice, parse_mmmu_choice
 
 KITS = {"vlm": "VLMEvalKit", "lmms": "lmms-eval 0.7.3", "published": "Open-Qwen2VL harness"}

@@ -132,7 +132,7 @@ def test_a_prompt_that_is_no_utf8_is_refused():
 
 def test_a_reply_is_the_same_by_the_token_and_at_once(byte_tokenizer_folder):
     """Text, stops and pieces against one decoding of everything, on random tokens with broken characters."""
-    codec, rng = TextCodec(byte_tokenizer_folder), random.Random(0)
+    codec, rng = TextCodec.from_transformers(byte_tokenizer_folder), random.Random(0)
     for _ in range(300):
         tokens = codec.encode("".join(rng.choices(("ab", "é", "你", "🙂", " ", "\n", "stop", "xy"), k=12)))
         tokens = [t for t in tokens if rng.random() > 0.05]

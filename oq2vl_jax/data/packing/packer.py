@@ -90,21 +90,24 @@ def pack_shards(config: PackConfig) -> dict | None:
 
 
 def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
-    from oq2vl_jax.data.samples.instructions import is_instructions, picture_versions
+    """Returns a digest of the files that the inputs of a task name outside of themselves; "" if they name none."""
+    from oq2vl_jax.data.samples.formats import format_of
 
-    return picture_versions([file for file in inputs if is_instructions(file)], images)
+    kind = format_of(inputs[0])
+    return kind.version_beside(list(inputs), images) if kind.version_beside is not None else ""
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
-    """Returns (inputs, inputs per task): files, or ranges of instruction files. Raises UserError for a mixture."""
-    from oq2vl_jax.data.samples.instructions import is_instructions, split_into_ranges
+    """Returns (inputs, inputs per task): files, or parts of files. Raises UserError for a mixture of formats."""
+    from oq2vl_jax.data.samples.formats import format_name, formats
 
-    of_instructions = [is_instructions(file) for file in files]
-    if not any(of_instructions):
+    names = list(dict.fromkeys(format_name(file) for file in files))
+    if len(names) > 1:
+        raise UserError(f"--shards {config.shards}: {' and '.join(names)} together; pack them one by one.")
+    split = formats()[names[0]].split
+    if split is None:
         return files, config.files_per_task
-    if not all(of_instructions):
-        raise UserError(f"--shards {config.shards}: instruction files and others together; pack them one by one.")
-    return [part for file in files for part in split_into_ranges(file, config.entries_per_task)], 1
+    return [part for file in files for part in split(file, config.entries_per_task)], 1
 
 
 def check_config(config: PackConfig) -> None:

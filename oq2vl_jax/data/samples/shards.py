@@ -1,26 +1,21 @@
-"""Reads tars and packed JSON files as Samples: captions, conversations, interleaved documents.
+"""Reads tars as Samples: captions, conversations, interleaved documents.
 
     caption       KEY.jpg|png|webp + KEY.txt
     conversation  KEY.json with "conversations" (LLaVA) + KEY.jpg, or KEY.0.jpg, KEY.1.jpg, ... in the order of numbers
     interleaved   KEY.json with "texts" (null for an image) and the parallel "image_info" of {"image_base64"}
                   or null (OBELICS, MMC4); or KEY.tiff, one page for each null of "texts" (MINT)
-    *.json        data/samples/instructions.py reads lists of conversations; an object here is
-                  a row of the published packer: {"data": [{"texts", "image_info", "key", "uid"}, ...]}
 
 Content that cannot be used becomes a Sample with a `problem`; no sample is dropped.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from oq2vl_jax import paths
 from oq2vl_jax.data.samples.ids import uid_of_key
 from oq2vl_jax.data.samples.images import ImageError, embedded_image, tiff_pages
 from oq2vl_jax.data.samples.tars import Members, read_members
-from oq2vl_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TIFF_SUFFIXES = ("tiff", "tif")
@@ -44,10 +39,7 @@ class Sample(NamedTuple):
 
 
 def read_samples(path: str) -> Iterator[Sample]:
-    """Yields the samples of a tar or a packed JSON file, in their order."""
-    if path.endswith(".json"):
-        yield from read_packed_json(path)
-        return
+    """Yields the samples of a tar, in their order."""
     for members in read_members(path):
         yield sample_of(members)
 
@@ -129,23 +121,6 @@ def embedded_images(image_info: Any, count: int) -> list[bytes | None] | None:
         return None
     encoded = [info.get("image_base64") if isinstance(info, dict) else None for info in image_info]
     return [embedded_image(text) if text else None for text in encoded]
-
-
-def read_packed_json(path: str) -> Iterator[Sample]:
-    """Yields the documents of one row of the published packer. One image and text are a caption, as in its reader."""
-    content = paths.read_json(path)
-    documents = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(documents, list) or not all(isinstance(d, dict) and "texts" in d for d in documents):
-        raise UserError(
-            f'{path}: expected {{"data": [{{"texts", "image_info", ...}}]}}, as *_packed.json files hold it.'
-        )
-    for i, document in enumerate(documents):
-        key = printable(str(document.get("key") or document.get("uid") or f"{os.path.basename(path)}#{i}"))
-        sample = parse_interleaved(key, document)
-        texts = [text for text in sample.elements or () if text is not None]
-        if len(sample.images) == 1 and len(texts) == 1 and sample.elements and sample.elements[0] is None:
-            sample = sample._replace(text=texts[0], elements=None)
-        yield sample
 
 
 def printable(text: str) -> str:

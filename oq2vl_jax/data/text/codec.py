@@ -1,35 +1,42 @@
 """Turns Samples into Documents: tokenizer, special tokens, templates, and the loss mask (is_labelled).
 
-Captions and interleaved documents have one form, conversations four templates (arXiv 2504.00595 and its code):
+Captions and interleaved documents have one form each:
   interleaved   <s>, then <image>\\n or text <|endofchunk|> per element, <|im_end|>
-  plain         <s> <image>\\n caption <|im_end|>                            everything but the image labelled
-  open_qwen2vl  the published tuning template, exactly: no newline before "assistant", and in the first turn the token
-                after an image is dropped (a rule meant for Llama that fires because the turn begins with <s>)
-  open_qwen2vl_released   very likely the template of the released instruct weights, inferred from that code's history:
-                the images of the first turn precede everything, no newline before an answer
-  chatml        Qwen2.5's own template
-Conversations are labelled on assistant turns only.
+  caption       <s> <image>\\n caption <|im_end|>                   everything but the image labelled
+Conversations are written by templates.py, and labelled on assistant turns only.
 """
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.bpe import BYTE_OF_CHARACTER
 from oq2vl_jax.data.text.document import Document
+from oq2vl_jax.data.text.templates import (
+    CHAT_TEMPLATES,
+    DEFAULT_SYSTEM,
+    IMAGE,
+    SpecialTokens,
+    Turn,
+    published_items,
+    split_at_images,
+    without_tokens_after_images,
+)
 from oq2vl_jax.data.text.tokenizer import BOS, END_OF_CHUNK, EOS, IMAGE_PAD, PAD, TURN_START, load_tokenizer
 from oq2vl_jax.errors import UserError
 
-IMAGE = "<image>"
-"""Marks the place of an image in the text of a conversation."""
-TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 IMAGE_IN_TEXT = "<image-placeholder>"
 """Replaces a literal <image> in captions and interleaved documents, as in the published code."""
 HUMAN, ASSISTANT = "human", "gpt"
-DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 class SampleError(ValueError):
@@ -40,58 +47,12 @@ class SampleError(ValueError):
         self.reason = reason
 
 
-class SpecialTokens(NamedTuple):
-    bos: int
-    eos: int
-    pad: int
-    end_of_chunk: int
-    turn_start: int
-    image: int
-
-
 class TextCodec:
-    """A tokenizer with this project's special tokens; it encodes documents and prompts, and decodes tokens."""
+    """A tokenizer with this project's special tokens; writes documents and prompts, and decodes tokens."""
 
-    _tokenizer: Any = None
-    """The tokenizer of transformers, if it was needed to load the folder."""
-    _folder: Path | None = None
-    """The folder of the files, if `load` did not need transformers."""
-
-    def __init__(self, folder: str):
-        """Loads a Hugging Face tokenizer folder and declares this project's special tokens. Raises UserError."""
-        self._tokenizer = load_tokenizer(folder)
-        self._prepare(self._tokenizer.backend_tokenizer, folder)
-
-    @staticmethod
-    def load(folder: str) -> "TextCodec":
-        """Returns TextCodec(folder), seconds faster if every token is declared, as in a checkpoint's tokenizer."""
-        import tokenizers
-
-        file = Path(folder) / "tokenizer.json"
-        if file.is_file():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(file))
-            except Exception:  # TextCodec(folder) reports the problem
-                return TextCodec(folder)
-            declared = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-            if {END_OF_CHUNK, BOS, IMAGE_PAD} <= declared:
-                codec = TextCodec.__new__(TextCodec)
-                codec._folder = Path(folder)
-                codec._prepare(backend, folder)
-                return codec
-        return TextCodec(folder)
-
-    @staticmethod
-    def from_saved(tokenizer_json: str, where: str) -> "TextCodec":
-        """Returns the codec whose `save` wrote this tokenizer.json, a second faster than importing transformers."""
-        import tokenizers
-
-        codec = TextCodec.__new__(TextCodec)
-        codec._prepare(tokenizers.Tokenizer.from_str(tokenizer_json), where)
-        return codec
-
-    def _prepare(self, backend: Any, where: str) -> None:
-        self._backend = backend
+    def __init__(self, backend: Any, where: str, save: Callable[[Path], None]):
+        """backend: a tokenizers.Tokenizer. where: names it in messages. save: writes its files to a folder."""
+        self._backend, self._save = backend, save
         self._backend.encode_special_tokens = True  # text that spells a special token stays text
         ids = {name: self._backend.token_to_id(name) for name in (BOS, EOS, PAD, END_OF_CHUNK, TURN_START, IMAGE_PAD)}
         missing = [name for name, token in ids.items() if token is None]
@@ -100,6 +61,36 @@ class TextCodec:
         self.special = SpecialTokens(*ids.values())
         self._added_tokens = [token.content for token in self._backend.get_added_tokens_decoder().values()]
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+
+    @staticmethod
+    def load(folder: str) -> "TextCodec":
+        """Loads a tokenizer folder, without transformers if its tokenizer.json declares this project's tokens, as a
+        checkpoint's does: seconds faster. Raises UserError."""
+        import tokenizers
+
+        file = Path(folder) / "tokenizer.json"
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+        except Exception:  # the Rust library raises a plain Exception; from_transformers names the problem
+            backend = None
+        if backend is not None:
+            declared = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+            if {END_OF_CHUNK, BOS, IMAGE_PAD} <= declared:
+                return TextCodec(backend, folder, partial(copy_tokenizer, Path(folder)))
+        return TextCodec.from_transformers(folder)
+
+    @staticmethod
+    def from_transformers(folder: str) -> "TextCodec":
+        """Loads any Hugging Face tokenizer folder, and declares what load looks for. Raises UserError."""
+        tokenizer = load_tokenizer(folder)
+        return TextCodec(tokenizer.backend_tokenizer, folder, tokenizer.save_pretrained)
+
+    @staticmethod
+    def from_saved(tokenizer_json: str, where: str) -> "TextCodec":
+        """Builds the codec from the text of a tokenizer.json that `save` wrote; it has no other files to save."""
+        import tokenizers
+
+        return TextCodec(tokenizers.Tokenizer.from_str(tokenizer_json), where, already_saved)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text. Raises SampleError for lone surrogates, which JSON can spell and UTF-8 cannot."""
@@ -128,14 +119,8 @@ class TextCodec:
             return name.encode()
 
     def save(self, folder: Path) -> None:
-        """Writes the files of the tokenizer to an existing folder."""
-        if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(folder)
-            return
-        assert self._folder is not None, "from_saved codecs have been saved"
-        for file in self._folder.iterdir():
-            if file.suffix in TOKENIZER_SUFFIXES:
-                shutil.copyfile(file, folder / file.name)
+        """Writes the tokenizer's files to an existing folder."""
+        self._save(folder)
 
     def document(self, sample: Sample, template: str, num_visual_tokens: int) -> Document:
         """Tokenises a sample. Raises SampleError if it does not fit the template."""
@@ -171,29 +156,21 @@ class TextCodec:
                 if i % 2:
                     encoded += [token for turn, _ in self._assistant_turns(text.strip(), template) for token in turn]
                 else:
-                    encoded += self._human_turn(text.strip(), template, i == 0, system or DEFAULT_SYSTEM)
-        runs = [[self.special.image] * num_visual_tokens if token is None else [token] for token in encoded]
-        return [token for run in runs for token in run]
+                    encoded += self._human_turn(text.strip(), template, i == 0, system)
+        return self._with_visual_tokens(encoded, num_visual_tokens)
 
     def published_prompt(self, turns: list[str], num_visual_tokens: int, system: str | None = None) -> list[int]:
         """Returns the prompt of the published code (get_prompt, generate_batch): the conversation of open_qwen2vl,
         human first and last. The text between two images is tokenised in one piece, blanks at the end are removed, the
         token after every image is dropped, and a second <s> is put in front. Raises SampleError.
         """
-        special = self.special
-        items: list[str | int | None] = [special.bos, special.turn_start, f"system\n{system or DEFAULT_SYSTEM}"]
-        items += [special.eos, "\n"]
-        for i, text in enumerate(turns):
-            pieces = split_at_images(text.strip())
-            if i % 2:
-                items += [*(pieces if text.strip() else [" "]), special.eos, "\n"]
-            else:
-                items += [special.turn_start, "user\n", *pieces, special.eos]
-                items.append("assistant\n" if i < len(turns) - 1 else "assistant")
-        tokens = self._encode_items(items)
-        kept = [token for i, token in enumerate(tokens) if i == 0 or token is None or tokens[i - 1] is not None]
-        runs = [[special.image] * num_visual_tokens if token is None else [token] for token in kept]
-        return [special.bos, *(token for run in runs for token in run)]
+        tokens = self._encode_items(published_items(self.special, turns, system or DEFAULT_SYSTEM))
+        kept = without_tokens_after_images(tokens)
+        return [self.special.bos, *self._with_visual_tokens(kept, num_visual_tokens)]
+
+    def _with_visual_tokens(self, turn: "Turn", num_visual_tokens: int) -> list[int]:
+        runs = [[self.special.image] * num_visual_tokens if token is None else [token] for token in turn]
+        return [token for run in runs for token in run]
 
     def text_notes(self, sample: Sample) -> list[str]:
         """Returns notes for text that spells an image marker or a special token without meaning one."""
@@ -242,31 +219,14 @@ class TextCodec:
                 turns += self._assistant_turns(text, template)
         return turns
 
-    def _human_turn(self, text: str, template: str, is_first: bool, system: str = DEFAULT_SYSTEM) -> "Turn":
-        turn_start, eos = self.special.turn_start, self.special.eos
-        header = [turn_start, f"system\n{system}", eos, "\n"] if is_first else []
-        if template == "open_qwen2vl_released" and is_first:
-            images, text = [None, "\n"] * text.count(IMAGE), text.replace(IMAGE, "")
-            return self._encode_items(
-                [*images, self.special.bos, *header, turn_start, f"user\n{text}", eos, "assistant"]
-            )
-        message = [turn_start, "user\n", *split_at_images(text), eos]
-        if template == "chatml":
-            return self._encode_items([*header, *message, "\n", turn_start, "assistant\n"])
-        if template == "open_qwen2vl_released":
-            return self._encode_items([*message, "assistant"])
-        if not is_first:
-            return self._encode_items([*message, "assistant\n"])
-        turn = self._encode_items([self.special.bos, *header, *message, "assistant\n"])
-        return [token for i, token in enumerate(turn) if i == 0 or token is None or turn[i - 1] is not None]
+    def _human_turn(self, text: str, template: str, is_first: bool, system: str | None = None) -> "Turn":
+        chat = CHAT_TEMPLATES[template]
+        turn = self._encode_items(chat.human(self.special, text, is_first, system or DEFAULT_SYSTEM))
+        return without_tokens_after_images(turn) if is_first and chat.drops_tokens_after_images else turn
 
     def _assistant_turns(self, text: str, template: str) -> "list[tuple[Turn, bool]]":
-        if template == "chatml":
-            return [
-                (self._encode_items([*split_at_images(text), self.special.eos]), True),
-                (self._encode_items(["\n"]), False),
-            ]
-        return [(self._encode_items([*split_at_images(text or " "), self.special.eos, "\n"]), True)]
+        parts = CHAT_TEMPLATES[template].assistant(self.special, text)
+        return [(self._encode_items(items), is_labelled) for items, is_labelled in parts]
 
     def _encode_items(self, items: "list[str | int | None]") -> "Turn":
         """Turns text, special ids and images (None) into tokens; neighbouring texts are tokenised as one."""
@@ -282,11 +242,11 @@ class TextCodec:
         return turn[:-1]
 
 
-Turn = list[int | None]
-"""Token ids, with None for an image."""
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
-def split_at_images(text: str) -> list[str | None]:
-    """Splits 'a<image>b' into ['a', None, 'b']."""
-    pieces = text.split(IMAGE)
-    return [item for piece in pieces for item in (None, piece)][1:]
+def already_saved(folder: Path) -> None:
+    raise AssertionError(f"{folder}: a codec of from_saved has no files of its own")

@@ -1,8 +1,19 @@
-"""The benchmarks by name."""
+"""The benchmarks, one a module that binds BENCHMARK under its own name; a new module is a task of oq2vl_jax.eval."""
 
-from oq2vl_jax.eval.benchmarks import ai2d, easy_vqa, mathvista, mmbench, mmmu, mmstar, pope, seedbench, textvqa
+from __future__ import annotations
 
-BENCHMARKS = {
-    module.BENCHMARK.name: module.BENCHMARK
-    for module in (mmbench, seedbench, mmstar, mathvista, ai2d, textvqa, pope, mmmu, easy_vqa)
-}
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of tasks are needed by --help, which is instant
+    from oq2vl_jax.eval.benchmark import Benchmark
+
+TASKS = tuple(sorted(file.stem for file in Path(__file__).parent.glob("*.py") if file.stem != "__init__"))
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Returns the benchmark of one of TASKS."""
+    benchmark = importlib.import_module(f"{__name__}.{name}").BENCHMARK
+    assert benchmark.name == name, f"{name}.py binds the benchmark {benchmark.name}"
+    return benchmark

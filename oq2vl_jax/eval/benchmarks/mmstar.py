@@ -19,7 +19,7 @@ from oq2vl_jax.eval.benchmark import (
     options_text,
     without_markers,
 )
-from oq2vl_jax.eval.benchmarks.choice_rules import judge_contained, judge_official, letter_of
+from oq2vl_jax.eval.choice_rules import judge_contained, judge_official, letter_of
 from oq2vl_jax.eval.tables import Table, check_columns, images_of, is_given
 
 

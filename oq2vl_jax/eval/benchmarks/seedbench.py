@@ -15,7 +15,7 @@ from oq2vl_jax.eval.benchmark import (
     raw_prompt,
     without_markers,
 )
-from oq2vl_jax.eval.benchmarks.choice_rules import judge, letter_of, official_prompt
+from oq2vl_jax.eval.choice_rules import judge, letter_of, official_prompt
 from oq2vl_jax.eval.tables import Table, check_columns, images_of, is_given
 
 

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from oq2vl_jax import paths
+from oq2vl_jax.data.samples.formats.format import Format
 from oq2vl_jax.data.samples.ids import uid_of_key
 from oq2vl_jax.data.samples.shards import Sample, printable
 from oq2vl_jax.errors import UserError
@@ -195,3 +196,10 @@ def image_names(path: str) -> Iterator[str]:
         for name in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
             if isinstance(name, str):
                 yield name
+
+
+def read_one(path: str, begin: int, end: int, images: str | None) -> Sample:
+    return parse_entry(read_range(path, begin, end), images)
+
+
+FORMAT = Format(is_instructions, read_instructions, split_into_ranges, entry_offsets, read_one, picture_versions)

@@ -1,0 +1,24 @@
+"""File formats of samples, one a module. A new module that binds FORMAT is read by packing, offline and online."""
+
+import functools
+import importlib
+from pathlib import Path
+
+from oq2vl_jax.data.samples.formats.format import Format
+
+
+@functools.cache
+def formats() -> dict[str, Format]:
+    """Returns the formats by the names of their modules, the fallback last."""
+    names = sorted(file.stem for file in Path(__file__).parent.glob("*.py") if file.stem not in ("__init__", "format"))
+    modules = {name: importlib.import_module(f"{__name__}.{name}").FORMAT for name in names}
+    return dict(sorted(modules.items(), key=lambda item: item[1].is_fallback))
+
+
+def format_name(path: str) -> str:
+    """Returns the name of the format of a file, or of an input of Format.split."""
+    return next(name for name, format in formats().items() if format.is_fallback or format.matches(path))
+
+
+def format_of(path: str) -> Format:
+    return formats()[format_name(path)]
