@@ -12,6 +12,7 @@ array over all microbatches:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ from oq2vl_jax.sharding import (
 )
 from oq2vl_jax.train.attention_choice import compute_of
 from oq2vl_jax.train.cross_entropy import cross_entropy_and_gradients, cross_entropy_sum
-from oq2vl_jax.train.loss import loss
+from oq2vl_jax.train.loss import Loss
+from oq2vl_jax.train.loss import loss as default_loss
 from oq2vl_jax.train.parts import split_trainable, split_vocabulary
 from oq2vl_jax.trees import is_matrix, merge_parts
 
@@ -49,11 +51,17 @@ A chunk costs a pass over the head's float32 gradient; unused positions cost mat
 
 
 def loss_and_gradients(
-    model: OpenQwen2VL, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
+    model: OpenQwen2VL,
+    batch: Batch,
+    config: TrainConfig,
+    mesh: Mesh,
+    compute: Compute | None = None,
+    loss: Loss | None = None,
 ) -> tuple[Float[Array, ""], Any]:
     """Returns nats per labelled token of a global batch, and the trained parts' gradients, sharded like their masters.
 
     compute: from attention_choice.checked_compute; None takes compute_of. sharding.py describes the collectives.
+    loss: another loss than train/loss.py; its gradients are plain.
     """
     compute = compute or compute_of(config, mesh)
     trained, frozen = split_trainable(compute_copy(model, config), config.trainable)
@@ -67,7 +75,8 @@ def loss_and_gradients(
         if config.execution.layers == "one_by_one":
             trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
-        gradients_of = plain_gradients if config.gradients == "plain" else microbatch_gradients
+        is_plain = config.gradients == "plain" or loss is not None
+        gradients_of = partial(plain_gradients, loss or default_loss) if is_plain else microbatch_gradients
         value, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, of_device, gradients_of)
         if config.execution.layers == "one_by_one":
             gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
@@ -143,9 +152,9 @@ def microbatch_gradients(
 
 
 def plain_gradients(
-    trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
+    loss: Loss, trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
 ) -> tuple[jax.Array, Any, Any]:
-    """Returns the same as microbatch_gradients, by jax.grad of train/loss.py. Works for any loss; needs all logits."""
+    """Returns what microbatch_gradients does, of any loss, by jax.grad; all logits exist at once."""
 
     def scaled_loss(trained):
         return scale * loss(merge_parts(trained, frozen), batch, compute)[0]
@@ -160,7 +169,7 @@ def plain_gradients(
 
 
 MicrobatchGradients = Callable[[Any, Any, Batch, jax.Array, Any, Compute], tuple[jax.Array, Any, Any]]
-"""microbatch_gradients or plain_gradients."""
+"""microbatch_gradients, or plain_gradients of a loss."""
 
 
 def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:

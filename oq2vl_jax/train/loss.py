@@ -1,5 +1,7 @@
 """The loss in its plain form, with all logits at once; tests compare the faster train/gradients.py with it."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,6 +9,10 @@ from jaxtyping import Array, Float, Int
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+
+Loss = Callable[[OpenQwen2VL, Batch, Compute], tuple[Array, Array]]
+"""(model, a microbatch, compute) to (sum over labelled tokens, number of labelled tokens). A step divides the sum by
+the labelled tokens of the global batch, whatever the devices and microbatches are."""
 
 
 def loss(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> tuple[Float[Array, ""], Int[Array, ""]]:

@@ -26,6 +26,7 @@ from oq2vl_jax.train.attention_choice import checked_compute
 from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.checks import check_config, check_memory, check_run_dir, check_same_model, row_bytes
 from oq2vl_jax.train.held_out import HeldOut, write_samples
+from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.open_data import OpenData, open_data
 from oq2vl_jax.train.run_lock import run_lock
@@ -41,7 +42,7 @@ from oq2vl_jax.train.trackers import open_trackers
 from oq2vl_jax.trees import named_arrays
 
 
-def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
+def run(config: TrainConfig, stop_at_step: int | None = None, loss: Loss | None = None) -> str | None:
     """Trains to config.num_steps and returns parameters_sha256; None if stopped before (SIGTERM or stop_at_step).
 
     Raises UserError for errors that the user can cause, including a NaN loss.
@@ -49,10 +50,12 @@ def run(config: TrainConfig, stop_at_step: int | None = None) -> str | None:
     check_config(config, len(jax.devices()))
     lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()
     with lock, terminate_flag() as is_terminated:
-        return train(config, stop_at_step, is_terminated)
+        return train(config, stop_at_step, is_terminated, loss)
 
 
-def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool]) -> str | None:
+def train(
+    config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool], loss: Loss | None = None
+) -> str | None:
     """Runs the training of `run`; saves a checkpoint and stops once is_terminated(step) is true."""
     mesh = make_mesh(config.mesh)
     compute = checked_compute(config, mesh)
@@ -65,7 +68,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
     state = start_state(config, mesh, checkpointer, data)
     write_config(config, run_dir)
-    train_step = compile_train_step(config, mesh, compute)
+    train_step = compile_train_step(config, mesh, compute, loss)
     start_step, saved_step = int(state.step), checkpointer.latest_step()
     last_step = min(config.num_steps, stop_at_step or config.num_steps)
     reporter = make_reporter(config, run_dir, start_step)

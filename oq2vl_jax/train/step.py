@@ -14,6 +14,7 @@ from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import parameter_shardings, replicated, row_sharding
 from oq2vl_jax.train.gradients import loss_and_gradients
+from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.optimizer import make_optimizer, make_schedule
 from oq2vl_jax.train.parts import split_trainable
 from oq2vl_jax.trees import merge_parts, named_arrays, path_name
@@ -77,26 +78,31 @@ def moment_shardings(opt_state: Any, model: OpenQwen2VL, model_shardings: Any, m
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    mesh: Mesh,
+    compute: Compute | None = None,
+    loss: Loss | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """Takes one optimizer step on a global batch. compute: see gradients.loss_and_gradients."""
+    """Takes one optimizer step on a global batch. compute, loss: see gradients.loss_and_gradients."""
     trained, frozen = split_trainable(state.model, config.trainable)
-    loss, gradients = loss_and_gradients(state.model, batch, config, mesh, compute)
+    value, gradients = loss_and_gradients(state.model, batch, config, mesh, compute, loss)
     with jax.named_scope("optimizer"):
         optimizer = make_optimizer(config.optimizer, config.num_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         model = merge_parts(optax.apply_updates(trained, updates), frozen)
     metrics = StepMetrics(
-        loss, optax.tree.norm(gradients), jnp.float32(make_schedule(config.optimizer, config.num_steps)(state.step))
+        value, optax.tree.norm(gradients), jnp.float32(make_schedule(config.optimizer, config.num_steps)(state.step))
     )
     return TrainState(state.step + 1, model, opt_state), metrics
 
 
-def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None):
+def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None, loss: Loss | None = None):
     """Jits train_step, with the state donated and the shardings of inputs and outputs explicit."""
     shardings = state_shardings(config, mesh)
     return jax.jit(
-        lambda state, batch: train_step(state, batch, config, mesh, compute),
+        lambda state, batch: train_step(state, batch, config, mesh, compute, loss),
         in_shardings=(shardings, row_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
