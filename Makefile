@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-plan bench-peers bridge-full-size works-with lint clean-demo
+.PHONY: demo test test-matrix docs test-plan bench-peers bridge-full-size works-with lint clean-demo
 
 # Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
@@ -38,8 +38,21 @@ bridge-full-size: .venv/.test-installed
 	$(BIN)/python -m pytest -m slow tests/convert/test_full_size.py -s
 
 # A process per core: compiling for the tests is most of the time.
-test: .venv/.test-installed
+test: lint docs
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# The suite on every interpreter named: make test-matrix PYTHONS="python3.11 python3.13"; each has a folder in build/.
+PYTHONS ?= python3
+test-matrix:
+	for python in $(PYTHONS); do \
+	    $(MAKE) test-on ON=build/venv-$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') PYTHON=$$python \
+	        || exit 1; \
+	done
+
+test-on:
+	test -x $(ON)/bin/python || $(PYTHON) -m venv $(ON)
+	$(ON)/bin/python -m pip install --quiet torch==2.13.0 --editable '.[dev]' $(WITH)
+	$(ON)/bin/python -m pytest --numprocesses auto --dist worksteal
 
 # Compiles the published step for GPUs that are not there: 5 GB of CUDA packages.
 test-plan: .venv/.test-installed
@@ -57,6 +70,12 @@ bench-peers: .venv/.test-installed
 
 lint: .venv/.test-installed
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
+
+# The pages as a site, build/site/index.html; a link that leads nowhere fails.
+docs: .venv/.test-installed
+	rm -rf build/pages build/site && mkdir -p build && cp -r docs build/pages
+	sed 's#\([("]\)docs/#\1#g' README.md > build/pages/index.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/mkdocs.yml
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,130 @@
+"""docs/extend.md: each trial change touches as many files as the page says, and works from the command line.
+
+The package is copied, the change applied, and the copy run in processes of its own.
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+
+from oq2vl_jax.data.packing.packed import PackedRows, read_manifest
+from oq2vl_jax.sharding import make_mesh, to_global_batch
+from oq2vl_jax.train.step import compile_train_step, init_train_state
+from tests.data.conftest import png
+from tests.generate.conftest import checkpoint  # noqa: F401
+from tests.train.conftest import TINY
+from tests.train.test_run import one_device_mesh, random_batch
+
+EXAMPLES = Path("docs/examples")
+DIFFS = {"projector": 2, "optimizer": 1, "decoder": 2}
+"""Files of the package that each idea touches, its export included; layout of the table in docs/extend.md."""
+LOSS_TOLERANCE = 2e-6  # relative, 8 devices against microbatches on one; measured 8e-8
+Z_LOSS = 1e-4  # times the squared log-sum-exp, which is above 1 for 320 random logits
+FILES = {
+    "source": "oq2vl_jax/data/samples/formats/csv_captions.py",
+    "benchmark": "oq2vl_jax/eval/benchmarks/brightness.py",
+}
+
+
+def files_of(name):
+    return re.findall(r"^\+\+\+ b/(\S+)$", (EXAMPLES / f"{name}.diff").read_text(), re.M)
+
+
+def copied(folder):
+    for name in ("oq2vl_jax", "convert", "configs"):
+        shutil.copytree(name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def call(folder, *command):
+    environment = os.environ | {"PYTHONPATH": str(folder), "HF_MODULES_CACHE": str(folder / "modules"), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_trial_change_applies_and_touches_as_many_files_as_the_page_says(name, tmp_path):
+    files = files_of(name)
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, tmp_path / file)
+    subprocess.run(["git", "apply", str((EXAMPLES / f"{name}.diff").absolute())], cwd=tmp_path, check=True)
+    assert all((tmp_path / file).read_text() != Path(file).read_text() for file in files)
+    row = next(line for line in Path("docs/extend.md").read_text().splitlines() if f"examples/{name}.diff" in line)
+    assert len(files) == DIFFS[name] == int(row.split("|")[2].split()[0])
+    assert all(f"`{file}`" in row for file in files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_trial_change_trains_resumes_and_leaves(name, tmp_path):
+    """4 steps and 2 + 2 end in the same bits; the export answers as the checkpoint does, or holds the new weights."""
+    copied(tmp_path)
+    subprocess.run(["git", "apply", str((EXAMPLES / f"{name}.diff").absolute())], cwd=tmp_path, check=True)
+    flags = ("--num-steps", "4", "--checkpoint.every-num-steps", "2")
+    whole = call(tmp_path, "oq2vl_jax.train", "tiny", "--run-dir", "whole", *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/checkpoints/000004")
+    parts = call(tmp_path, "oq2vl_jax.train", "tiny", "--run-dir", "parts", *flags)
+    assert "resuming from step 2" in parts
+    assert whole.split()[-1] == parts.split()[-1]
+    call(tmp_path, "convert.to_hf", "whole", "--out", "exported", "--dtype", "float32")
+    if name == "decoder":
+        from safetensors import safe_open
+
+        with safe_open(next(tmp_path.glob("exported/*.safetensors")), "np") as tensors:
+            assert "model.language_model.layers.1.self_attn.k_norm.weight" in set(tensors.keys())
+        return
+    (tmp_path / "picture.png").write_bytes(png())
+    ask = ("--image", "picture.png", "--prompt", "what?", "--same-as", "whole", "--trust-remote-code")
+    assert "the same reply" in call(tmp_path, "convert.ask_hf", "exported", *ask)
+
+
+def test_another_loss_is_a_function_handed_to_the_step():
+    """z-loss on 8 devices in microbatches equals its value and gradients on one device at once."""
+    spec = importlib.util.spec_from_file_location("loss_example", EXAMPLES / "loss.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    batch, results = random_batch(), []
+    for mesh, rows in ((make_mesh(TINY.mesh), None), (one_device_mesh(), 2)):
+        config = dataclasses.replace(TINY, rows_per_device=rows)
+        for loss in (example.loss, None):
+            state = init_train_state(jax.random.key(0), config)
+            _, metrics = compile_train_step(config, mesh, loss=loss)(state, to_global_batch(batch, mesh))
+            results.append((float(metrics.loss), float(metrics.grad_norm)))
+    np.testing.assert_allclose(results[0], results[2], rtol=LOSS_TOLERANCE)
+    assert results[0][0] > results[1][0] + Z_LOSS
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_new_file_is_enough(name, tmp_path, byte_tokenizer_folder, checkpoint):  # noqa: F811
+    copied(tmp_path)
+    shutil.copyfile(EXAMPLES / f"{name}.py", tmp_path / FILES[name])
+    (tmp_path / "picture.png").write_bytes(png())
+    if name == "source":
+        with open(tmp_path / "captions.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("image", "caption"), ("picture.png", "a cat"), ("none.png", "a dog")])
+        budgets = ("--num-tokens", "64", "--max-images", "2", "--visual-tokens", "4", "--template", "plain")
+        call(tmp_path, "oq2vl_jax.data.pack", "--shards", "captions.csv", "--images", ".", "--out", "packed",
+             "--tokenizer", byte_tokenizer_folder, *budgets)  # fmt: skip
+        manifest = read_manifest(str(tmp_path / "packed"))
+        assert (manifest["documents"], manifest["skipped"]) == (1, {"image_missing": 1})
+        assert len(PackedRows(str(tmp_path / "packed"))) == 1
+        return
+    rows = [{"index": i, "image": {"bytes": png(seed=i), "path": None}, "answer": "dark"} for i in range(3)]
+    pl.DataFrame(rows).write_parquet(tmp_path / "brightness.parquet")
+    printed = call(tmp_path, "oq2vl_jax.eval", "--checkpoint", checkpoint, "--tasks", "brightness", "--data", ".",
+                   "--out", "results", "--method", "options")  # fmt: skip
+    assert re.search(r"brightness \(official, options\): [\d.]+ % .* of 3", printed)
