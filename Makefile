@@ -21,7 +21,7 @@ demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa.py
 	$(BIN)/python -m oq2vl_jax.train configs/easy_vqa_tune.py
 	$(BIN)/python -m oq2vl_jax.eval --checkpoint $(DEMO)/runs/questions --tasks easy_vqa --data $(DEMO)/data/test \
-	    --out $(DEMO)/results/generate
+	    --out $(DEMO)/results/generate --method generate
 	$(BIN)/python -m oq2vl_jax.eval --checkpoint $(DEMO)/runs/questions --tasks easy_vqa --data $(DEMO)/data/test \
 	    --out $(DEMO)/results/options --method options
 	rm -rf $(DEMO)/exported
