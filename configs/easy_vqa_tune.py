@@ -7,12 +7,11 @@ is frozen, as in the published tuning, because further training makes it forget 
 """
 
 import dataclasses
-from pathlib import Path
-from runpy import run_path
 
 from oq2vl_jax.config import TrainableConfig
+from oq2vl_jax.config_files import load_config
 
-captions = run_path(str(Path(__file__).with_name("easy_vqa.py")))["config"]
+captions = load_config("easy_vqa")
 
 config = dataclasses.replace(
     captions,

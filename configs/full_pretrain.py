@@ -4,12 +4,11 @@ python -m oq2vl_jax.train configs/full_pretrain.py --init-from checkpoints/sigli
 """
 
 import dataclasses
-from pathlib import Path
-from runpy import run_path
 
 from oq2vl_jax.config import TrainableConfig
+from oq2vl_jax.config_files import load_config
 
-pretrain = run_path(str(Path(__file__).with_name("pretrain.py")))["config"]
+pretrain = load_config("pretrain")
 
 config = dataclasses.replace(
     pretrain,

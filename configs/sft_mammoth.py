@@ -4,10 +4,10 @@ python -m oq2vl_jax.train configs/sft_mammoth.py --init-from runs/pretrain
 """
 
 import dataclasses
-from pathlib import Path
-from runpy import run_path
 
-llava = run_path(str(Path(__file__).with_name("sft_llava.py")))["config"]
+from oq2vl_jax.config_files import load_config
+
+llava = load_config("sft_llava")
 
 config = dataclasses.replace(
     llava,

@@ -89,18 +89,48 @@ ADA = {"shared_bytes_per_core": 102_400, "shared_bytes_per_block": 101_376, "thr
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100-40g", "NVIDIA A100-SXM4-40GB", 312e12, 42_331_013_120, 1555.2e9, 300e9, 25e9,
-               (8, 0), 108, 64, 1.41, 41_943_040, **AMPERE),
-        Device("a100-80g", "NVIDIA A100-SXM4-80GB", 312e12, 84_987_740_160, 2039e9, 300e9, 25e9,
-               (8, 0), 108, 64, 1.41, 41_943_040, **AMPERE),
-        Device("h100", "NVIDIA H100 80GB HBM3", 989e12, 84_929_347_584, 3352.3e9, 450e9, 50e9,
-               (9, 0), 132, 128, 1.98, 52_428_800, **HOPPER),
-        Device("h200", "NVIDIA H200", 989e12, 150_121_545_728, 4800e9, 450e9, 50e9,
-               (9, 0), 132, 128, 1.98, 62_914_560, **HOPPER),
-        Device("l40s", "NVIDIA L40S", 362e12, 47_697_362_944, 864e9, 32e9, 12.5e9,
-               (8, 9), 142, 128, 2.52, 100_663_296, **ADA),
-        Device("rtx-4090", "NVIDIA GeForce RTX 4090", 165.2e12, 25_393_692_672, 1008e9, 32e9, 3e9,
-               (8, 9), 128, 128, 2.52, 75_497_472, **ADA),
+        Device(
+            name="a100-40g", kind="NVIDIA A100-SXM4-40GB",
+            peak_flops=312e12, memory_bytes=42_331_013_120,
+            memory_rate=1555.2e9, link_rate=300e9, network_rate=25e9,
+            capability=(8, 0), cores=108, fpus_per_core=64, clock_ghz=1.41,
+            l2_bytes=41_943_040, **AMPERE,
+        ),
+        Device(
+            name="a100-80g", kind="NVIDIA A100-SXM4-80GB",
+            peak_flops=312e12, memory_bytes=84_987_740_160,
+            memory_rate=2039e9, link_rate=300e9, network_rate=25e9,
+            capability=(8, 0), cores=108, fpus_per_core=64, clock_ghz=1.41,
+            l2_bytes=41_943_040, **AMPERE,
+        ),
+        Device(
+            name="h100", kind="NVIDIA H100 80GB HBM3",
+            peak_flops=989e12, memory_bytes=84_929_347_584,
+            memory_rate=3352.3e9, link_rate=450e9, network_rate=50e9,
+            capability=(9, 0), cores=132, fpus_per_core=128, clock_ghz=1.98,
+            l2_bytes=52_428_800, **HOPPER,
+        ),
+        Device(
+            name="h200", kind="NVIDIA H200",
+            peak_flops=989e12, memory_bytes=150_121_545_728,
+            memory_rate=4800e9, link_rate=450e9, network_rate=50e9,
+            capability=(9, 0), cores=132, fpus_per_core=128, clock_ghz=1.98,
+            l2_bytes=62_914_560, **HOPPER,
+        ),
+        Device(
+            name="l40s", kind="NVIDIA L40S",
+            peak_flops=362e12, memory_bytes=47_697_362_944,
+            memory_rate=864e9, link_rate=32e9, network_rate=12.5e9,
+            capability=(8, 9), cores=142, fpus_per_core=128, clock_ghz=2.52,
+            l2_bytes=100_663_296, **ADA,
+        ),
+        Device(
+            name="rtx-4090", kind="NVIDIA GeForce RTX 4090",
+            peak_flops=165.2e12, memory_bytes=25_393_692_672,
+            memory_rate=1008e9, link_rate=32e9, network_rate=3e9,
+            capability=(8, 9), cores=128, fpus_per_core=128, clock_ghz=2.52,
+            l2_bytes=75_497_472, **ADA,
+        ),
     )
 }  # fmt: skip
 """Links: NVLink 3 and 4, PCIe 4 x16. Networks: 200 and 400 Gb/s a GPU, 100 Gb/s for the L40S, 25 Gb/s for the 4090."""

@@ -34,7 +34,7 @@ COMMANDS = {
     "convert.to_hf": ("ToHFConfig", ["none", "--out", "x"]),
     "convert.to_prismatic": ("ToPrismaticConfig", ["none", "--out", "x"]),
 } | {
-    f"oq2vl_jax.bench.{name}": (name.capitalize(), {"pack": ["--tokenizer", "none"], "rows": ["--tokenizer", "none"],
+    f"oq2vl_jax.bench.{name}": ("OPTIONS", {"pack": ["--tokenizer", "none"], "rows": ["--tokenizer", "none"],
                                                    "plan": ["none"], "report": ["--out", "x"]}.get(name, []))
     for name in NAMES
 }  # fmt: skip

@@ -116,7 +116,7 @@ def test_heavy_packages_stay_where_they_are_allowed(path):
         assert not tops & NUMERICS, "numpy alone below data/ and on the floor"
     if is_in(module, "oq2vl_jax.model"):
         third = tops - THIRD_PARTY_OF_MODELS
-        assert third <= {"oq2vl_jax", "functools", "math", "collections", "typing", "dataclasses"}
+        assert third <= {"oq2vl_jax", "functools", "math", "collections", "typing", "dataclasses", "enum"}
     if not is_in(module, "convert"):
         assert "torch" not in tops
 

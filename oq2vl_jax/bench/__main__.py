@@ -21,7 +21,7 @@ from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
 NAMES = ("step", "plan", "data", "packing", "pack", "rows", "filter", "tuning", "decode", "report")
-"""Modules of oq2vl_jax.bench. A class named like its module holds the options; only the chosen module is imported."""
+"""Modules of oq2vl_jax.bench; only the chosen one is imported. Each binds OPTIONS and measure, some show, exit_code."""
 
 
 def main() -> int:
@@ -32,8 +32,7 @@ def main() -> int:
     if name not in NAMES:
         raise UserError(f"{name!r} is no measurement ({', '.join(NAMES)}){hint(name, NAMES)}.")
     module = importlib.import_module(f"oq2vl_jax.bench.{name}")
-    options = getattr(module, name.capitalize())
-    config = parse(options, prog=f"{PROG} {name}", args=sys.argv[2:])
+    config = parse(module.OPTIONS, prog=f"{PROG} {name}", args=sys.argv[2:])
     results = module.measure(config)
     if config.json:
         print(json.dumps(results))

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-PARTS = ("vision", "attention", "loss", "optimizer")
+from oq2vl_jax.model.scopes import Scope
+
+PARTS = tuple(Scope)
 COLLECTIVE = re.compile(r"all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute")
 PRODUCT = re.compile(r"dot_general|\bdot|gemm|cublas")
 

@@ -35,6 +35,9 @@ class Data:
     json: bool = False
 
 
+OPTIONS = Data
+
+
 def measure(options: Data) -> list[dict[str, Any]]:
     """Measures the loader alone, with no pause, and under a step, with a sleep of step_seconds before each batch."""
     from oq2vl_jax.data.loading.loader import make_loader

@@ -34,6 +34,9 @@ class Decode:
     json: bool = False
 
 
+OPTIONS = Decode
+
+
 def measure(config: Decode) -> list[dict]:
     unknown = [shape for shape in config.shapes if shape not in DECODERS]
     if unknown:

@@ -31,6 +31,9 @@ class Filter:
     json: bool = False
 
 
+OPTIONS = Filter
+
+
 def write_metadata(folder: Path, num_rows: int, subset_share: float, seed: int) -> None:
     """Writes DataComp-like metadata with random captions of 1-12 words in eight files, and the uid set subset.npy."""
     import polars as pl

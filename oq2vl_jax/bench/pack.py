@@ -41,6 +41,9 @@ class Pack:
     json: bool = False
 
 
+OPTIONS = Pack
+
+
 def measure(config: Pack) -> list[dict]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

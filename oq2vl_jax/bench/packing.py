@@ -27,6 +27,9 @@ class Packing:
     """Print one JSON object instead of a table."""
 
 
+OPTIONS = Packing
+
+
 def document_lengths(count: int, share_long: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens, images) of one-image captions with a share of long documents; both lengths are log-normal,
     as on the web."""

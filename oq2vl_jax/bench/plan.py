@@ -48,6 +48,9 @@ class Plan:
     json: bool = False
 
 
+OPTIONS = Plan
+
+
 def measure(plan: Plan) -> dict[str, Any]:
     """Returns the plan as one JSON object; show() prints its parts."""
     check_bounds(plan, as_flags=True)

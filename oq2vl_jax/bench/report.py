@@ -59,6 +59,9 @@ class Report:
     json: bool = False
 
 
+OPTIONS = Report
+
+
 def measure(options: Report) -> dict[str, Any]:
     """Returns the report's record: {"identity", "commit", "items": {name: {"status", "why", "figures", ..}}}."""
     check_bounds(options, as_flags=True)

@@ -28,6 +28,9 @@ class Rows:
     json: bool = False
 
 
+OPTIONS = Rows
+
+
 def measure(config: Rows) -> list[dict]:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 

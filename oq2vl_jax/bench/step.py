@@ -42,6 +42,9 @@ class Step:
     json: bool = False
 
 
+OPTIONS = Step
+
+
 def measure(options: Step) -> dict[str, Any]:
     """Returns the figures of the step, with the device and the options that they were measured with."""
     check_bounds(options, as_flags=True)

@@ -48,6 +48,9 @@ class Tuning:
     json: bool = False
 
 
+OPTIONS = Tuning
+
+
 def measure(config: Tuning) -> list[dict]:
     lengths, images = make_lengths(config)
     ways = {

@@ -23,7 +23,6 @@ from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions
 
-METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
 DEFAULT_CRITERIA = Path(__file__).parent / "criteria.json"
 MAX_CAPTION_CHARACTERS = 4000
 """The rest of a longer caption is not read (profile own)."""

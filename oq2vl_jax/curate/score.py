@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oq2vl_jax.bounds import SmallCount, parse
+from oq2vl_jax.curate.mlm_metrics import METRICS, Metric
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.jobs import Execution, Job, make_tasks, run_job, write_manifest
-
-Metric = Literal["image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,7 @@ class ScoreConfig:
     """clip: a checkpoint from convert.from_clip. mlm-filter: any checkpoint of this project, for example from
     convert.from_prismatic."""
     batch_size: SmallCount = 64
-    metrics: tuple[Metric, ...] = (
-        "image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding",
-    )  # fmt: skip
+    metrics: tuple[Metric, ...] = METRICS
     """Metrics that mlm-filter scores."""
     criteria: str | None = None
     """JSON file {metric: text with {caption}} with the texts that the mlm-filter model was trained with. Default: our

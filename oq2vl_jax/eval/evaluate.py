@@ -22,6 +22,7 @@ from oq2vl_jax.eval.tables import Table, find_files, read_table, sha256_of
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.jsonl import read_whole_lines
+from oq2vl_jax.paths import write_text
 
 ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError)
 """Errors that a cell of an unexpected type can raise while a row is read."""
@@ -161,9 +162,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
                 f"--out {folder.parent} holds an evaluation with another {', '.join(changed)}; choose another folder."
             )
         return
-    partial = folder / "settings.json.partial"
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    partial.replace(file)
+    write_text(str(file), json.dumps(settings, indent=2) + "\n")
 
 
 def plan(
@@ -224,9 +223,7 @@ def write_predictions(
         if item.index in unreadable:
             record["image_problem"] = unreadable[item.index]
         lines.append(json.dumps(record) + "\n")
-    partial = folder / "predictions.jsonl.partial"
-    partial.write_text("".join(lines))
-    partial.replace(folder / "predictions.jsonl")
+    write_text(str(folder / "predictions.jsonl"), "".join(lines))
 
 
 def show_progress(batches: list, name: str, total: int) -> Iterator[tuple[list[Item], list[Prompt], list[Request]]]:

@@ -12,6 +12,7 @@ import numpy as np
 from oq2vl_jax.data.samples.thumbnail import picture
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement
 from oq2vl_jax.html import page, table
+from oq2vl_jax.paths import write_text
 
 NUM_RESAMPLES = 2000
 JOINED = ","
@@ -69,10 +70,9 @@ def bootstrap_interval(scores: np.ndarray) -> list[float]:
 
 def write_results(out: Path, results: dict[str, Any]) -> None:
     """Writes results.json. Results of other tasks from earlier commands in OUT are kept."""
-    file, partial = out / "results.json", out / "results.json.partial"
+    file = out / "results.json"
     previous = json.loads(file.read_text()) if file.exists() else {}
-    partial.write_text(json.dumps(dict(sorted((previous | results).items())), indent=2) + "\n")
-    partial.replace(file)
+    write_text(str(file), json.dumps(dict(sorted((previous | results).items())), indent=2) + "\n")
 
 
 def write_mistakes(
@@ -103,9 +103,7 @@ def write_mistakes(
     body.append('<div class="mistakes">')
     body += [mistake(item, judgement, predictions[item.index]) for item, judgement in shown]
     body.append("</div>")
-    partial = path.with_suffix(".partial")
-    partial.write_text(page(f"{benchmark.name}: mistakes", lead, body))
-    partial.replace(path)
+    write_text(str(path), page(f"{benchmark.name}: mistakes", lead, body))
 
 
 def mistake(item: Item, judgement: Judgement, reply: str) -> str:

@@ -9,6 +9,8 @@ kept. Predictions are written as they complete, and the same command resumes an 
 prompt is printed as it is generated.
 """
 
+from dataclasses import fields
+
 from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.generate.options import GenerateConfig, check
@@ -24,9 +26,7 @@ def main() -> None:
     from oq2vl_jax.generate.generator import Generator, Request
     from oq2vl_jax.generate.reply import SamplingOptions
 
-    options = SamplingOptions(
-        config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.seed, config.stop
-    )
+    options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingOptions)})
     generator = Generator(config.checkpoint, config.template, prompt_form=config.prompt_form)
     try:
         if requests is None:

@@ -20,6 +20,7 @@ from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.projector import Projector
 from oq2vl_jax.model.qwen2 import Qwen2Decoder
+from oq2vl_jax.model.scopes import Scope
 from oq2vl_jax.model.siglip import SiglipEncoder, normalize
 
 IMAGES_PER_CHUNK = 8
@@ -63,7 +64,7 @@ class OpenQwen2VL(nnx.Module):
             return embeddings
         is_image = tokens == self.config.image_token_id
         buffer, num_images = flat_images(images, is_image.sum(axis=1) // self.config.num_visual_tokens)
-        with jax.named_scope("vision"):  # bench/breakdown.py groups a profile by these scopes
+        with jax.named_scope(Scope.VISION):  # bench/breakdown.py groups a profile by these scopes
             visual_tokens = self.encode_first(buffer, num_images, compute)
         return merge_visual_tokens(embeddings, visual_tokens, is_image)
 

@@ -60,3 +60,9 @@ def pooling_matrix(num_inputs: int, num_bins: int) -> np.ndarray:
         start, end = i * num_inputs // num_bins, -(-(i + 1) * num_inputs // num_bins)
         matrix[i, start:end] = 1 / (end - start)
     return matrix
+
+
+def projector_flops(config: ModelConfig) -> int:
+    """Returns the forward FLOPs of an image: 2 x parameters x visual tokens."""
+    width = config.decoder.hidden_size
+    return 2 * width * (config.vision.hidden_size + width) * config.num_visual_tokens

@@ -29,6 +29,7 @@ from oq2vl_jax.model.layers import (
     stack_layers,
     unstacked,
 )
+from oq2vl_jax.model.scopes import Scope
 
 
 class KVCache(NamedTuple):
@@ -86,7 +87,7 @@ class Qwen2Attention(nnx.Module):
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             k, v = cache.k.at[rows, slots].set(k), cache.v.at[rows, slots].set(v)
-        with jax.named_scope("attention"):
+        with jax.named_scope(Scope.ATTENTION):
             attended = attention(q, k, v, mask, implementation).reshape(*x.shape[:2], -1)
         return self.o_proj(attended), LayerCache(k, v)
 
@@ -271,3 +272,20 @@ def apply_rope(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"
     cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def layer_flops(config: DecoderConfig) -> int:
+    """Returns the forward FLOPs of a token in all layers: 2 x their matrix parameters."""
+    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * config.intermediate_size)
+    return 2 * config.num_layers * layer
+
+
+def logits_flops(config: DecoderConfig) -> int:
+    """Returns the forward FLOPs of the logits of a position, 2 x V x D, though only labelled ones are computed."""
+    return 2 * config.vocab_size * config.hidden_size
+
+
+def attention_flops(config: DecoderConfig) -> int:
+    """Returns the forward FLOPs of a query-key pair in all layers, 4 x N x H x L; n tokens have n (n + 1) / 2 pairs."""
+    return 4 * config.num_heads * config.head_dim * config.num_layers

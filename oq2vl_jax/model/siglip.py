@@ -114,3 +114,11 @@ def patchify(pixels: Float[Array, "I height width 3"], patch_size: int) -> Float
 def normalize(images: UInt8[Array, "*batch height width 3"], dtype: DTypeLike) -> Float[Array, "*batch height width 3"]:
     """Scales 0..255 to -1..1: SigLIP's mean 0.5 and standard deviation 0.5."""
     return (images.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
+
+
+def encoder_flops(config: VisionConfig) -> int:
+    """Returns the forward FLOPs of an image: 2 x matrix parameters x P, and 4 x width x P^2 a block that runs."""
+    patches, num_blocks = config.num_patches, config.num_layers - 1
+    block = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+    embedding = 2 * patches * 3 * config.patch_size**2 * config.hidden_size
+    return embedding + num_blocks * (2 * patches * block + 4 * patches**2 * config.hidden_size)

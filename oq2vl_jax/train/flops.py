@@ -4,11 +4,9 @@ Model FLOPs count the arithmetic of real tokens and images, without padding or r
 appendix B). A multiplication and an addition are two. A trained matrix costs three times its forward pass, a frozen one
 that gradients pass through twice, any other frozen one once:
 
-    decoder     2 x matrix parameters of the layers x tokens
-    logits      2 x V x D x tokens                    every position, though only labelled ones are computed
-    attention   4 x N x H x L x query-key pairs       pairs of a document of n tokens: n (n + 1) / 2
-    vision      2 x matrix parameters x patches + 4 x width x P^2 a block, of the blocks that run
-    projector   2 x its parameters x visual tokens
+    decoder, logits, attention    model/qwen2.py
+    vision                        model/siglip.py
+    projector                     model/projector.py
 
 Executed FLOPs estimate the work of the device: logits of labelled positions only, layers recomputed for the backward
 pass, images that pad the last chunk of the encoder. They leave out what attention computes beyond its pairs (masked
@@ -19,6 +17,9 @@ from typing import NamedTuple
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.model.open_qwen2vl import IMAGES_PER_CHUNK
+from oq2vl_jax.model.projector import projector_flops
+from oq2vl_jax.model.qwen2 import attention_flops, layer_flops, logits_flops
+from oq2vl_jax.model.siglip import encoder_flops
 
 TEXT_TOKENS = {"plain": 27, "conversation": 260}
 """Text tokens of a typical document with one image: captions as in the published mixture, conversations as in LLaVA."""
@@ -64,20 +65,13 @@ def typical_row(config: TrainConfig, text_tokens_per_image: int | None = None) -
 
 def forward_flops(config: TrainConfig, work: Work) -> Flops:
     """Returns the FLOPs of one forward pass over `work`."""
-    decoder, vision, model = config.model.decoder, config.model.vision, config.model
-    q_dim, kv_dim = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    layer = decoder.hidden_size * (2 * q_dim + 2 * kv_dim + 3 * decoder.intermediate_size)
-    block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
-    patches, num_blocks = vision.num_patches, vision.num_layers - 1
-    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
-    an_image = embedding + num_blocks * (2 * patches * block + 4 * patches**2 * vision.hidden_size)
-    projector = decoder.hidden_size * (vision.hidden_size + decoder.hidden_size)
+    model = config.model
     return Flops(
-        decoder=2 * decoder.num_layers * layer * work.tokens,
-        logits=2 * decoder.vocab_size * decoder.hidden_size * work.tokens,
-        attention=4 * q_dim * decoder.num_layers * work.pairs,
-        vision=an_image * work.images,
-        projector=2 * projector * model.num_visual_tokens * work.images,
+        decoder=layer_flops(model.decoder) * work.tokens,
+        logits=logits_flops(model.decoder) * work.tokens,
+        attention=attention_flops(model.decoder) * work.pairs,
+        vision=encoder_flops(model.vision) * work.images,
+        projector=projector_flops(model) * work.images,
     )
 
 

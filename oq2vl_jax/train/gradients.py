@@ -26,6 +26,7 @@ from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.model.layers import Compute, stacked
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import fused, unfused
+from oq2vl_jax.model.scopes import Scope
 from oq2vl_jax.sharding import (
     ROW_AXES,
     WHOLE,
@@ -133,7 +134,7 @@ def microbatch_gradients(
     decoder = merge_parts(trained, frozen).decoder
     is_trained = bool(jax.tree.leaves(table_gradients))
     hidden, pull_back = jax.vjp(hidden_states, others, decoder.embed(batch.tokens, compute.dtype))
-    with jax.named_scope("loss"):
+    with jax.named_scope(Scope.LOSS):
         value, hidden_gradient, head_gradient = cross_entropy_and_gradients(
             hidden,
             decoder.head,
@@ -175,7 +176,7 @@ MicrobatchGradients = Callable[[Any, Any, Batch, jax.Array, Any, Compute], tuple
 def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:
     """Returns the float32 sum of cross entropies over the labelled tokens of a batch."""
     hidden = model(batch.tokens, batch.images, batch.segment_ids, batch.positions, compute)
-    with jax.named_scope("loss"):
+    with jax.named_scope(Scope.LOSS):
         return cross_entropy_sum(hidden, model.decoder.head, batch.labels, chunk_size(batch.labels.size))
 
 

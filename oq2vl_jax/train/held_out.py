@@ -21,6 +21,7 @@ from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.html import page
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.paths import write_text
 from oq2vl_jax.sharding import row_sharding, to_global_batch
 from oq2vl_jax.train.gradients import total_loss
 from oq2vl_jax.train.step import state_shardings
@@ -132,6 +133,4 @@ def write_samples(path: Path, step: int, loss: float, samples: list[Sampled]) ->
     ]
     lead = f"held-out loss {loss:.4f}; below, what the model writes (bold) beside the reference (green)"
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(page(f"Step {step}", lead, [STYLE, *articles]))
-    partial.replace(path)
+    write_text(str(path), page(f"Step {step}", lead, [STYLE, *articles]))

@@ -14,6 +14,7 @@ from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.devices import Device, device_of_kind
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.paths import write_text
 from oq2vl_jax.train.flops import Work, model_flops
 from oq2vl_jax.train.trackers import RunTracker, Sampled
 
@@ -97,9 +98,7 @@ class MetricsLog:
         if resume_step - self.last.get("step", 0) >= log_every:
             print(f"{path}: the records of steps {self.last.get('step', 0) + 1} to {resume_step} are not there; the "
                   "run goes on without them.", file=sys.stderr)  # fmt: skip
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(path)
+        write_text(str(path), "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import to_json
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.paths import write_text
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_compute
@@ -150,11 +151,8 @@ def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: in
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:
-    if not is_first_process():
-        return
-    partial = run_dir / "config.json.partial"
-    partial.write_text(to_json(config))
-    partial.replace(run_dir / "config.json")
+    if is_first_process():
+        write_text(str(run_dir / "config.json"), to_json(config))
 
 
 def start_state(config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData) -> TrainState:

@@ -12,6 +12,7 @@ from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.model.scopes import Scope
 from oq2vl_jax.sharding import parameter_shardings, replicated, row_sharding
 from oq2vl_jax.train.gradients import loss_and_gradients
 from oq2vl_jax.train.loss import Loss
@@ -88,7 +89,7 @@ def train_step(
     """Takes one optimizer step on a global batch. compute, loss: see gradients.loss_and_gradients."""
     trained, frozen = split_trainable(state.model, config.trainable)
     value, gradients = loss_and_gradients(state.model, batch, config, mesh, compute, loss)
-    with jax.named_scope("optimizer"):
+    with jax.named_scope(Scope.OPTIMIZER):
         optimizer = make_optimizer(config.optimizer, config.num_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         model = merge_parts(optax.apply_updates(trained, updates), frozen)

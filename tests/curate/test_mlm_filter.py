@@ -11,13 +11,13 @@ import pytest
 from convert.checkpoint_stream import LazyArray, save_checkpoint
 from oq2vl_jax.config import CheckpointDescription, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.curate.mlm_filter import (
-    METRICS,
     MLMFilterScorer,
     parse_published_score,
     parse_score,
     published_prompt,
     read_criteria,
 )
+from oq2vl_jax.curate.mlm_metrics import METRICS
 from oq2vl_jax.curate.score import ScoreConfig, score_shards
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import TextCodec

@@ -158,3 +158,10 @@ def test_buckets_are_few_and_waste_a_quarter_at_most():
     lengths = range(1, 4097)
     assert len({bucket(length) for length in lengths}) <= 24
     assert all(length <= bucket(length) <= max(32, 1.25 * length + 32) for length in lengths)
+
+
+def test_the_command_has_the_sampling_options_with_their_types_and_defaults():
+    """generate/options.py repeats them, as the command's checks name flags and importing the others takes a second."""
+    command = {field.name: (field.type, field.default) for field in dataclasses.fields(GenerateConfig)}
+    for field in dataclasses.fields(SamplingOptions):
+        assert command[field.name] == (field.type, field.default)

@@ -24,6 +24,7 @@ from typing import Any
 
 from oq2vl_jax.bounds import CountOrZero, Positive
 from oq2vl_jax.curate.filter.expression import Leaf
+from oq2vl_jax.curate.mlm_metrics import METRICS
 from oq2vl_jax.errors import UserError, hint
 
 CLIP_COLUMNS = {
@@ -31,7 +32,6 @@ CLIP_COLUMNS = {
     "clip_b32": "clip_b32_similarity_score",
     "clip": "clip_score",
 }
-MLM_METRICS = ("image_text_matching", "object_detail_fulfillment", "caption_text_quality", "semantic_understanding")
 TEXT_AND_SIZE = ("language", "words", "characters", "short_side", "aspect")
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*" + NUMBER)
@@ -192,7 +192,5 @@ def matched(pattern: re.Pattern, leaf: Leaf, example: str) -> tuple[str, ...]:
 def check_metric(leaf: Leaf, column: str | None) -> None:
     if column is None:
         raise UserError(f"expression: {leaf}: expected a column and a fraction, like {leaf.name}(column, 0.2).")
-    if leaf.name.startswith("mlm") and column not in MLM_METRICS:
-        raise UserError(
-            f"expression: {leaf}: no such metric{hint(column, MLM_METRICS)}; there are {', '.join(MLM_METRICS)}."
-        )
+    if leaf.name.startswith("mlm") and column not in METRICS:
+        raise UserError(f"expression: {leaf}: no such metric{hint(column, METRICS)}; there are {', '.join(METRICS)}.")
