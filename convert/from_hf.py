@@ -19,6 +19,9 @@ from oq2vl_jax.bounds import Length, Seed, parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
 
+VISUAL_TOKENS = 144
+"""Of the published pre-training."""
+
 
 @dataclass(frozen=True)
 class FromHFConfig:
@@ -32,16 +35,16 @@ class FromHFConfig:
     """Qwen2.5, with its tokenizer."""
     model: str | None = None
     """Llava-style model, instead of --vision and --decoder."""
-    visual_tokens: Length = 144
-    """Visual tokens per image. Not used with --model, whose configuration has the number."""
+    visual_tokens: Length | None = None
+    """Visual tokens per image; with --vision and --decoder alone. Default: 144."""
     template: Template | None = None
     """Template of prompts to this model. Default: the one that an export names; else plain with --vision and --decoder,
     chatml with --model."""
     activation: Literal["gelu", "gelu_tanh"] | None = None
-    """Activation of the encoder; not used with --model. Default: as in its config.json (the hub's SigLIP: gelu_tanh).
-    The published model was trained with the exact gelu on the same weights."""
-    seed: Seed = 0
-    """Seed of the fresh projector."""
+    """Activation of the encoder; with --vision and --decoder alone. Default: as in its config.json (the hub's SigLIP has
+    gelu_tanh). The published model was trained with the exact gelu on the same weights."""
+    seed: Seed | None = None
+    """Seed of the fresh projector; with --vision and --decoder alone. Default: 0."""
 
 
 def convert(config: FromHFConfig) -> str:
@@ -68,12 +71,12 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
     if config.activation:
         encoder = dataclasses.replace(encoder, activation=config.activation)
     codec = TextCodec.from_transformers(str(decoder))  # after the configuration is checked: it fails on a bad one
-    model = ModelConfig(encoder, sizes, config.visual_tokens, codec.special.image)
+    model = ModelConfig(encoder, sizes, config.visual_tokens or VISUAL_TOKENS, codec.special.image)
     importer = Import(parameter_shapes(model))
     importer.add("siglip", Renamed(SafetensorsSource(vision), siglip_name), ("vision",), model.vision.num_layers)
     importer.add("qwen2", SafetensorsSource(decoder), ("decoder",))
-    importer.add_arrays(fresh_projector(model, config.seed))
-    origin = f"{name_of(config.vision)} + {name_of(config.decoder)}, fresh projector (seed {config.seed})"
+    importer.add_arrays(fresh_projector(model, config.seed or 0))
+    origin = f"{name_of(config.vision)} + {name_of(config.decoder)}, fresh projector (seed {config.seed or 0})"
     return write(config.out, importer, CheckpointDescription(model, config.template or "plain", origin), codec)
 
 
@@ -182,6 +185,10 @@ def main() -> None:
     parts = [config.vision, config.decoder]
     if not ((config.model is None and None not in parts) or (config.model is not None and parts == [None, None])):
         raise UserError("give either --vision and --decoder, or --model.")
+    of_parts = ("visual_tokens", "activation", "seed")
+    flags = [f"--{name.replace('_', '-')}" for name in of_parts if getattr(config, name) is not None]
+    if config.model is not None and flags:
+        raise UserError(f"{', '.join(flags)} with --model: its own configuration and projector decide; leave it out.")
     print(convert(config))
 
 

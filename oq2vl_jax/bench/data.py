@@ -55,7 +55,7 @@ def measure(options: Data) -> list[dict[str, Any]]:
         batches = iter(loader)
         next(batches)  # starts the threads
         alone, images = take(batches, options.num_batches, 0.0, config.model)
-        pause = options.step_seconds or sum(alone) / len(alone)
+        pause = sum(alone) / len(alone) if options.step_seconds is None else options.step_seconds
         waits, _ = take(batches, options.num_batches, pause, config.model)
     finally:
         loader.close()

@@ -154,6 +154,7 @@ def write_page(
     for kind in ("shape", "color", "yes or no"):
         of_kind = [p for p in predictions if p.kind == kind]
         rows.append(f"<tr><td>{kind}</td><td>{len(of_kind):,}</td><td>{accuracy(of_kind):.1f} %</td></tr>")
+    num_wrong = sum(not p.is_right for p in predictions)
     confusions = Counter((p.answer, p.reply) for p in predictions if not p.is_right).most_common(8)
     mistakes = "".join(
         f"<tr><td>{html.escape(answer)}</td><td>{html.escape(reply)}</td><td>{count}</td></tr>"
@@ -186,7 +187,7 @@ Every answer below was generated greedily; a reply counts when it equals the ans
  <table><tr><th>answer</th><th>reply</th><th>times</th></tr>{mistakes or "<tr><td>no mistakes</td></tr>"}</table>
 </div>
 <h2>Loss</h2>{images[0]}
-<h2>Answers on the test split, {min(NUM_WRONG_SHOWN, len(predictions))} of the mistakes among them</h2>{images[1]}
+<h2>Answers on the test split, {min(NUM_WRONG_SHOWN, num_wrong)} of the {num_wrong} mistakes among them</h2>{images[1]}
 <p class="lead">Data: easy-VQA by Victor Zhou (MIT).</p>
 </html>
 """)

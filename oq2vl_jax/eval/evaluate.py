@@ -126,7 +126,7 @@ def image_problem(item: Item) -> str | None:
 def predict(
     benchmark: Benchmark,
     items: list[Item],
-    unreadable: dict[str, str],
+    unusable: dict[str, str],
     generator: Generator,
     config: EvalConfig,
     settings: dict[str, Any],
@@ -137,7 +137,7 @@ def predict(
     check_settings(folder, settings)
     file = folder / "replies.jsonl"
     replies = {line["index"]: line["reply"] for line in read_whole_lines(file)}
-    asked = [item for item in items if item.index not in unreadable]
+    asked = [item for item in items if item.index not in unusable]
     batches = plan(benchmark, asked, generator, config)
     with file.open("a") as stream:
         for batch, prompts, requests in show_progress(batches, benchmark.name, len(asked)):
@@ -149,7 +149,7 @@ def predict(
             stream.flush()
             os.fsync(stream.fileno())
             replies |= new
-    return replies | dict.fromkeys(unreadable, "")
+    return replies | dict.fromkeys(unusable, "")
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ def write_predictions(
     items: list[Item],
     judgements: list[Judgement],
     predictions: dict[str, str],
-    unreadable: dict[str, str],
+    unusable: dict[str, str],
 ) -> None:
     lines = []
     for item, judgement in zip(items, judgements, strict=True):
@@ -220,8 +220,8 @@ def write_predictions(
             "index": item.index, "question": item.question, "choices": item.choices, "answer": item.answer,
             "reply": predictions[item.index], "parsed": judgement.parsed, "score": judgement.score,
         }  # fmt: skip
-        if item.index in unreadable:
-            record["image_problem"] = unreadable[item.index]
+        if item.index in unusable:
+            record["row_problem" if item.problem else "image_problem"] = unusable[item.index]
         lines.append(json.dumps(record) + "\n")
     write_text(str(folder / "predictions.jsonl"), "".join(lines))
 

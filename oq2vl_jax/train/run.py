@@ -82,7 +82,7 @@ def train(
             counts = count_batch(batch, config, time.monotonic() - wait_start)
             state, metrics = train_step(state, to_global_batch(batch, mesh))
             if pending:
-                reporter.finish(*checked(*pending, saved_step))
+                reporter.finish(*finite_numbers(*pending, saved_step))
             pending = (step, metrics, counts)
             reporter.skipped(data.skipped)
             must_leave = is_terminated(step)  # saves at once: SIGTERM may leave no time for the held-out loss
@@ -91,7 +91,7 @@ def train(
             is_held_out_due = held_out is not None and is_due and not must_leave
             is_saved = is_last or step % config.checkpoint.every_num_steps == 0
             if is_held_out_due or is_saved:
-                reporter.finish(*checked(*pending, saved_step))  # a state with a NaN is never saved
+                reporter.finish(*finite_numbers(*pending, saved_step))  # a state with a NaN is never saved
                 pending = None
             if is_held_out_due and held_out is not None:
                 report_held_out(held_out, state, reporter, run_dir)
@@ -138,7 +138,7 @@ def report_held_out(held_out: HeldOut, state: TrainState, reporter: StepReporter
     reporter.held_out(step, {"held_out_loss": loss}, samples, path, time.monotonic() - start)
 
 
-def checked(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):
+def finite_numbers(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):
     """Waits for a step's numbers. Raises UserError if the loss or the gradient norm is not finite."""
     numbers = {name: float(value) for name, value in metrics._asdict().items()}
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):

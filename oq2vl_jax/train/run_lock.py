@@ -30,12 +30,12 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     """Holds the lock of a run directory. Raises UserError if another training holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     file, token = run_dir / FILE, uuid.uuid4().hex
-    take(file, token)
+    take_lock(file, token)
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
-            if (read(file) or {}).get("token") == token:
+            if (read_owner(file) or {}).get("token") == token:
                 os.utime(file)
 
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
@@ -45,11 +45,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        if (read(file) or {}).get("token") == token:
+        if (read_owner(file) or {}).get("token") == token:
             file.unlink(missing_ok=True)
 
 
-def take(file: Path, token: str) -> None:
+def take_lock(file: Path, token: str) -> None:
     """Creates the lock, after removing a dead owner's. If two processes try at once, one finds the other's lock."""
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token})
     prepared = file.with_name(f"{FILE}.{token}")
@@ -60,31 +60,31 @@ def take(file: Path, token: str) -> None:
                 os.link(prepared, file)  # atomic: fails if there is a lock; readers see it complete
                 return
             except FileExistsError:
-                owner = read(file)
+                owner = read_owner(file)
                 age = age_of(file)
                 if owner is not None and age is not None and is_alive(owner, age):
                     raise UserError(
                         f"run_dir {file.parent} is trained by process {owner['pid']} on {owner['host']}, whose last "
                         f"sign of life is {age:.0f} s old; wait for it, end it, or choose another --run-dir."
                     ) from None
-                remove(file, owner, prepared.with_suffix(".dead"))
+                remove_lock(file, owner, prepared.with_suffix(".dead"))
     finally:
         prepared.unlink(missing_ok=True)
 
 
-def remove(file: Path, owner: dict[str, Any] | None, aside: Path) -> None:
+def remove_lock(file: Path, owner: dict[str, Any] | None, aside: Path) -> None:
     """Removes a dead owner's lock; restores it if another process has taken it over in the meantime."""
     try:
         file.rename(aside)
     except FileNotFoundError:
         return
-    if read(aside) != owner:
+    if read_owner(aside) != owner:
         with contextlib.suppress(FileExistsError):
             os.link(aside, file)
     aside.unlink(missing_ok=True)
 
 
-def read(file: Path) -> dict[str, Any] | None:
+def read_owner(file: Path) -> dict[str, Any] | None:
     """Returns the owner; None if there is no lock, or one that cannot be read and so has no owner."""
     try:
         owner = json.loads(file.read_bytes())

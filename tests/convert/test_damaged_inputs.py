@@ -329,3 +329,10 @@ def test_the_decoder_of_the_demo_needs_no_folder_of_its_own():
     values = to_llava_config(model, "plain", "bfloat16", SpecialTokens(*range(6)))
     assert "head_dim" not in values["text_config"]
     assert np.isclose(values["text_config"]["rope_parameters"]["rope_theta"], 1e4)
+
+
+@pytest.mark.parametrize("flag", [("--visual-tokens", "4"), ("--activation", "gelu"), ("--seed", "1")])
+def test_settings_of_the_parts_are_refused_with_a_whole_model(tmp_path, monkeypatch, flag):
+    monkeypatch.setattr("sys.argv", ["from_hf", "--out", str(tmp_path / "out"), "--model", str(tmp_path), *flag])
+    with pytest.raises(UserError, match=f"{flag[0]} with --model: its own configuration and projector decide"):
+        from_hf.main()

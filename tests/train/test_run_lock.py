@@ -87,7 +87,7 @@ def test_of_many_at_once_one_has_it(tmp_path):
     def compete(i):
         barrier.wait()
         try:
-            lock_module.take(tmp_path / FILE, f"token{i}")
+            lock_module.take_lock(tmp_path / FILE, f"token{i}")
             outcomes.append(i)
         except UserError:
             pass

@@ -154,7 +154,7 @@ def write_page(path: str, report: dict, pictures: list[Picture]) -> None:
     if report["scores"]:
         charts = [
             bars(
-                f"{column}: {scores['scored']:,} samples scored" + ("; line: lowest score kept" if marks else ""),
+                f"{column}: {scores['scored']:,} samples scored" + ("; line: threshold of the rule" if marks else ""),
                 {float(edge): count for edge, count in scores["bins"].items()},
                 marked=marks[0] if marks else None,
             )
