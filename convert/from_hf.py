@@ -41,7 +41,7 @@ class FromHFConfig:
     """Template of prompts to this model. Default: the one that an export names; else plain with --vision and --decoder,
     chatml with --model."""
     activation: Literal["gelu", "gelu_tanh"] | None = None
-    """Activation of the encoder; with --vision and --decoder alone. Default: as in its config.json (the hub's SigLIP has
+    """Activation of the encoder; with --vision and --decoder alone. Default: as in its config.json (the hub's SigLIP:
     gelu_tanh). The published model was trained with the exact gelu on the same weights."""
     seed: Seed | None = None
     """Seed of the fresh projector; with --vision and --decoder alone. Default: 0."""
