@@ -24,7 +24,7 @@ from oq2vl_jax.train.step import compile_train_step, init_train_state
 from tests.data.conftest import png
 from tests.generate.conftest import checkpoint  # noqa: F401
 from tests.train.conftest import TINY
-from tests.train.test_run import one_device_mesh, random_batch
+from tests.train.test_mesh import one_device_mesh, random_batch
 
 EXAMPLES = Path("docs/examples")
 DIFFS = {"projector": 2, "optimizer": 1, "decoder": 2}

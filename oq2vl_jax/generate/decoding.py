@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from oq2vl_jax.model.layers import Compute
@@ -63,7 +64,7 @@ def take_apart(model: OpenQwen2VL, dtype: str) -> Weights:
     """Splits a model for decoding and casts the decoder's matrices to `dtype`. The result has no stacked layers."""
     layers = tuple(with_transposed_kernels(fused(layer)) for layer in model.decoder.unstacked_layers())
     shell = jax.tree.map(lambda x: x, model)
-    shell.decoder.layers = None  # type: ignore[assignment]
+    shell.decoder.layers = nnx.data(())
     if dtype != "float32":
         layers, shell.decoder = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, (layers, shell.decoder))
     return Weights(shell, layers)

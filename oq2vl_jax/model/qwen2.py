@@ -6,7 +6,7 @@ call takes one and returns an updated one.
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,12 +133,16 @@ class Qwen2Layer(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
+Layers = Qwen2Layer | tuple[Qwen2Layer, ...]
+"""A stack (one module whose parameters have a leading axis "layers"), or the layers one by one."""
+
+
 class Qwen2Decoder(nnx.Module):
     def __init__(self, key: Array, config: DecoderConfig):
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         std = init_std(config)
         self.embed_tokens = normal(embed_key, (config.vocab_size, config.hidden_size), std, ("vocab", "embed"))
-        self.layers: Any = stack_layers(partial(Qwen2Layer, config=config), layers_key, config.num_layers)
+        self.layers: Layers = stack_layers(partial(Qwen2Layer, config=config), layers_key, config.num_layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.tie_word_embeddings:
             self.lm_head = None
@@ -156,6 +160,7 @@ class Qwen2Decoder(nnx.Module):
 
     def unstacked_layers(self) -> tuple[Qwen2Layer, ...]:
         """Returns the layers as a tuple. On a CPU, decoding with a scan over the stack takes four times as long."""
+        assert isinstance(self.layers, Qwen2Layer), "a stack"
         return unstacked(self.layers, self.config.num_layers)
 
     def embed(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
