@@ -7,11 +7,12 @@ is frozen, as in the published tuning, because further training makes it forget 
 """
 
 import dataclasses
+from pathlib import Path
 
 from oq2vl_jax.config import TrainableConfig
 from oq2vl_jax.config_files import load_config
 
-captions = load_config("easy_vqa")
+captions = load_config(str(Path(__file__).with_name("easy_vqa.py")))
 
 config = dataclasses.replace(
     captions,

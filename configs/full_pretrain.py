@@ -4,11 +4,12 @@ python -m oq2vl_jax.train configs/full_pretrain.py --init-from checkpoints/sigli
 """
 
 import dataclasses
+from pathlib import Path
 
 from oq2vl_jax.config import TrainableConfig
 from oq2vl_jax.config_files import load_config
 
-pretrain = load_config("pretrain")
+pretrain = load_config(str(Path(__file__).with_name("pretrain.py")))
 
 config = dataclasses.replace(
     pretrain,

@@ -4,10 +4,11 @@ python -m oq2vl_jax.train configs/sft_mammoth.py --init-from runs/pretrain
 """
 
 import dataclasses
+from pathlib import Path
 
 from oq2vl_jax.config_files import load_config
 
-llava = load_config("sft_llava")
+llava = load_config(str(Path(__file__).with_name("sft_llava.py")))
 
 config = dataclasses.replace(
     llava,

@@ -151,13 +151,18 @@ def _from_value(kind: Any, value: Any, where: str) -> Any:
 def _from_union(kind: Any, value: Any, where: str) -> Any:
     """The value as the member it fits.
 
-    An object becomes the dataclass that has most of its keys, the first one of equals. A field `kind` with a Literal of
-    its own in every class tells classes with the same names apart.
+    An object becomes the dataclass with its very fields, or else the one with most of its keys. Classes that this does
+    not tell apart need a field `kind` with a Literal of its own each; without one they are refused.
     """
     members = members_of(kind)
     classes = [member for member in members if dataclasses.is_dataclass(member)]
     if isinstance(value, dict) and classes:
-        return from_dict(max(classes, key=lambda member: _num_matches(member, value)), value, where)
+        ranks = [_fit(member, value) for member in classes]
+        best = [member for member, rank in zip(classes, ranks, strict=True) if rank == max(ranks)]
+        if len(best) > 1:
+            names = " and ".join(map(name_of, best))
+            raise UserError(f"{where}: {names} have the same fields; give each a field kind with its own Literal.")
+        return from_dict(best[0], value, where)
     lists = [member for member in members if get_origin(member) is tuple]
     if isinstance(value, list | tuple) and lists:
         return _from_value(lists[0], value, where)
@@ -166,12 +171,12 @@ def _from_union(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _num_matches(cls: Any, values: dict) -> tuple[bool, int]:
-    """(whether its Literal fields allow the values, how many keys are fields of it)."""
+def _fit(cls: Any, values: dict) -> tuple[bool, int, int]:
+    """Ranks a class for an object: its Literals allow the values, its fields hold the keys, no field is left over."""
     types = get_type_hints(cls)
     literals = {name: kind for name, kind in types.items() if get_origin(kind) is Literal and name in values}
     is_allowed = all(values[name] in get_args(kind) for name, kind in literals.items())
-    return is_allowed, sum(key in types for key in values)
+    return is_allowed, sum(key in types for key in values), -sum(name not in values for name in types)
 
 
 def members_of(kind: Any) -> tuple[Any, ...]:
@@ -194,8 +199,11 @@ def name_of(kind: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return "a list"
-    if get_args(kind):
-        return " or ".join(map(name_of, get_args(kind)))
+    members = members_of(kind)
+    words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+    others = [name_of(member) for member in members if get_origin(member) is not Literal] if len(members) > 1 else []
+    if others or words:
+        return " or ".join([*others, *([f"one of {', '.join(map(str, words))}"] if words else [])])
     return "null" if kind is type(None) else kind.__name__
 
 

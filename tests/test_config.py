@@ -262,6 +262,40 @@ def test_what_fits_no_member_is_named(values, message):
         from_dict(Drawing, values, where="here")
 
 
+@dataclass(frozen=True)
+class Adam:
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lion:
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Momentum(Adam):
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class Ambiguous:
+    optimizer: Adam | Lion
+
+
+@dataclass(frozen=True)
+class Nested:
+    optimizer: Momentum | Adam
+
+
+def test_classes_that_their_fields_do_not_tell_apart_are_refused_or_chosen_by_their_very_fields():
+    with pytest.raises(UserError, match="optimizer: Adam and Lion have the same fields; give each a field kind"):
+        from_dict(Ambiguous, {"optimizer": {"rate": 2.0}}, where="here")
+    for optimizer in (Adam(2.0), Momentum(2.0, 0.5)):
+        back = from_dict(Nested, json.loads(to_json(Nested(optimizer))), where="here")
+        assert back.optimizer == optimizer
+        assert type(back.optimizer) is type(optimizer)
+
+
 def test_a_subclass_of_a_configuration_is_refused_as_its_fields_would_be_lost(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

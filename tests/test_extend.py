@@ -108,6 +108,14 @@ def test_another_loss_is_a_function_handed_to_the_step():
     assert results[0][0] > results[1][0] + Z_LOSS
 
 
+def test_the_loss_example_runs_as_the_page_says(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "loss.py"), "--run-dir", str(tmp_path / "run")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done: step 4" in done.stdout
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_one_new_file_is_enough(name, tmp_path, byte_tokenizer_folder, checkpoint):  # noqa: F811
     copied(tmp_path)

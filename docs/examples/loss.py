@@ -5,8 +5,8 @@ python docs/examples/loss.py --run-dir runs/z_loss
 No file of the package changes: a loss is a function handed to run.
 """
 
+import argparse
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -28,5 +28,7 @@ def loss(model, batch, compute):
 
 
 if __name__ == "__main__":
-    config = dataclasses.replace(load_config("tiny"), run_dir=sys.argv[-1], num_steps=4, log_every=1)
+    parser = argparse.ArgumentParser(description="Trains the tiny configuration with z-loss.")
+    parser.add_argument("--run-dir", required=True)
+    config = dataclasses.replace(load_config("tiny"), run_dir=parser.parse_args().run_dir, num_steps=4, log_every=1)
     run(config, loss=loss)

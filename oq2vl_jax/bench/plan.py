@@ -106,12 +106,12 @@ def examine(config: TrainConfig, device: Device | None, num_devices: int, plan: 
     """Compiles one configuration; returns memory by kind, collectives, FLOPs and floor."""
     from oq2vl_jax.bench.compiled import compile_step, mesh_of
     from oq2vl_jax.bench.floor import floor
+    from oq2vl_jax.bench.step import check
     from oq2vl_jax.train.attention_choice import choose_attention
-    from oq2vl_jax.train.checks import check_config
     from oq2vl_jax.train.flops import typical_row
     from oq2vl_jax.train.gradients import rows_per_device
 
-    check_config(config, num_devices)
+    check(config, num_devices)
     data, fsdp = mesh_shape(config, num_devices)
     mesh = mesh_of(device, num_devices, data, fsdp)
     compiled = compile_step(config, mesh)

@@ -7,7 +7,7 @@ from oq2vl_jax.bounds import Length, Positive, SmallCount, Workers, WorkersOrZer
 from oq2vl_jax.config.roles import OPERATIONAL
 
 Template = Literal["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"]
-"""Template of the text around images and turns; see data/text/codec.py."""
+"""Template of the text around images and turns; see data/text/templates.py."""
 PromptForm = Literal["training", "published"]
 """training: the question has the form of the training documents of its template. published: the form of the published
 code, which ends without the last line break, drops the token after every image and begins with <s> twice (open_qwen2vl

@@ -117,7 +117,7 @@ def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> di
     """Writes the parquet of one tar; returns the report."""
     import polars as pl
 
-    from oq2vl_jax.data.samples.formats import format_of
+    from oq2vl_jax.data.samples.formats import read_whole_samples
     from oq2vl_jax.data.samples.images import ImageError
     from oq2vl_jax.data.samples.tars import CutOffError
     from oq2vl_jax.data.text.codec import SampleError
@@ -133,7 +133,7 @@ def score_files(config: ScoreConfig, files: tuple[str, ...], target: Path) -> di
         waiting.clear()
 
     try:
-        for sample in format_of(files[0]).read(files[0], None):
+        for sample in read_whole_samples(files[0]):
             row = {"key": sample.key, "uid": sample.uid, "status": sample.problem or "scored"}
             rows.append(row)
             if not sample.problem and sample.text is None:

@@ -24,9 +24,8 @@ from pathlib import Path
 
 from oq2vl_jax.bounds import Count, Seed, parse
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.eval.benchmarks.easy_vqa import COLORS, SHAPES
 
-SHAPES = ("circle", "rectangle", "triangle")
-COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 NUM_RANKS = 8192
 NUM_QUARTER_TURNS = 4
 QUESTIONS_PER_CONVERSATION = 3

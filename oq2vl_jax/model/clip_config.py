@@ -1,4 +1,4 @@
-"""Configuration of CLIP, kept apart from config.py because CLIP only scores data and is never trained here."""
+"""Configuration of CLIP, kept apart from config/ because CLIP only scores data and is never trained here."""
 
 from dataclasses import dataclass
 from typing import Literal

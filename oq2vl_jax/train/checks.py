@@ -63,9 +63,9 @@ def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
     saved, current = flatten(load_config(str(file))), flatten(config)
     operational = names_of_role(TrainConfig, "operational")
     changed = [
-        f"{key}: {saved.get(key)} there, {value} now"
-        for key, value in current.items()
-        if key not in operational and saved.get(key) != value
+        f"{key}: {saved.get(key)} there, {current.get(key)} now"
+        for key in dict.fromkeys((*current, *saved))
+        if key not in operational and (key not in saved or key not in current or saved[key] != current[key])
     ]
     if changed:
         raise UserError(

@@ -12,7 +12,7 @@ from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 
 Loss = Callable[[OpenQwen2VL, Batch, Compute], tuple[Array, Array]]
 """(model, a microbatch, compute) to (sum over labelled tokens, number of labelled tokens). A step divides the sum by
-the labelled tokens of the global batch, whatever the devices and microbatches are."""
+the labelled tokens of the global batch, counted by itself, whatever the devices and microbatches are."""
 
 
 def loss(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> tuple[Float[Array, ""], Int[Array, ""]]:

@@ -46,7 +46,8 @@ from oq2vl_jax.trees import named_arrays
 def run(config: TrainConfig, stop_at_step: int | None = None, loss: Loss | None = None) -> str | None:
     """Trains to config.num_steps and returns parameters_sha256; None if stopped before (SIGTERM or stop_at_step).
 
-    Raises UserError for errors that the user can cause, including a NaN loss.
+    loss: minimised in place of train/loss.py; the held-out loss stays the cross entropy. Raises UserError for errors
+    that the user can cause, including a NaN loss.
     """
     check_config(config, len(jax.devices()))
     lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()

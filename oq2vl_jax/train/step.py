@@ -33,7 +33,8 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Float32 scalars of one step. loss is nats per labelled token; grad_norm is taken before clipping."""
+    """Float32 scalars of one step. loss is per labelled token, in nats if it is the cross entropy; grad_norm is taken
+    before clipping."""
 
     loss: jax.Array
     grad_norm: jax.Array

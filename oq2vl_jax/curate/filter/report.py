@@ -15,7 +15,7 @@ from oq2vl_jax.curate.filter.apply import Result, Selection
 from oq2vl_jax.curate.filter.expression import leaves, takes_away
 from oq2vl_jax.curate.filter.pool import Pool
 from oq2vl_jax.curate.uids import UidSet
-from oq2vl_jax.data.samples.formats import format_of
+from oq2vl_jax.data.samples.formats import read_whole_samples
 from oq2vl_jax.data.samples.ids import parse_uid
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.samples.tars import CutOffError
@@ -128,7 +128,7 @@ def choose_pictures(shards: list[str], pool: Pool, selection: Selection, result:
 def whole_samples(shard: str) -> Iterator[Sample]:
     """Yields the samples of a tar. A tar that is cut off gives a note on stderr instead of an error."""
     try:
-        yield from format_of(shard).read(shard, None)
+        yield from read_whole_samples(shard)
     except CutOffError:
         print(f"note: {shard} is broken or cut off; the report shows no pictures of its rest.", file=sys.stderr)
 

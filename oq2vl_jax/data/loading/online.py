@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,9 @@ class SampleSource:
         """Finds every sample of the files, which takes seconds per gigabyte. Raises UserError."""
         self.files = [file for source in sources for file in paths.expand_paths("data.sources", source)]
         self.images = images
-        spans = [offsets_of(file) for file in self.files]
+        formats = [indexed_format(file) for file in self.files]
+        spans = [offsets(file) for file, (offsets, _) in zip(self.files, formats, strict=True)]
+        self._readers = [read_one for _, read_one in formats]
         self._file_of = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
         self._spans = np.concatenate(spans)
         if not len(self._spans):
@@ -61,18 +63,16 @@ class SampleSource:
         return len(self._spans)
 
     def __getitem__(self, i: int) -> Sample:
-        file, (begin, end) = self.files[self._file_of[i]], self._spans[i].tolist()
-        read_one = format_of(file).read_one
-        assert read_one is not None, "offsets_of has refused the file"
-        return read_one(file, begin, end, self.images)
+        number, (begin, end) = self._file_of[i], self._spans[i].tolist()
+        return self._readers[number](self.files[number], begin, end, self.images)
 
 
-def offsets_of(file: str) -> np.ndarray:
-    """Returns int64 [n, 2], the bytes where each sample begins and ends. Raises UserError for a format without them."""
+def indexed_format(file: str) -> tuple[Callable, Callable]:
+    """Returns (offsets, read_one) of a file's format. Raises UserError for a format without them."""
     kind = format_of(file)
     if kind.offsets is None or kind.read_one is None:
         raise UserError(f"data.sources: {file} cannot be packed while training; pack it with oq2vl_jax.data.pack.")
-    return kind.offsets(file)
+    return kind.offsets, kind.read_one
 
 
 def online_fingerprint(data: DataConfig) -> str:
@@ -147,7 +147,8 @@ def prepare_tokenizer(data: DataConfig, folder: Path) -> Path:
     assert data.online.tokenizer is not None, "DataConfig.problems"
     codec = TextCodec.load(data.online.tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    codec.save(folder)
+    if folder.resolve() != Path(data.online.tokenizer).resolve():
+        codec.save(folder)
     return folder
 
 

@@ -93,18 +93,18 @@ def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
     """Returns a digest of the files that the inputs of a task name outside of themselves; "" if they name none."""
     from oq2vl_jax.data.samples.formats import format_of
 
-    kind = format_of(inputs[0])
-    return kind.version_beside(list(inputs), images) if kind.version_beside is not None else ""
+    version_beside = format_of(inputs[0]).version_beside
+    return version_beside(list(inputs), images) if version_beside is not None else ""
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
     """Returns (inputs, inputs per task): files, or parts of files. Raises UserError for a mixture of formats."""
     from oq2vl_jax.data.samples.formats import format_name, formats
 
-    names = list(dict.fromkeys(format_name(file) for file in files))
-    if len(names) > 1:
-        raise UserError(f"--shards {config.shards}: {' and '.join(names)} together; pack them one by one.")
-    split = formats()[names[0]].split
+    splits = {format_name(file): formats()[format_name(file)].split for file in files}
+    if len(splits) > 1 and any(split is not None for split in splits.values()):
+        raise UserError(f"--shards {config.shards}: {' and '.join(splits)} together; pack them one by one.")
+    split = next(iter(splits.values()))
     if split is None:
         return files, config.files_per_task
     return [part for file in files for part in split(file, config.entries_per_task)], 1

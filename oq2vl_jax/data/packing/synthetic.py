@@ -1,6 +1,7 @@
 """Makes the small data set of configs/tiny.py: captioned shapes, through the same tars and packer as real data."""
 
 import io
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,24 +9,33 @@ from pathlib import Path
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.text.bpe import BYTE_RANKS, save_bpe_tokenizer
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
+from oq2vl_jax.paths import write_text
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow")
 
 
 def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
-    """Makes and packs data.synthetic.num_documents documents under `folder`, once; returns the packed directory."""
+    """Makes and packs data.synthetic.num_documents documents under `folder`, once; returns the packed directory.
+
+    Raises UserError if the folder holds rows of other settings.
+    """
     from webdataset.writer import TarWriter
 
-    packed = folder / "packed"
+    packed, file = folder / "packed", folder / "synthetic.json"
+    settings = {"num_documents": config.data.synthetic.num_documents, "seed": config.seed}
     if (packed / "manifest.json").exists():
+        if not file.is_file() or json.loads(file.read_text()) != settings:
+            raise UserError(f"{folder} holds synthetic rows of other settings; choose another --run-dir, or remove it.")
         return str(packed)
     folder.mkdir(parents=True, exist_ok=True)
     save_bpe_tokenizer(BYTE_RANKS, str(folder / "tokenizer"))
     with TarWriter(str(folder / "00000.tar"), mtime=0) as writer:
         for sample in captioned_shapes(config.data.synthetic.num_documents, config.seed):
             writer.write(sample)
+    write_text(str(file), json.dumps(settings) + "\n")
     pack_shards(
         PackConfig(
             shards=str(folder / "00000.tar"),

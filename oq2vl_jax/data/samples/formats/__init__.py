@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from oq2vl_jax.data.samples.formats.format import Format
+from oq2vl_jax.data.samples.shards import Sample
+from oq2vl_jax.errors import UserError
 
 
 @functools.cache
@@ -22,3 +25,10 @@ def format_name(path: str) -> str:
 
 def format_of(path: str) -> Format:
     return formats()[format_name(path)]
+
+
+def read_whole_samples(path: str) -> Iterator[Sample]:
+    """Yields the samples of a file that holds its pictures. Raises UserError for a format that only names them."""
+    if format_of(path).version_beside is not None:
+        raise UserError(f"{path}: its pictures lie in files of their own; this command reads tars with pictures.")
+    yield from format_of(path).read(path, None)
