@@ -66,14 +66,15 @@ def train(
     check_memory(config, mesh)
     data = open_data(config, run_dir)
     checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
-    check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
-    held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
-    state = start_state(config, mesh, checkpointer, data)
-    write_config(config, run_dir)
-    train_step = compile_train_step(config, mesh, compute, loss)
-    start_step, saved_step = int(state.step), checkpointer.latest_step()
-    last_step = min(config.num_steps, stop_at_step or config.num_steps)
-    reporter = make_reporter(config, run_dir, start_step)
+    with closed_on_failure(checkpointer, data.loader):
+        check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
+        held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
+        state = start_state(config, mesh, checkpointer, data)
+        write_config(config, run_dir)
+        train_step = compile_train_step(config, mesh, compute, loss)
+        start_step, saved_step = int(state.step), checkpointer.latest_step()
+        last_step = min(config.num_steps, stop_at_step or config.num_steps)
+        reporter = make_reporter(config, run_dir, start_step)
     batches, digest = iter(data.loader), None
     try:
         pending = None  # the running step: its numbers are read one step later, so that the device never waits
@@ -115,6 +116,17 @@ def train(
     else:
         print(f"done: step {config.num_steps}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}")
     return digest
+
+
+@contextlib.contextmanager
+def closed_on_failure(*opened: Any):
+    """Closes what is open if the block fails: a checkpointer holds back Orbax's errors until it is closed."""
+    try:
+        yield
+    except BaseException:
+        for each in opened:
+            each.close()
+        raise
 
 
 def make_reporter(config: TrainConfig, run_dir: Path, start_step: int) -> StepReporter:

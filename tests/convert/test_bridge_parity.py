@@ -61,7 +61,7 @@ def check_equal(name, ours, theirs):
 def test_siglip_and_qwen_with_a_fresh_projector(siglip, qwen, tmp_path, visual_tokens):
     config = from_hf.FromHFConfig(str(tmp_path / "out"), str(siglip[0]), str(qwen[0]), visual_tokens=visual_tokens)
     from_hf.convert(config)
-    fresh = from_hf.fresh_projector(load_description(find_checkpoint(config.out)).model, config.seed)
+    fresh = from_hf.fresh_projector(load_description(find_checkpoint(config.out)).model, config.seed or 0)
     weights = [torch.from_numpy(fresh[f"projector.{name}.kernel"].T.copy()) for name in ("fc1", "fc2")]
 
     def projector(x):  # biases of a fresh projector are zero

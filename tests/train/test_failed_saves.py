@@ -8,10 +8,16 @@ import pytest
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.failed_saves import LOGGERS, HeldErrors
+from oq2vl_jax.train.run import run
 
 
 @pytest.fixture
-def held():
+def held(monkeypatch):
+    """On loggers as they are in a new process: a full disk in an earlier test leaves its filter on them."""
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        for attribute, value in (("filters", []), ("disabled", False), ("propagate", True)):
+            monkeypatch.setattr(logger, attribute, value)
     held = HeldErrors()
     yield held
     held._is_full = False  # so that the other tests' logs are as they were
@@ -43,3 +49,11 @@ def test_an_error_that_nobody_raises_is_shown_at_the_end(held, caplog):
     logging.getLogger("absl").error("a thread failed")
     held.close()
     assert [record.getMessage() for record in caplog.records] == ["a thread failed"]
+
+
+def test_a_run_that_is_refused_leaves_no_filter_behind(tiny_config):
+    before = {name: list(logging.getLogger(name).filters) for name in LOGGERS}
+    run(tiny_config(num_steps=1))
+    with pytest.raises(UserError, match="another configuration"):
+        run(tiny_config(num_steps=1, compute_dtype="bfloat16"))
+    assert {name: list(logging.getLogger(name).filters) for name in LOGGERS} == before
