@@ -69,6 +69,7 @@ class Parsed(BaseException):
     """Ends a command once its options are known."""
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")  # of runpy, for a module tested before
 @pytest.mark.parametrize(("module", "arguments"), SHOWN)
 def test_a_shown_command_exists_with_its_options(module, arguments, monkeypatch):
     original = tyro.cli
