@@ -22,7 +22,7 @@ from oq2vl_jax.data.loading.online import SampleSource
 from oq2vl_jax.data.packing.documents import read_documents
 from oq2vl_jax.data.samples import images, tars
 from oq2vl_jax.data.samples.formats import instructions
-from oq2vl_jax.data.samples.ids import parse_uid, uid_of_key
+from oq2vl_jax.data.samples.ids import mixed, parse_uid, uid_of_key
 from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
 from oq2vl_jax.data.samples.tars import CutOffError, read_members
 from oq2vl_jax.errors import UserError
@@ -240,3 +240,9 @@ def test_a_tokenizer_is_what_its_tokenizer_json_says(tmp_path):
     (tmp_path / "saved").mkdir()
     codec.save(tmp_path / "saved")
     assert TextCodec.load(str(tmp_path / "saved")).encode("2023") == [258]
+
+
+def test_the_high_half_of_an_id_is_splitmix64():
+    """The first output of the published generator with seed 0, whose state is then the golden ratio's 64 bits."""
+    assert int(mixed(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF
+    assert uid_of_key(str(10**17)) == f"{int(mixed(np.array([10**17], np.uint64))[0]):016x}{10**17:016x}"

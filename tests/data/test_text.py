@@ -175,3 +175,15 @@ def test_the_published_form_of_a_prompt_has_their_ids(qwen_tokenizer_folder):
         turns = [turn.replace("<image>", "") if i % 2 else turn for i, turn in enumerate(turns)]
         expected = published_ids(plain, codec.special, turns, "You are a helpful assistant.")
         assert codec.published_prompt(turns, 1) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "notes"),
+    [
+        ("a cat", []), ("a <image> of a cat", ["image_marker_in_text"]),
+        ("<|im_end|>", ["special_token_in_text"]), ("<s> <image>", ["image_marker_in_text", "special_token_in_text"]),
+    ],
+)  # fmt: skip
+def test_text_that_spells_a_marker_or_a_special_token_is_noted(codec, text, notes):
+    assert codec.text_notes(Sample("k", [], text=text)) == notes
+    assert codec.text_notes(Sample("k", [b""], elements=["plain", None, text])) == notes

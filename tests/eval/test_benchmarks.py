@@ -5,9 +5,9 @@ import pytest
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import Item, Judgement
-from oq2vl_jax.eval.benchmarks import TASKS, find_benchmark, mathvista, mmbench, mmmu
+from oq2vl_jax.eval.benchmarks import TASKS, find_benchmark, mathvista, mmbench, mmmu, mmstar
 from oq2vl_jax.eval.evaluate import read_items
-from oq2vl_jax.eval.tables import find_files, images_of
+from oq2vl_jax.eval.tables import find_files, images_of, resolve_references
 from tests.eval import benchmark_files as files
 
 EIGHT = ("ai2d", "mathvista", "mmbench", "mmmu", "mmstar", "pope", "seedbench", "textvqa")
@@ -200,3 +200,17 @@ def test_a_cell_that_is_no_picture_is_an_image_that_does_not_decode():
     assert images_of("!!") == [b""]
     assert images_of(None) == []
     assert images_of("['!!', 'aGk=']") == [b"", b"hi"]
+
+
+def test_options_in_a_question_of_mmstar_are_cut_at_the_next_letter():
+    question = "Which is it?\nOptions: A: a cat, B: two, dogs , C: 3: or so, D: none: of them"
+    assert mmstar.options_in(question) == {"A": "a cat", "B": "two, dogs", "C": "3: or so", "D": "none: of them"}
+    assert mmstar.options_in("A: a, B: b, C: c") == dict.fromkeys("ABCD", "\0")
+
+
+def test_an_image_of_up_to_64_characters_is_the_index_of_another_row():
+    rows = [{"index": "a", "image": "b"}, {"index": "b", "image": 65 * "x"}]
+    assert [row["image"] for row in resolve_references(rows)] == [65 * "x", 65 * "x"]
+    rows = [{"index": "a", "image": "b"}, {"index": "b", "image": 64 * "x"}]
+    with pytest.raises(UserError, match="row a: its image is that of row b, which holds none"):
+        resolve_references(rows)

@@ -84,3 +84,9 @@ def test_a_gpu_without_a_known_peak_is_said_once(kind, is_said, tmp_path, monkey
     monkeypatch.setattr(metrics.jax, "local_devices", lambda: [gpu])
     metrics.StepReporter(tmp_path, 0, load_config("configs/tiny.py"), num_processes=1).close()
     assert ("no MFU: NVIDIA T4 is not in the table" in capsys.readouterr().err) is is_said
+
+
+def test_a_row_without_images_is_one_document():
+    config = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, max_images=0))
+    num_tokens = TINY.data.num_tokens
+    assert typical_row(config) == Work(num_tokens, 0, sum(range(1, num_tokens + 1)), num_tokens)
