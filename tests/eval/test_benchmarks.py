@@ -5,7 +5,7 @@ import pytest
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import Item, Judgement
-from oq2vl_jax.eval.benchmarks import TASKS, find_benchmark, mathvista, mmbench, mmmu, mmstar
+from oq2vl_jax.eval.benchmarks import TASKS, find_benchmark, mathvista, mmbench, mmmu, mmstar, pope
 from oq2vl_jax.eval.evaluate import read_items
 from oq2vl_jax.eval.tables import find_files, images_of, resolve_references
 from tests.eval import benchmark_files as files
@@ -214,3 +214,18 @@ def test_an_image_of_up_to_64_characters_is_the_index_of_another_row():
     rows = [{"index": "a", "image": "b"}, {"index": "b", "image": 64 * "x"}]
     with pytest.raises(UserError, match="row a: its image is that of row b, which holds none"):
         resolve_references(rows)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([("yes", "yes")], (1.0, 1.0, 1.0, 1.0)),
+        ([("no", "no")], (0.0, 0.0, 0.0, 0.0)),
+        ([("yes", "yes"), ("yes", None), ("no", "yes"), ("no", "no")], (0.5, 0.5, 0.5, 0.5)),
+        ([("yes", "no"), ("no", "yes")], (0.0, 0.0, 0.0, 0.5)),
+    ],
+)
+def test_pope_s_rates_by_hand(pairs, expected):
+    """(answer, said): precision, recall, F1 and the share of yes."""
+    judged = [(Item("0", "", [], answer), Judgement(float(said == answer), said)) for answer, said in pairs]
+    assert tuple(pope.rates(judged).values()) == expected
