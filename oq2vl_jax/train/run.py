@@ -109,13 +109,15 @@ def train(
         checkpointer.close()
         data.loader.close()
         reporter.close(digest)
-    if not is_first_process():
-        return digest
-    if digest is None:
-        print(f"stopped at step {int(state.step)}; checkpoint saved, the same command goes on from here")
-    else:
-        print(f"done: step {config.num_steps}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}")
+    if is_first_process():
+        print(last_line(run_dir, int(state.step), digest))
     return digest
+
+
+def last_line(run_dir: Path, step: int, digest: str | None) -> str:
+    if digest is None:
+        return f"stopped at step {step}; checkpoint saved, the same command goes on from here"
+    return f"done: step {step}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}"
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Tiny random models of other people's making, written to disk by their own libraries."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +114,12 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     sizes = ((45, 31), (20, 60), (30, 30), (301, 200))
     return [photo(folder / f"{i}.{'png' if i % 2 else 'jpg'}", i, size) for i, size in enumerate(sizes)]
+
+
+@pytest.fixture
+def parts(siglip, qwen, tmp_path):
+    """Copies of the two folders, to be damaged."""
+    folders = tmp_path / "vision", tmp_path / "decoder"
+    for source, folder in zip((siglip[0], qwen[0]), folders, strict=True):
+        shutil.copytree(source, folder)
+    return folders

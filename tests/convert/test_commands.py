@@ -1,6 +1,5 @@
 """The commands of the bridge: exit codes, folders in the way, kills, full disks."""
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +12,6 @@ import pytest
 from convert import from_hf, to_hf
 from oq2vl_jax.config_files import load_config
 from oq2vl_jax.errors import UserError
-
-
-@pytest.fixture
-def parts(siglip, qwen, tmp_path):
-    """Copies of the two folders, to be damaged."""
-    folders = tmp_path / "vision", tmp_path / "decoder"
-    for source, folder in zip((siglip[0], qwen[0]), folders, strict=True):
-        shutil.copytree(source, folder)
-    return folders
 
 
 def test_a_folder_in_the_way_is_left_alone(siglip, qwen, tmp_path):

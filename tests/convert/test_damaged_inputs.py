@@ -19,15 +19,6 @@ from tests.convert.conftest import IMAGE_TOKEN, WIDTH
 from tests.convert.test_round_trips import write_prismatic_run
 
 
-@pytest.fixture
-def parts(siglip, qwen, tmp_path):
-    """Copies of the two folders, to be damaged."""
-    folders = tmp_path / "vision", tmp_path / "decoder"
-    for source, folder in zip((siglip[0], qwen[0]), folders, strict=True):
-        shutil.copytree(source, folder)
-    return folders
-
-
 def edit_tensors(folder, edit):
     """Rewrites the file of a folder that is not sharded."""
     tensors = load_file(folder / "model.safetensors")
