@@ -98,10 +98,11 @@ def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
-    """Returns (inputs, inputs per task): files, or parts of files. Raises UserError for a mixture of formats."""
+    """Returns (inputs, inputs per task): files, or parts of files. Raises UserError for a format that is split
+    beside another."""
     from oq2vl_jax.data.samples.formats import format_name, formats
 
-    splits = {format_name(file): formats()[format_name(file)].split for file in files}
+    splits = {name: formats()[name].split for name in dict.fromkeys(map(format_name, files))}
     if len(splits) > 1 and any(split is not None for split in splits.values()):
         raise UserError(f"--shards {config.shards}: {' and '.join(splits)} together; pack them one by one.")
     split = next(iter(splits.values()))
