@@ -92,6 +92,7 @@ class Generator:
     ) -> "Generator":
         """Makes a Generator of a model in memory, for replies during training."""
         generator = Generator.__new__(Generator)
+        generator.checkpoint = "a model in memory"
         generator._set_up(model, config, template, codec, mesh, dtype)
         return generator
 

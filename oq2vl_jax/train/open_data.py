@@ -55,7 +55,7 @@ def open_online(config: TrainConfig, run_dir: Path) -> OpenData:
         raise UserError("data.kind = online runs in one process; pack with oq2vl_jax.data.pack for several.")
     tokenizer = prepare_tokenizer(config.data, run_dir / "tokenizer")
     loader = OnlineLoader(config.data, config.model, config.global_batch_size, config.seed, tokenizer)
-    return OpenData(loader, tokenizer, online_fingerprint(config.data), loader.skipped)
+    return OpenData(loader, tokenizer, online_fingerprint(config.data, tokenizer), loader.skipped)
 
 
 def open_synthetic(config: TrainConfig, run_dir: Path) -> OpenData:

@@ -118,6 +118,11 @@ def test_tasks_of_few_entries_hold_the_same_documents_and_resume(folder, byte_to
     assert [name for name in sorted(before) if before[name] != after[name]] == ["rows-00001.array_record"]
 
 
+def test_an_option_of_another_format_is_refused(folder, byte_tokenizer_folder):
+    with pytest.raises(UserError, match="--files-per-task does not apply to instructions"):
+        pack(folder, byte_tokenizer_folder, files_per_task=3)
+
+
 def test_a_replaced_picture_is_packed_again(folder, byte_tokenizer_folder):
     first = pack(folder, byte_tokenizer_folder, entries_per_task=3)
     (folder / "images" / "coco" / "1.png").write_bytes(png(seed=7))

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from oq2vl_jax.config import DataConfig, OnlineConfig
-from oq2vl_jax.data.loading.online import OnlineLoader, SampleSource, prepare_tokenizer
+from oq2vl_jax.data.loading.online import OnlineLoader, SampleSource, online_fingerprint, prepare_tokenizer
 from oq2vl_jax.data.samples.tars import read_members
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import conversation_sample, png
@@ -94,6 +96,19 @@ def test_samples_of_a_tar_are_the_ones_the_packer_reads(tmp_path, write_shard):
     for i in (8, 0, 4):
         assert source[i].key == expected[i].key
         assert source[i].images == [data for name, data in expected[i].files.items() if name.endswith("jpg")]
+
+
+def test_the_fingerprint_depends_on_the_tokenizer(folder, byte_tokenizer_folder, tmp_path):
+    data = DataConfig(64, 4, kind="online", sources=(str(folder / "data.json"),))
+    other = tmp_path / "tokenizer"
+    shutil.copytree(byte_tokenizer_folder, other)
+    first = online_fingerprint(data, other)
+    assert first == online_fingerprint(data, Path(byte_tokenizer_folder))
+    file = other / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["added_tokens"][-1]["content"] += "!"
+    file.write_text(json.dumps(values))
+    assert online_fingerprint(data, other) != first
 
 
 def test_a_mistake_in_the_sources_is_one_sentence(make_loader, folder, write_shard, byte_tokenizer_folder):

@@ -12,7 +12,7 @@ import numpy as np
 
 from oq2vl_jax import paths
 from oq2vl_jax.curate.filter.apply import Result, Selection
-from oq2vl_jax.curate.filter.expression import leaves, takes_away
+from oq2vl_jax.curate.filter.expression import Expression, Leaf, evaluate, leaves, takes_away
 from oq2vl_jax.curate.filter.pool import Pool
 from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.samples.formats import read_whole_samples
@@ -50,7 +50,7 @@ def make_report(selection: Selection, pool: Pool, result: Result) -> dict:
         "rules": {
             str(leaf): {
                 "true": int(result.keeps[leaf].sum()),
-                "kept_by_it_alone": int((result.kept & result.keeps[leaf] & ~other_rules(result, written, leaf)).sum()),
+                "decided_by_it_alone": int((result.kept != kept_without(selection.expression, result, leaf)).sum()),
             }
             for leaf in written
         },
@@ -74,10 +74,9 @@ def thresholds_by_column(selection: Selection, result: Result) -> dict[str, dict
     return thresholds
 
 
-def other_rules(result: Result, written: list, leaf) -> np.ndarray:
-    """Returns a mask of the samples for which another rule of the expression is true."""
-    others = [result.keeps[other] for other in written if other != leaf]
-    return np.logical_or.reduce(others) if others else np.zeros(len(result.kept), bool)
+def kept_without(expression: Expression, result: Result, leaf: Leaf) -> np.ndarray:
+    """Returns a mask of the samples that the expression would keep if the rule `leaf` were true for none."""
+    return evaluate(expression, lambda rule: result.keeps[rule] & (rule != leaf))
 
 
 def distribution(values: np.ndarray) -> dict:
@@ -141,11 +140,11 @@ def write_page(path: str, report: dict, pictures: list[Picture]) -> None:
         f"seed {report['seed']}."
     )
     rules = [
-        (name, r["true"], f"{r['true'] / total:.1%}", r["kept_by_it_alone"], threshold_text(report, name))
+        (name, r["true"], f"{r['true'] / total:.1%}", r["decided_by_it_alone"], threshold_text(report, name))
         for name, r in report["rules"].items()
     ]
     body = [f"<p><code>{html.escape(report['expression'])}</code></p><h2>Rules</h2>"]
-    body.append(table(["rule", "true for", "share", "kept by this rule alone", "score"], rules))
+    body.append(table(["rule", "true for", "share", "decided by this rule alone", "score"], rules))
     if report["basic_rules"]:
         basic = [(name, r["true"], f"{r['true'] / total:.1%}") for name, r in report["basic_rules"].items()]
         body += ["<h2>Basic rules, each alone</h2>", table(["rule", "true for", "share"], basic)]

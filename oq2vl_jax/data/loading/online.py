@@ -32,6 +32,7 @@ from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.data.text.document import Document
+from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 10_000
@@ -75,11 +76,12 @@ def indexed_format(file: str) -> tuple[Callable, Callable]:
     return kind.offsets, kind.read_one
 
 
-def online_fingerprint(data: DataConfig) -> str:
-    """Returns a digest of the raw samples and the settings that the loader's state depends on."""
+def online_fingerprint(data: DataConfig, tokenizer: Path) -> str:
+    """Returns a digest of the raw samples, the tokenizer and the settings that the loader's state depends on."""
     files = [file for source in data.sources for file in paths.expand_paths("data.sources", source)]
     versions = [[file, *paths.file_version(file)] for file in files]
     settings = [data.num_tokens, data.max_images, data.template, data.online.images, data.online.window]
+    settings.append(tokenizer_sha256(tokenizer))
     return hashlib.sha256(json.dumps([versions, settings]).encode()).hexdigest()
 
 

@@ -106,6 +106,12 @@ def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
     if len(splits) > 1 and any(split is not None for split in splits.values()):
         raise UserError(f"--shards {config.shards}: {' and '.join(splits)} together; pack them one by one.")
     split = next(iter(splits.values()))
+    unused = "entries_per_task" if split is None else "files_per_task"
+    if getattr(config, unused) != getattr(PackConfig, unused):
+        raise UserError(
+            f"--{unused.replace('_', '-')} does not apply to {next(iter(splits))}, which are packed "
+            f"{'by files: --files-per-task' if split is None else 'by entries: --entries-per-task'}."
+        )
     if split is None:
         return files, config.files_per_task
     return [part for file in files for part in split(file, config.entries_per_task)], 1
