@@ -194,13 +194,14 @@ def page(cells: list[tuple[str, str, str, bool | str]], versions: dict[str, dict
     lines = [
         "# What reads the exports",
         "",
-        "Written by `make works-with`: random models with Qwen's vocabulary, exported by convert.to_hf in float32 and",
-        f"asked by oq2vl_jax.generate and by each of these on a CPU ({MAX_NEW_TOKENS} tokens, greedy). Equal means the",
-        f"same token ids in every prompt or reply compared. Run on {date.today().isoformat()}.",
+        "This page lists the software that was tried on exported models; `make works-with` writes it. Random models with "
+        "Qwen's\nvocabulary are exported by convert.to_hf in float32, then asked by oq2vl_jax.generate and by each of "
+        f"these on a CPU ({MAX_NEW_TOKENS}\ntokens, greedy). Equal means the same token ids in every prompt or reply "
+        f"compared. Run on {date.today().isoformat()}.",
         "",
-        "The pictures have the model's own size. Larger and smaller ones are resized by PIL here and in transformers",
-        "without torchvision; with it, as in vLLM, some pixels differ by one of 255 levels, and a reply can be another",
-        "one where two tokens are nearly as likely.",
+        "The pictures have the model's own size. PIL resizes larger and smaller ones, here and in transformers without",
+        "torchvision. With torchvision, as in vLLM, some pixels differ by one of 255 levels, and a reply can differ if "
+        "two tokens\nare nearly as likely.",
         "",
         "| software | versions |",
         "|---|---|",

@@ -168,9 +168,10 @@ def test_the_report_counts_what_each_rule_decides_alone(pool, tmp_path):
     expression = "clip_l14_top(0.5) & basic | mlm(semantic_understanding >= 85)"
     report = run(folder, tmp_path, expression, NO_LANGUAGE)[0]
     alone = {name: rule["decided_by_it_alone"] for name, rule in report["rules"].items()}
-    assert alone["mlm(semantic_understanding >= 85)"] == report["kept"] - run(
-        folder, tmp_path, "clip_l14_top(0.5) & basic", NO_LANGUAGE
-    )[0]["kept"]
+    assert (
+        alone["mlm(semantic_understanding >= 85)"]
+        == report["kept"] - run(folder, tmp_path, "clip_l14_top(0.5) & basic", NO_LANGUAGE)[0]["kept"]
+    )
     assert alone["basic"] == alone["clip_l14_top(0.5)"] > 0
     left_out = run(folder, tmp_path, "basic - mlm(semantic_understanding >= 85)", NO_LANGUAGE)[0]
     without = run(folder, tmp_path, "basic", NO_LANGUAGE)[0]["kept"]
