@@ -18,7 +18,7 @@ config = TrainConfig(
         max_images=28,
         template="plain",
     ),
-    optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01, warmup_fraction=0.03, max_grad_norm=1.0),
+    optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01, max_grad_norm=1.0),
     trainable=TrainableConfig(vision=False, projector=True, decoder=True),
     num_steps=4770,
     global_batch_size=256,

@@ -21,7 +21,7 @@ config = TrainConfig(
         max_images=5,
         template="open_qwen2vl",
     ),
-    optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.1, warmup_fraction=0.03, max_grad_norm=1.0),
+    optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.1, max_grad_norm=1.0),
     trainable=TrainableConfig(vision=False, projector=True, decoder=True),
     num_steps=5197,
     global_batch_size=32,

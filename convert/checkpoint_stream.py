@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-from oq2vl_jax.checkpoint import FilesHandler, SaveFiles, step_folder
+from oq2vl_jax.checkpoint import FilesHandler, SaveFiles, check_has_ema, saved_shapes, step_folder
 from oq2vl_jax.checkpoint_digests import DigestsHandler, SaveDigests
-from oq2vl_jax.config import CheckpointDescription
+from oq2vl_jax.config import CheckpointDescription, Weights
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.paths import check_local
@@ -86,10 +86,14 @@ def save_checkpoint(
 class CheckpointReader:
     """Reads the weights of a checkpoint one parameter at a time. `shapes`: parameter name -> shape."""
 
-    def __init__(self, checkpoint: Path):
-        self._folder = epath.Path(checkpoint / "model")
+    def __init__(self, checkpoint: Path, weights: Weights = "model"):
+        """Raises UserError if weights is ema, but the checkpoint holds none."""
         self._handler = ocp.PyTreeCheckpointHandler()
-        self.shapes = {name: tuple(array.shape) for name, array in self._handler.metadata(self._folder).tree.items()}
+        self.shapes = saved_shapes(checkpoint, "model")
+        self._folders = dict.fromkeys(self.shapes, epath.Path(checkpoint / "model"))
+        if weights == "ema":
+            check_has_ema(checkpoint)
+            self._folders |= dict.fromkeys(saved_shapes(checkpoint, "ema"), epath.Path(checkpoint / "ema"))
 
     def read(self, name: str) -> np.ndarray:
         """Reads one parameter. Raises UserError if the checkpoint is damaged."""
@@ -97,9 +101,9 @@ class CheckpointReader:
             item={name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
         )
         try:
-            return self._handler.restore(self._folder, args=args)[name]
+            return self._handler.restore(self._folders[name], args=args)[name]
         except ValueError as error:  # tensorstore's error for truncated or changed bytes
-            raise UserError(f"{self._folder}: {name} cannot be read ({str(error).splitlines()[0]}).") from error
+            raise UserError(f"{self._folders[name]}: {name} cannot be read ({str(error).splitlines()[0]}).") from error
 
 
 @contextmanager

@@ -129,10 +129,10 @@ def fresh_projector(model, seed: int) -> dict:
     import jax
     import numpy as np
 
-    from oq2vl_jax.model.projector import Projector
+    from oq2vl_jax.model.projector import make_projector
     from oq2vl_jax.trees import named_arrays
 
-    arrays = named_arrays(Projector(jax.random.key(seed), model))
+    arrays = named_arrays(make_projector(jax.random.key(seed), model))
     return {f"projector.{name}": np.asarray(array) for name, array in arrays.items()}
 
 

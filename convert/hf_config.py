@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
-from oq2vl_jax.config import DecoderConfig, ModelConfig, Template, VisionConfig
+from oq2vl_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, Template, VisionConfig
 from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.data.text.templates import SpecialTokens
 from oq2vl_jax.errors import UserError
@@ -153,6 +153,7 @@ def llava_config_from(values: dict[str, Any], folder: Path, file: Path) -> tuple
         "decoder": dataclasses.asdict(decoder) | {"rope_inv_freq": extra.get("rope_inv_freq", "float32")},
         "num_visual_tokens": values.get("num_visual_tokens", vision.num_patches),
         "image_token_id": theirs.image_token_index,
+        "projector": {"kind": values.get("projector_kind", "avg_pool_mlp")},
     }
     template = extra.get("template")
     if template not in (None, *get_args(Template)):
@@ -274,6 +275,7 @@ def pooled_values(model: ModelConfig) -> dict[str, Any]:
         "model_type": POOLED_MODEL_TYPE,
         "architectures": ["OpenQwen2VLForConditionalGeneration"],
         "num_visual_tokens": model.num_visual_tokens,
+        "projector_kind": model.projector.kind,
         "rope_inv_freq": model.decoder.rope_inv_freq,
         "auto_map": {
             "AutoConfig": "modeling_open_qwen2vl.OpenQwen2VLConfig",
@@ -283,10 +285,22 @@ def pooled_values(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def check_has_export(model: ModelConfig) -> None:
+    """Raises UserError for a projector of the researcher's own, which no layout and no module of ours describes."""
+    if model.projector.own is not None:
+        raise UserError(
+            f"model.projector.own = {model.projector.own}: to_hf writes the projectors "
+            f"{', '.join(get_args(get_type_hints(ProjectorConfig)['kind']))} only; write this one's weights and its "
+            "PyTorch module yourself (docs/extend.md)."
+        )
+
+
 def why_not_native(model: ModelConfig) -> str | None:
     """Returns why transformers' LlavaForConditionalGeneration cannot express this model; None if it can."""
     reasons = []
-    if model.num_visual_tokens != model.vision.num_patches:
+    if model.projector.kind != "avg_pool_mlp":
+        reasons.append(f"its projector is {model.projector.kind}")
+    elif model.num_visual_tokens != model.vision.num_patches:
         reasons.append(
             f"it pools {model.vision.num_patches} patches to {model.num_visual_tokens} visual tokens, "
             "and LlavaForConditionalGeneration has no pooling"

@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 
 from oq2vl_jax.bounds import parse
+from oq2vl_jax.config import Weights
 from oq2vl_jax.errors import UserError, run_command
 
 MAX_SHARD_BYTES = 5 * 10**8
@@ -33,6 +34,8 @@ class ToHFConfig:
     out: str
     """Folder to write. It appears only when it is complete."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weights: Weights = "model"
+    """ema: the averaged weights of a run with --ema.decay."""
     native: bool = False
     """Require transformers' own classes. Fails with the reason if they cannot express this model."""
 
@@ -42,11 +45,12 @@ def export(config: ToHFConfig) -> str:
     from oq2vl_jax.checkpoint import load_description, open_checkpoint
 
     from .checkpoint_stream import CheckpointReader, check_is_free, new_folder
-    from .hf_config import why_not_native
+    from .hf_config import check_has_export, why_not_native
 
     check_is_free(Path(config.out))
     checkpoint = open_checkpoint(config.checkpoint)
     description = load_description(checkpoint)
+    check_has_export(description.model)
     reason = why_not_native(description.model)
     if config.native and reason:
         raise UserError(f"--native: this model is not transformers' LlavaForConditionalGeneration: {reason}.")
@@ -57,7 +61,7 @@ def export(config: ToHFConfig) -> str:
             from .export_files import modeling_open_qwen2vl
 
             shutil.copyfile(modeling_open_qwen2vl.__file__, folder / "modeling_open_qwen2vl.py")
-        write_weights(folder, layout, CheckpointReader(checkpoint), config.dtype)
+        write_weights(folder, layout, CheckpointReader(checkpoint, config.weights), config.dtype)
     kind = f"with modeling_open_qwen2vl.py, as {reason}" if reason else "LlavaForConditionalGeneration, no remote code"
     return f"{config.out}: {config.dtype}, {kind}"
 

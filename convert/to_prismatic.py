@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 from oq2vl_jax.bounds import parse
+from oq2vl_jax.config import ProjectorConfig
 from oq2vl_jax.errors import UserError, run_command
 
 
@@ -46,6 +47,8 @@ def export(config: ToPrismaticConfig) -> str:
     check_is_free(Path(config.out))
     checkpoint = open_checkpoint(config.checkpoint)
     description = load_description(checkpoint)
+    if description.model.projector != ProjectorConfig():
+        raise UserError("the published code has no projector but avg_pool_mlp.")
     for difference in differences_from_published(description.model):
         print(f"note: the published code will differ from this model: {difference}", file=sys.stderr)
     reader = CheckpointReader(checkpoint)

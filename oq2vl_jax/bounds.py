@@ -15,17 +15,21 @@ INT32_MAX = 2**31 - 1
 
 
 class Between(NamedTuple):
-    """An interval that includes both ends; `is_above` excludes the low end."""
+    """An interval that includes both ends; `is_above` excludes the low end, `is_below` the high one."""
 
     low: float
     high: float
     is_above: bool = False
+    is_below: bool = False
 
     def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high and not (self.is_above and value == self.low)
+        is_excluded = (self.is_above and value == self.low) or (self.is_below and value == self.high)
+        return self.low <= value <= self.high and not is_excluded
 
     def __str__(self) -> str:
         low, high = (f"{x:,}" if isinstance(x, int) else f"{x:g}" for x in (self.low, self.high))
+        if self.is_below:
+            return f"at least {low} and below {high}"
         return f"above {low} and at most {high}" if self.is_above else f"{low} to {high}"
 
 
@@ -52,6 +56,7 @@ Depth = Annotated[int, Between(1, 1024)]
 """Layers, or the heads of a layer."""
 Rate = Annotated[float, Between(0.0, 1000.0, is_above=True)]
 Share = Annotated[float, Between(0.0, 1.0)]
+Below1 = Annotated[float, Between(0.0, 1.0, is_below=True)]
 Positive = Annotated[float, Between(0.0, 1e12, is_above=True)]
 NotNegative = Annotated[float, Between(0.0, 1e12)]
 Temperature = Annotated[float, Between(0.0, 100.0)]

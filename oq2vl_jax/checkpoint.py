@@ -3,6 +3,7 @@
     RUN_DIR/checkpoints/000500/
         model/       {"decoder.norm.scale": array, ...}, float32
         optimizer/   the same for the optimizer state
+        ema/         the same for the averaged weights of the trained parts, if the run averages (config.ema)
         loader/      state of the data loader (rows consumed)
         config/      the resolved configuration
         tokenizer/   tokenizer.json and its companions, ready for transformers
@@ -14,7 +15,7 @@ writes to a temporary folder and renames it, so a step folder is whole or absent
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from oq2vl_jax.checkpoint_digests import check_digests
-from oq2vl_jax.config import CheckpointDescription, TrainConfig
+from oq2vl_jax.config import CheckpointDescription, TrainConfig, Weights
 from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.paths import check_local
 from oq2vl_jax.trees import from_named_arrays, named_arrays
 
 STEP_DIGITS = 6
-ITEMS = ("model", "optimizer", "loader", "config", "tokenizer")
-READ_ITEMS = ("model", "config", "description", "tokenizer")
+ITEMS = ("model", "optimizer", "ema", "loader", "config", "tokenizer")
+READ_ITEMS = ("model", "ema", "config", "description", "tokenizer")
 """Items of a checkpoint that are read to use its weights."""
 
 
@@ -58,13 +59,23 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def find_checkpoint(path: str) -> Path:
-    """Finds a step folder: `path` itself, or the newest one of a run directory. Raises UserError if there is none."""
+    """Finds a step folder: `path` itself, the newest one of a run directory, or that of RUN@STEP.
+
+    Raises UserError if there is none.
+    """
     check_local("checkpoint", path)
-    root = Path(path)
+    run, _, step = path.rpartition("@")
+    is_numbered = bool(run) and step.isdigit() and not Path(path).exists()
+    root = Path(run if is_numbered else path)
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     steps = [p for p in (root, *folder.glob("*")) if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()]
     if not steps:
         raise UserError(f"{path}: no whole checkpoint here; expected a run directory or one of its checkpoints/NNNNNN.")
+    if is_numbered:
+        kept = sorted({int(p.name) for p in steps})
+        steps = [p for p in steps if int(p.name) == int(step)]
+        if not steps:
+            raise UserError(f"{path}: no checkpoint of step {step}; {run} holds {', '.join(map(str, kept))}.")
     return max(steps, key=lambda p: int(p.name)).absolute()
 
 
@@ -91,22 +102,54 @@ def load_description(checkpoint: Path) -> CheckpointDescription:
     return from_dict(CheckpointDescription, json.loads(file.read_text()), where=str(file))
 
 
-def load_weights(checkpoint: Path, like: Any) -> Any:
-    """Loads the model of a checkpoint, placed as `like` (a model of shapes with shardings).
+def load_weights(checkpoint: Path, like: Any, weights: Weights = "model") -> Any:
+    """Loads the model of a checkpoint, placed as `like` (a model, or parts of one, of shapes with shardings).
 
-    Raises UserError that names the first four missing, unexpected or mis-shaped parameters.
+    weights: ema takes the averaged ones where the run averaged. Raises UserError that names the first four missing,
+    unexpected or mis-shaped parameters, or says that there is no average.
     """
     expected = named_arrays(like)
-    handler = ocp.StandardCheckpointHandler()
-    folder = epath.Path(checkpoint / "model")
-    saved = handler.metadata(folder).tree
-    check_names_and_shapes(
-        {name: tuple(array.shape) for name, array in saved.items()},
-        {name: tuple(array.shape) for name, array in expected.items()},
-        str(checkpoint),
+    parts = {name.split(".")[0] for name in expected}
+    if weights == "model":
+        return from_named_arrays(like, load_arrays(checkpoint, "model", expected, parts))
+    check_has_ema(checkpoint)
+    averaged = {name: expected[name] for name in saved_shapes(checkpoint, "ema") if name in expected}
+    others = {name: array for name, array in expected.items() if name not in averaged}
+    arrays = load_arrays(checkpoint, "ema", averaged, parts)
+    return from_named_arrays(like, arrays | load_arrays(checkpoint, "model", others, {n.split(".")[0] for n in others}))
+
+
+def load_optimizer(checkpoint: Path, like: Any) -> Any:
+    """Loads the optimizer's state of a checkpoint, placed as `like`. Raises UserError as load_weights does."""
+    if not (checkpoint / "optimizer").is_dir():
+        raise UserError(f"{checkpoint}: holds no optimizer state to start from; leave out --init-optimizer.")
+    states = (like,)  # the first of what train/checkpointer.py saves
+    return from_named_arrays(states, load_arrays(checkpoint, "optimizer", named_arrays(states), {"0"}))[0]
+
+
+def check_has_ema(checkpoint: Path) -> None:
+    if not (checkpoint / "ema").is_dir():
+        raise UserError(f"{checkpoint}: holds no averaged weights; the run had no --ema.decay. Take the model's.")
+
+
+def saved_shapes(checkpoint: Path, item: str) -> dict[str, tuple]:
+    saved = ocp.StandardCheckpointHandler().metadata(epath.Path(checkpoint / item)).tree
+    return {name: tuple(array.shape) for name, array in saved.items()}
+
+
+def load_arrays(checkpoint: Path, item: str, expected: dict[str, Any], parts: Container[str]) -> dict[str, Any]:
+    """Loads the arrays of an item by name. Those of other parts than `parts` (the first word of a name) stay unread.
+
+    Raises UserError as load_weights does.
+    """
+    saved = {name: shape for name, shape in saved_shapes(checkpoint, item).items() if name.split(".")[0] in parts}
+    check_names_and_shapes(saved, {name: tuple(array.shape) for name, array in expected.items()}, str(checkpoint))
+    if not expected:
+        return {}
+    arguments = ocp.args.PyTreeRestore(
+        expected, restore_args=ocp.checkpoint_utils.construct_restore_args(expected), partial_restore=True
     )
-    arrays = handler.restore(folder, args=ocp.args.StandardRestore(expected))
-    return from_named_arrays(like, arrays)
+    return ocp.PyTreeCheckpointHandler().restore(epath.Path(checkpoint / item), args=arguments)
 
 
 def check_names_and_shapes(saved: dict[str, tuple], expected: dict[str, tuple], where: str) -> None:

@@ -7,20 +7,21 @@ import dataclasses
 import json
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from oq2vl_jax import config as config_types
 from oq2vl_jax.bounds import check_bounds
-from oq2vl_jax.config import ROLE, TrainConfig
+from oq2vl_jax.config import ROLE, ModelConfig, TrainConfig
 from oq2vl_jax.errors import UserError, hint
 
 
-def load_config(path: str) -> TrainConfig:
+def load_config(path: str, model_of: Callable[[TrainConfig], ModelConfig] | None = None) -> TrainConfig:
     """Reads `config` from a .py of configs/, given by path or by name, or from a resolved config.json.
 
-    Raises UserError with file, key and a hint.
+    model_of: gives the model of a configuration that leaves it out. Raises UserError with file, key and a hint.
     """
     file = Path(path)
     if not file.is_file() and (named := shipped_config(path)) is not None:
@@ -28,11 +29,23 @@ def load_config(path: str) -> TrainConfig:
     if not file.is_file():
         siblings = [str(p) for p in file.parent.glob("*") if p.suffix in (".py", ".json")]
         raise UserError(f"{path}: no such config file{hint(path, [*siblings, *shipped_names()])}.")
-    if file.suffix == ".json":
-        try:
-            return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid JSON: {error}.") from error
+    config = _read_json(file, path) if file.suffix == ".json" else _run_file(file, path)
+    if config.model is None:
+        if model_of is None:
+            raise UserError(f"{path}: has no model; training takes that of --init-from.")
+        config = dataclasses.replace(config, model=model_of(config))
+    check_classes(TrainConfig, config, where=path)
+    return from_dict(TrainConfig, dataclasses.asdict(config), where=path)  # Python checks no types
+
+
+def _read_json(file: Path, path: str) -> TrainConfig:
+    try:
+        return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}.") from error
+
+
+def _run_file(file: Path, path: str) -> TrainConfig:
     if file.suffix != ".py":
         raise UserError(f"{path}: a config is a .py of configs/ or a resolved config.json.")
     try:
@@ -45,8 +58,7 @@ def load_config(path: str) -> TrainConfig:
         raise UserError(f"{path}: {type(error).__name__}: {error}.") from error
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path}: must bind `config = TrainConfig(...)`, found {type(config).__name__}.")
-    check_classes(TrainConfig, config, where=path)
-    return from_dict(TrainConfig, dataclasses.asdict(config), where=path)  # Python checks no types
+    return config
 
 
 def shipped_folder() -> Path:
@@ -118,6 +130,15 @@ def flatten(config: Any) -> dict[str, Any]:
         else:
             flat[field.name] = value
     return flat
+
+
+def with_value(config: Any, key: str, value: Any) -> Any:
+    """Returns a copy with one value replaced. key: dotted, as in flatten; raises UserError with a hint."""
+    name, _, rest = key.partition(".")
+    names = [field.name for field in dataclasses.fields(config)]
+    if name not in names or (rest and not dataclasses.is_dataclass(getattr(config, name))):
+        raise UserError(f"{type(config).__name__} has no {key!r}{hint(key, flatten(config))}.")
+    return dataclasses.replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
 
 
 def names_of_role(config_class: Any, role: str) -> set[str]:

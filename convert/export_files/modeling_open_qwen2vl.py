@@ -1,11 +1,13 @@
 """Open-Qwen2VL (arXiv 2504.00595) for transformers >= 5.8: Llava with an average pool in front of the projector.
 
-Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2) except two options that LlavaConfig does
-not have: `num_visual_tokens` pools the square grid of patch features, and `rope_inv_freq = "bfloat16"` rounds the
-rotary inverse frequencies as the published training code did. Load it with trust_remote_code=True.
+Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2) except three options that LlavaConfig does
+not have: `num_visual_tokens` of the square grid of patch features, made as `projector_kind` says, and `rope_inv_freq =
+"bfloat16"`, which rounds the rotary inverse frequencies as the published training code did. Load it with
+trust_remote_code=True.
 """
 
 import math
+from typing import Any
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
@@ -17,19 +19,32 @@ class OpenQwen2VLConfig(LlavaConfig):
     model_type = "open_qwen2vl"
 
     num_visual_tokens: int = 144
+    projector_kind: str = "avg_pool_mlp"
     rope_inv_freq: str = "float32"
 
 
-class PooledProjector(LlavaMultiModalProjector):
-    """[images, patches, width] -> adaptive average pooling to num_visual_tokens -> linear, gelu, linear."""
+class Projector(LlavaMultiModalProjector):
+    """[images, patches, width] -> num_visual_tokens, pooled or shuffled -> linear, gelu, linear, or one linear."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.side = math.isqrt(config.num_visual_tokens)
+        self.kind, self.side = config.projector_kind, math.isqrt(config.num_visual_tokens)
+        vision: Any = config.vision_config
+        width = self.linear_1.out_features
+        self.squares = -(-(vision.image_size // vision.patch_size) // self.side)
+        if self.kind == "pixel_shuffle_mlp":
+            self.linear_1 = torch.nn.Linear(self.squares**2 * vision.hidden_size, width)
+        if self.kind == "avg_pool_linear":
+            self.act, self.linear_2 = torch.nn.Identity(), torch.nn.Identity()
 
     def forward(self, image_features):
         images, patches, width = image_features.shape
         grid = image_features.transpose(1, 2).reshape(images, width, math.isqrt(patches), math.isqrt(patches))
+        if self.kind == "pixel_shuffle_mlp":
+            end = self.side * self.squares - grid.shape[-1]
+            padded = torch.nn.functional.pad(grid, (0, end, 0, end))
+            squares = padded.reshape(images, width, self.side, self.squares, self.side, self.squares)
+            return super().forward(squares.permute(0, 2, 4, 3, 5, 1).reshape(images, self.side**2, -1))
         pooled = torch.nn.functional.adaptive_avg_pool2d(grid, self.side)
         return super().forward(pooled.flatten(2).transpose(1, 2).contiguous())  # for vLLM's CPU kernels
 
@@ -49,7 +64,7 @@ class OpenQwen2VLModel(LlavaModel):
         super().__init__(config)
         if hasattr(self.vision_tower, "vision_model"):  # before 5.8, which would skip weights with our names
             raise ImportError("Open-Qwen2VL needs transformers 5.8 or newer")
-        self.multi_modal_projector = PooledProjector(config)
+        self.multi_modal_projector = Projector(config)
         if config.rope_inv_freq == "bfloat16":
             self.language_model.rotary_emb = RoundedRotaryEmbedding(self.language_model.config)
         self.post_init()

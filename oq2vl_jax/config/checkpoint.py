@@ -1,9 +1,13 @@
 """The description that lies beside weights."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from oq2vl_jax.config.data import Template
 from oq2vl_jax.config.model import ModelConfig
+
+Weights = Literal["model", "ema"]
+"""Weights of a checkpoint: those that were trained, or their moving average (config.ema)."""
 
 
 @dataclass(frozen=True)

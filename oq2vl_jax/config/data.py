@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from oq2vl_jax.bounds import Length, Positive, SmallCount, Workers, WorkersOrZero
+from oq2vl_jax.bounds import Length, Positive, Seed, SmallCount, Workers, WorkersOrZero
 from oq2vl_jax.config.roles import OPERATIONAL
 
 Template = Literal["plain", "open_qwen2vl", "open_qwen2vl_released", "chatml"]
@@ -64,8 +64,13 @@ class DataConfig:
     reads them. The published code does neither; the packer's notes count such pictures."""
     verify: Literal["sample", "full"] = field(default="sample", metadata=OPERATIONAL)
     """Check of the packed files when a run starts. sample: size and both ends. full: every byte."""
+    seed: Seed | None = None
+    """Seed of the order of the rows, and of synthetic ones; None: the run's seed."""
     online: OnlineConfig = OnlineConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
+
+    def seed_of(self, run_seed: int) -> int:
+        return run_seed if self.seed is None else self.seed
 
     def problems(self) -> list[str]:
         """Returns what a run cannot start with: settings that the kind needs, and settings of another kind."""

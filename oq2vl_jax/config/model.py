@@ -58,15 +58,28 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class ProjectorConfig:
+    """Patch features to visual tokens (model/projector.py)."""
+
+    kind: Literal["avg_pool_mlp", "avg_pool_linear", "pixel_shuffle_mlp"] = "avg_pool_mlp"
+    """avg_pool_mlp, as published: adaptive average pooling, then a 2-layer MLP. avg_pool_linear: one linear layer
+    instead. pixel_shuffle_mlp: squares of patches side by side in one visual token, then a 2-layer MLP."""
+    own: str | None = None
+    """FILE.py:NAME of a projector in place of the kind (docs/extend.md)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """SigLIP -> average pooling to `num_visual_tokens` -> 2-layer MLP -> Qwen2."""
+    """SigLIP -> projector to `num_visual_tokens` an image -> Qwen2."""
 
     vision: VisionConfig
     decoder: DecoderConfig
     num_visual_tokens: Length
-    """Visual tokens per image; a square number. 144 in pre-training, 729 in tuning, with the same weights."""
+    """Visual tokens per image; a square number. 144 in pre-training, 729 in tuning, with the same weights. With
+    pixel_shuffle_mlp it decides the side of the squares: 2 x 2 patches make 196 of 729."""
     image_token_id: CountOrZero
     """Token id of the placeholder of a visual token. Qwen2.5: <|image_pad|> = 151655."""
+    projector: ProjectorConfig = ProjectorConfig()
 
     def __post_init__(self):
         check_bounds(self, prefix="model.")
@@ -90,6 +103,8 @@ class ModelConfig:
                 f"model.num_visual_tokens = {self.num_visual_tokens} is more than the {self.vision.num_patches} "
                 f"patches of a picture (image_size {self.vision.image_size}, patch_size {self.vision.patch_size})."
             )
+        if self.projector.kind == "pixel_shuffle_mlp" and self.projector.own is None:
+            check_shuffle(self)
         if self.image_token_id >= self.decoder.vocab_size:
             raise UserError(
                 f"model.image_token_id = {self.image_token_id} is outside the vocabulary of {self.decoder.vocab_size}."
@@ -122,4 +137,27 @@ def check_square(name: str, number: int) -> None:
         raise UserError(
             f"{name} = {number} is no square number; the pooling grid is square. "
             f"Nearest: {side**2 or 1} or {(side + 1) ** 2}."
+        )
+
+
+def shuffle_side(config: ModelConfig) -> int | None:
+    """Returns the side of the squares of patches that pixel shuffle puts into one visual token; None if none fits."""
+    return next(
+        (side for side, tokens in shuffled_tokens(config.vision).items() if tokens == config.num_visual_tokens), None
+    )
+
+
+def shuffled_tokens(vision: VisionConfig) -> dict[int, int]:
+    """Returns {side of the squares: visual tokens}; a grid that the squares do not divide is padded."""
+    grid = vision.patches_per_side
+    return {side: (-(-grid // side)) ** 2 for side in range(1, grid + 1)}
+
+
+def check_shuffle(config: ModelConfig) -> None:
+    if shuffle_side(config) is None:
+        grid = config.vision.patches_per_side
+        numbers = list(dict.fromkeys(map(str, shuffled_tokens(config.vision).values())))
+        raise UserError(
+            f"model.num_visual_tokens = {config.num_visual_tokens} does not follow from a pixel shuffle of {grid} x "
+            f"{grid} patches; squares of 1, 2, 3, .. patches a side give {', '.join(numbers)}."
         )

@@ -2,9 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from oq2vl_jax.bounds import (
+    Below1,
     Count,
     CountOrRest,
     CountOrZero,
@@ -20,23 +21,93 @@ from oq2vl_jax.config.data import DataConfig
 from oq2vl_jax.config.model import ModelConfig
 from oq2vl_jax.config.roles import OPERATIONAL
 
+Part = Literal["vision", "projector", "decoder"]
+"""Parts of the model, by their names in it."""
+PARTS: tuple[Part, ...] = get_args(Part)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """The direction of a step; its size is the learning rate times the schedule (ScheduleConfig)."""
 
     learning_rate: Rate
+    """Peak learning rate."""
     weight_decay: NotNegative
     """On matrices only. The published run's effective decay was 0 (its groups were built from flattened shards)."""
-    warmup_fraction: Share = 0.03
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, as published. muon: Muon for the matrices of layers and projector, AdamW for embeddings, heads and vectors
+    (arXiv 2502.16982); its updates have AdamW's size, so learning rates of AdamW are a start."""
+    own: str | None = None
+    """FILE.py:NAME of an optimizer in place of the kind: a function of this configuration (docs/extend.md)."""
     max_grad_norm: Positive = 1.0
     vision_learning_rate: Rate | None = None
-    """Peak learning rate of the vision encoder; None: learning_rate. The schedule's shape is the same."""
+    """Peak learning rate of the vision encoder; None: learning_rate."""
     projector_learning_rate: Rate | None = None
     decoder_learning_rate: Rate | None = None
     beta1: Share = 0.9
     beta2: Share = 0.999
     eps: Share = 1e-8
+    muon_momentum: Share = 0.95
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over a run's steps: it rises linearly from 0, then takes the shape of its kind."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: falls as a cosine to 0. wsd (warm-up, stable, decay): stays at the peak, then falls linearly to 0.
+    constant: stays at the peak, a trunk to branch decays from (--init-from RUN@STEP --init-optimizer)."""
+    warmup_fraction: Share = 0.03
+    """Share of the steps in which the rate rises."""
+    decay_fraction: Share = 0.2
+    """Share of the steps in which the rate of wsd falls. 1 without warm-up: the decay of a branch."""
+    vision_warmup_fraction: Share | None = None
+    """Warm-up of the vision encoder; None: warmup_fraction."""
+    projector_warmup_fraction: Share | None = None
+    decoder_warmup_fraction: Share | None = None
+
+    def problems(self) -> list[str]:
+        """Returns what a run cannot start with: fractions that overlap, and settings of another kind."""
+        problems = []
+        if self.kind != "wsd" and self.decay_fraction != ScheduleConfig.decay_fraction:
+            problems.append(
+                f"schedule.decay_fraction is set, but schedule.kind is {self.kind}; set schedule.kind = wsd"
+            )
+        for name in ("warmup_fraction", *(f"{part}_warmup_fraction" for part in PARTS)):
+            warmup = getattr(self, name)
+            if self.kind == "wsd" and warmup is not None and warmup + self.decay_fraction > 1:
+                problems.append(
+                    f"schedule.{name} = {warmup} and schedule.decay_fraction = {self.decay_fraction} are more than the "
+                    "whole run together"
+                )
+        return problems
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Terms beside the cross entropy, each a mean over all labelled tokens of the global batch. The held-out loss stays
+    the cross entropy alone."""
+
+    z_loss: NotNegative = 0.0
+    """Weight of log(sum(exp(logits)))^2, which keeps the logits' scale in check (arXiv 2204.02311, section 5)."""
+    label_smoothing: Below1 = 0.0
+    """Share of the target that is spread evenly over the vocabulary."""
+    own: str | None = None
+    """FILE.py:NAME of a loss in place of train/loss.py and these terms (docs/extend.md)."""
+
+    def problems(self) -> list[str]:
+        if self.own is None or (self.z_loss, self.label_smoothing) == (0.0, 0.0):
+            return []
+        return ["loss.own replaces loss.z_loss and loss.label_smoothing; set one or the other"]
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving average of the trained weights, kept and evaluated beside them."""
+
+    decay: Below1 | None = None
+    """Share of the average that a step keeps, such as 0.999; None: no average. In step t it is at most (1 + t) / (10 +
+    t), as in TensorFlow's ExponentialMovingAverage, so that the average forgets the initial weights of a short run."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +171,10 @@ Attention = Literal["xla", "blocked", "kernel", "kernel_interpreted"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    model: ModelConfig
+    model: ModelConfig = cast(ModelConfig, None)  # noqa: RUF009
+    """The architecture. A configuration file may leave it out: training then takes that of init_from."""
     data: DataConfig
     optimizer: OptimizerConfig
     num_steps: Count
@@ -110,6 +182,11 @@ class TrainConfig:
     """Packed rows per optimizer step, over all devices."""
     run_dir: str = field(metadata=OPERATIONAL)
     """Folder for config.json, metrics.jsonl and checkpoints/. The same command with the same run_dir resumes."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    ema: EmaConfig = EmaConfig()
+    skip_spikes: bool = False
+    """Do not apply a step whose loss or gradient norm lies 6 standard deviations above the mean of the last 128."""
     trainable: TrainableConfig = TrainableConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata=OPERATIONAL)
     checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=OPERATIONAL)
@@ -119,7 +196,11 @@ class TrainConfig:
     rows_per_device: SmallCount | None = field(default=None, metadata=OPERATIONAL)
     """Microbatch: rows in one forward pass of one device; their gradients are accumulated. None: all rows at once."""
     init_from: str | None = None
-    """Start from the weights of this checkpoint (weights only; the optimizer and the data start anew)."""
+    """Start from the weights of this checkpoint, a run directory (its newest one) or RUN@STEP. The data start anew."""
+    init_parts: tuple[Part, ...] = PARTS
+    """Parts that init_from gives; the others are drawn from seed."""
+    init_optimizer: bool = False
+    """Start from the optimizer's state of init_from as well, such as the moments of a trunk whose decay this run is."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and matmuls; master weights, optimizer and loss are float32."""
     remat: Literal["none", "dots", "attention", "full"] = field(default="none", metadata=OPERATIONAL)
@@ -133,4 +214,5 @@ class TrainConfig:
     """fused: train/gradients.py, which holds the logits of one chunk at a time. plain: jax.grad of train/loss.py, which
     holds the logits of a microbatch; the same except for rounding, and the place to try another loss."""
     seed: Seed = 7
+    """Seed of the initial weights, and of the order of the rows unless data.seed is set."""
     log_every: Count = field(default=10, metadata=OPERATIONAL)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oq2vl_jax.bounds import Count, SmallCount, check_bounds
-from oq2vl_jax.config import PromptForm, Template
+from oq2vl_jax.config import PromptForm, Template, Weights
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.eval.benchmarks import TASKS
 from oq2vl_jax.paths import check_local
@@ -31,6 +31,10 @@ class EvalConfig:
     prompt_form: PromptForm = "training"
     """published: questions as the paper's code writes them; only for template open_qwen2vl. It does not change the raw
     prompts of profile open_qwen2vl."""
+    weights: Weights = "model"
+    """ema: the averaged weights of a run with --ema.decay."""
+    projector: str | None = None
+    """FILE.py:NAME, the projector of your own that the checkpoint was trained with."""
     batch_size: SmallCount = 32
     limit: Count | None = None
     """Number of items to evaluate per task, evenly spaced; default: all. Recorded in the results."""

@@ -35,7 +35,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     tasks = {name: find_files(config.data, name, find_benchmark(name).files) for name in config.task_names}
     for name, files in tasks.items():  # checks files before the checkpoint is loaded; keeps pictures of one task only
         read_items(name, files)
-    generator = Generator(config.checkpoint, config.template, config.dtype, config.prompt_form)
+    generator = Generator(
+        config.checkpoint, config.template, config.dtype, config.prompt_form, config.weights, config.projector
+    )
     results = {}
     for name, files in tasks.items():
         items = evenly_spaced(read_items(name, files), config.limit)
@@ -100,6 +102,7 @@ def run_settings(config: EvalConfig, generator: Generator, files: list[Path]) ->
         "method": config.method,
         "template": generator.template,
         "prompt_form": generator.prompt_form,
+        "weights": generator.weights_name,
         "checkpoint": generator.checkpoint,
         "checkpoint_identity": hashlib.sha256(identity).hexdigest()[:16],
         "data_files": [file.name for file in files],

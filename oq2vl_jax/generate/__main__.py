@@ -27,7 +27,13 @@ def main() -> None:
     from oq2vl_jax.generate.reply import SamplingOptions
 
     options = SamplingOptions(**{field.name: getattr(config, field.name) for field in fields(SamplingOptions)})
-    generator = Generator(config.checkpoint, config.template, prompt_form=config.prompt_form)
+    generator = Generator(
+        config.checkpoint,
+        config.template,
+        prompt_form=config.prompt_form,
+        weights=config.weights,
+        projector=config.projector,
+    )
     try:
         if requests is None:
             prompt = generator.encode_prompt(config.prompt or "", len(config.image))

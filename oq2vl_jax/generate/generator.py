@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from oq2vl_jax import own_code
 from oq2vl_jax.checkpoint import load_description, load_weights, open_checkpoint
-from oq2vl_jax.config import MeshConfig, ModelConfig, PromptForm
+from oq2vl_jax.config import CheckpointDescription, MeshConfig, ModelConfig, PromptForm, Weights
+from oq2vl_jax.config_files import with_value
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.data.text.templates import IMAGE
@@ -53,19 +55,37 @@ class Request(NamedTuple):
     images: list[bytes]
 
 
-def load_model(checkpoint: Path, mesh: Mesh) -> OpenQwen2VL:
+def describe(checkpoint: Path, projector: str | None = None) -> CheckpointDescription:
+    """Returns the description of a checkpoint. projector: FILE.py:NAME, the projector of the researcher's own that it
+    was trained with; a checkpoint alone starts no code. Raises UserError if it is missing or another one."""
+    description = load_description(checkpoint)
+    recorded = description.model.projector.own
+    if recorded is None and projector is None:
+        return description
+    if recorded is None:
+        raise UserError(f"{checkpoint}: its projector is {description.model.projector.kind}; leave out --projector.")
+    if projector is None:
+        raise UserError(f"{checkpoint}: was trained with {recorded}; name that file with --projector FILE.py:NAME.")
+    given = own_code.record(projector)
+    if not own_code.same(given, recorded):
+        raise UserError(f"{checkpoint}: was trained with {recorded}, and --projector is {given}.")
+    return with_value(description, "model.projector.own", given)
+
+
+def load_model(checkpoint: Path, config: ModelConfig, mesh: Mesh, weights: Weights = "model") -> OpenQwen2VL:
     """Loads the model of a checkpoint, with its parameters sharded over the devices. Raises UserError."""
-    config = load_description(checkpoint).model
     shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), config))
     shardings = parameter_shardings(shapes, mesh)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return load_weights(checkpoint, like)
+    return load_weights(checkpoint, like, weights)
 
 
 class Generator:
     """A checkpoint that answers prompts and scores options, on all devices."""
 
     prompt_form: PromptForm = "training"
+    checkpoint = "a model in memory"
+    weights_name: Weights = "model"
 
     def __init__(
         self,
@@ -73,18 +93,22 @@ class Generator:
         template: str | None = None,
         dtype: str | None = None,
         prompt_form: PromptForm = "training",
+        weights: Weights = "model",
+        projector: str | None = None,
     ):
-        """dtype: of decoder matrices and activations; default float32 on CPUs, bfloat16 elsewhere. Raises UserError."""
+        """dtype: of decoder matrices and activations; default float32 on CPUs, bfloat16 elsewhere. weights: ema takes
+        the averaged ones. projector: see describe. Raises UserError."""
         folder = open_checkpoint(checkpoint)
-        description = load_description(folder)
+        description = describe(folder, projector)
         codec, mesh = TextCodec.load(str(folder / "tokenizer")), make_mesh(MeshConfig())
         self.prompt_form = prompt_form
         if prompt_form == "published" and (template or description.template) != "open_qwen2vl":
             name = template or description.template
             raise UserError(f"--prompt-form published is a form of the template open_qwen2vl; this is {name}.")
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        self._set_up(load_model(folder, mesh), description.model, template or description.template, codec, mesh, dtype)
-        self.checkpoint = str(folder)
+        model = load_model(folder, description.model, mesh, weights)
+        self._set_up(model, description.model, template or description.template, codec, mesh, dtype)
+        self.checkpoint, self.weights_name = str(folder), weights
 
     @staticmethod
     def of_model(
@@ -92,7 +116,6 @@ class Generator:
     ) -> "Generator":
         """Makes a Generator of a model in memory, for replies during training."""
         generator = Generator.__new__(Generator)
-        generator.checkpoint = "a model in memory"
         generator._set_up(model, config, template, codec, mesh, dtype)
         return generator
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, check_bounds
-from oq2vl_jax.config import PromptForm, Template
+from oq2vl_jax.config import PromptForm, Template, Weights
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import check_local
 
@@ -27,6 +27,10 @@ class GenerateConfig:
     """Template of the prompts; default: the template of the checkpoint."""
     prompt_form: PromptForm = "training"
     """training: prompts as in the training data; published: as the paper's code writes them (only open_qwen2vl)."""
+    weights: Weights = "model"
+    """ema: the averaged weights of a run with --ema.decay."""
+    projector: str | None = None
+    """FILE.py:NAME, the projector of your own that the checkpoint was trained with."""
     max_new_tokens: Length = 64
     temperature: Temperature = 0.0
     """0: the most likely token; above 0: sample each token, with flatter probabilities at higher values."""

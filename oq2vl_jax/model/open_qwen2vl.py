@@ -1,6 +1,6 @@
 """The Open-Qwen2VL model (arXiv 2504.00595, section 2).
 
-    images [B I height width 3] -> SigLIP -> [B*I P vision] -> pool -> MLP -> [B*I M D] -+
+    images [B I height width 3] -> SigLIP -> [B*I P vision] -> projector -> [B*I M D] ---+
     tokens [B T]  -> embed_tokens -> [B T D] -- visual tokens take the image slots ------+-> Qwen2 -> hidden [B T D]
 
 The k-th image of a row fills the k-th run of M placeholder tokens (`image_token_id`) of that row:
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.model.layers import Compute
-from oq2vl_jax.model.projector import Projector
+from oq2vl_jax.model.projector import make_projector
 from oq2vl_jax.model.qwen2 import Qwen2Decoder
 from oq2vl_jax.model.scopes import Scope
 from oq2vl_jax.model.siglip import SiglipEncoder, normalize
@@ -31,7 +31,7 @@ class OpenQwen2VL(nnx.Module):
     def __init__(self, key: Array, config: ModelConfig):
         vision_key, projector_key, decoder_key = jax.random.split(key, 3)
         self.vision = SiglipEncoder(vision_key, config.vision)
-        self.projector = Projector(projector_key, config)
+        self.projector = make_projector(projector_key, config)
         self.decoder = Qwen2Decoder(decoder_key, config.decoder)
         self.config = config
 

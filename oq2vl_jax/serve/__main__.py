@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 from oq2vl_jax.bounds import Between, Length, SmallCount, check_bounds, parse
-from oq2vl_jax.config import PromptForm, Template
+from oq2vl_jax.config import PromptForm, Template, Weights
 from oq2vl_jax.errors import UserError, run_command
 
 MIB = 2**20
@@ -55,6 +55,10 @@ class ServeConfig:
     """published: prompts as the paper's code writes them for its released weights (only template open_qwen2vl)."""
     template: Template | None = None
     """Template of the conversations; default: that of the checkpoint's training data."""
+    weights: Weights = "model"
+    """ema: the averaged weights of a run with --ema.decay."""
+    projector: str | None = None
+    """FILE.py:NAME, the projector of your own that the checkpoint was trained with."""
 
 
 def check(config: ServeConfig) -> None:
@@ -92,7 +96,13 @@ def main() -> None:
     from oq2vl_jax.serve.engine import Engine
 
     check_port(config)
-    generator = Generator(config.checkpoint, config.template, prompt_form=config.prompt_form)
+    generator = Generator(
+        config.checkpoint,
+        config.template,
+        prompt_form=config.prompt_form,
+        weights=config.weights,
+        projector=config.projector,
+    )
     engine = Engine(generator, config.batch_size, config.max_context, config.max_waiting)
     name, key = Path(config.checkpoint).name, config.api_key or os.environ.get("OQ2VL_API_KEY")
     admission = Admission.of(config.host, config.allow_host, config.allow_origin, key)

@@ -8,7 +8,7 @@ import tyro
 
 from oq2vl_jax.bounds import CountOrZero, SmallCount
 from oq2vl_jax.bounds import parse as parse_command
-from oq2vl_jax.config import TrainConfig
+from oq2vl_jax.config import ModelConfig, TrainConfig
 from oq2vl_jax.config_files import load_config, shipped_names
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.runtime import Processes, set_environment, start_processes
@@ -41,8 +41,27 @@ def parse(args: list[str]) -> TrainCommand:
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise UserError(f"the first argument is the config file, got {args[0]!r}. Usage: {PROG} CONFIG [OPTIONS]")
-    default = TrainCommand(load_config(args[0]))
+    init_from = value_of("--init-from", args)
+    default = TrainCommand(load_config(args[0], lambda config: model_of(init_from or config.init_from, args[0])))
     return parse_command(TrainCommand, prog=f"{PROG} {args[0]}", args=args[1:], default=default)
+
+
+def value_of(flag: str, args: list[str]) -> str | None:
+    """Returns the value of a flag before tyro parses all of them; tyro takes _ for - in their names."""
+    for argument, following in zip(args, [*args[1:], None], strict=True):
+        name, _, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            return value or following
+    return None
+
+
+def model_of(init_from: str | None, path: str) -> ModelConfig:
+    """Returns the model of the checkpoint that a configuration without one starts from."""
+    if init_from is None:
+        raise UserError(f"{path}: has no model; give --init-from, whose model it takes.")
+    from oq2vl_jax.checkpoint import find_checkpoint, load_description
+
+    return load_description(find_checkpoint(init_from)).model
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ class Checkpointer:
             item_handlers={  # finalized in this order; the digests of the other items come last
                 "model": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
+                "ema": ocp.StandardCheckpointHandler(),
                 "loader": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
                 "tokenizer": FilesHandler(),
@@ -48,7 +49,8 @@ class Checkpointer:
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named_arrays(state.model)),
-            optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
+            optimizer=ocp.args.StandardSave(named_arrays((state.opt_state, state.spikes))),
+            **({} if state.ema is None else {"ema": ocp.args.StandardSave(named_arrays(state.ema))}),
             loader=ocp.args.JsonSave(loader_state),
             config=ocp.args.JsonSave(json.loads(to_json(config))),
             tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
@@ -69,13 +71,19 @@ class Checkpointer:
             step,
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(named_arrays(like.model)),
-                optimizer=ocp.args.StandardRestore(named_arrays(like.opt_state)),
+                optimizer=ocp.args.StandardRestore(named_arrays((like.opt_state, like.spikes))),
+                **({} if like.ema is None else {"ema": ocp.args.StandardRestore(named_arrays(like.ema))}),
                 loader=ocp.args.JsonRestore(),
             ),
         )
-        step_array = jax.device_put(jax.numpy.int32(step), like.step.sharding)
-        model = from_named_arrays(like.model, saved["model"])
-        return TrainState(step_array, model, from_named_arrays(like.opt_state, saved["optimizer"])), saved["loader"]
+        opt_state, spikes = from_named_arrays((like.opt_state, like.spikes), saved["optimizer"])
+        return TrainState(
+            jax.device_put(jax.numpy.int32(step), like.step.sharding),
+            from_named_arrays(like.model, saved["model"]),
+            opt_state,
+            from_named_arrays(like.ema, saved["ema"]) if like.ema is not None else None,
+            spikes,
+        ), saved["loader"]
 
     def close(self) -> None:
         """Waits for a running save. Raises UserError if the disk is full or forbidden."""

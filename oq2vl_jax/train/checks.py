@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from oq2vl_jax import own_code
 from oq2vl_jax.bounds import out_of_bounds
-from oq2vl_jax.config import ModelConfig, TrainConfig
+from oq2vl_jax.config import PARTS, ModelConfig, TrainConfig
 from oq2vl_jax.config_files import flatten, load_config, names_of_role
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.memory import check_fits, host_bytes
 from oq2vl_jax.paths import check_local
 from oq2vl_jax.sharding import device_bytes
+
+OWN_CODE = ("loss.own", "optimizer.own", "model.projector.own")
+"""Fields that name code outside the package."""
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
@@ -28,17 +32,21 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         )
     if not config.trainable.parts:
         problems.append("trainable: nothing is trained; set one of vision, projector, decoder")
-    problems += config.data.problems()
+    problems += config.data.problems() + config.schedule.problems()
     images = config.data.online.images
     if images is not None and not Path(images).is_dir():
         problems.append(f"data.online.images: no folder {images}")
-    rates = ("vision", "projector", "decoder")
-    part_rates = {name: getattr(config.optimizer, f"{name}_learning_rate") for name in rates}
+    by_part = {"optimizer": "learning_rate", "schedule": "warmup_fraction"}
     problems += [
-        f"optimizer.{name}_learning_rate is set, but trainable.{name} is not"
-        for name, rate in part_rates.items()
-        if rate is not None and name not in config.trainable.parts
+        f"{section}.{part}_{name} is set, but trainable.{part} is not"
+        for section, name in by_part.items()
+        for part in PARTS
+        if getattr(getattr(config, section), f"{part}_{name}") is not None and part not in config.trainable.parts
     ]
+    problems += config.loss.problems()
+    if config.init_from is None and (config.init_optimizer or config.init_parts != PARTS):
+        name = "init_optimizer" if config.init_optimizer else "init_parts"
+        problems.append(f"{name} is set, but init_from is not")
     if problems:
         raise UserError("; ".join(problems) + ".")
 
@@ -61,7 +69,8 @@ def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
             f"run_dir {config.run_dir} holds converted weights; name it in --init-from, and choose another --run-dir."
         )
     saved, current = flatten(load_config(str(file))), flatten(config)
-    operational = names_of_role(TrainConfig, "operational")
+    check_own_code(saved, current, config.run_dir)
+    operational = {*names_of_role(TrainConfig, "operational"), *OWN_CODE}
     changed = [
         f"{key}: {saved.get(key)} there, {current.get(key)} now"
         for key in dict.fromkeys((*current, *saved))
@@ -74,17 +83,32 @@ def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
         )
 
 
-def check_same_model(source: Path, config: TrainConfig) -> None:
-    """Raises UserError if the weights' model computes differently (activation, rotary frequencies, ...).
+def check_own_code(saved: dict[str, Any], current: dict[str, Any], run_dir: str) -> None:
+    """Raises UserError if a run goes on with another loss, optimizer or projector of the researcher's own."""
+    for key in OWN_CODE:
+        if not own_code.same(saved.get(key), current[key]):
+            then, now = saved.get(key) or "ours", current[key] or "ours"
+            raise UserError(
+                f"run_dir {run_dir} was begun with {key} = {then}, and now it is {now}; go on with the file as it was, "
+                "or choose another --run-dir."
+            )
 
-    Equal shapes do not show this. num_visual_tokens may differ, because the projector's weights do not depend on the
-    resolution; so may fields that only affect initial weights.
+
+def check_same_model(source: Path, config: TrainConfig) -> None:
+    """Raises UserError if the parts of init_parts compute differently there (activation, rotary frequencies, ...).
+
+    Equal shapes do not show this. num_visual_tokens may differ, because the weights of average pooling do not depend on
+    the resolution; so may fields that only affect initial weights.
     """
     from oq2vl_jax.checkpoint import load_description
 
     saved, current = flatten(load_description(source).model), flatten(config.model)
-    free = {"num_visual_tokens", *names_of_role(ModelConfig, "initial")}
+    free = {"num_visual_tokens", "projector.own", *names_of_role(ModelConfig, "initial")}
+    free |= {key for key in current if key.split(".")[0] in PARTS and key.split(".")[0] not in config.init_parts}
     changed = [key for key in current if key not in free and saved[key] != current[key]]
+    own = "projector.own"
+    if "projector" in config.init_parts and not own_code.same(saved[own], current[own]):
+        changed.append(own)
     if changed:
         differences = "; ".join(f"model.{key} is {saved[key]} there, {current[key]} here" for key in changed)
         flags = " ".join(f"--model.{key.replace('_', '-')} {saved[key]}" for key in changed)

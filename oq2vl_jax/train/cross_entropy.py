@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from oq2vl_jax.config import LossConfig
 from oq2vl_jax.data.loading.batch import IGNORE
 
 
@@ -39,12 +40,40 @@ def cross_entropy_and_gradients(
     scale: Float[Array, ""],
     head_gradient: Float[Array, "V D"] | None,
     chunk_size: int = 256,
+    terms: LossConfig = LossConfig(),
 ) -> tuple[Float[Array, ""], Float[Array, "B T D"], Float[Array, "V D"] | None]:
     """Returns scale * cross_entropy_sum, its gradient wrt hidden, and head_gradient plus the gradient wrt head.
 
-    head_gradient: float32, or None if the head is not trained.
+    head_gradient: float32, or None if the head is not trained. terms: added to the sum, as in token_losses.
     """
-    return _run(hidden, head, labels, chunk_size, scale, head_gradient, with_gradient=True)
+    return _run(hidden, head, labels, chunk_size, scale, head_gradient, with_gradient=True, terms=terms)
+
+
+def token_losses(
+    logits: Float[Array, "*N V"], target: Int[Array, "*N"], terms: LossConfig = LossConfig()
+) -> Float[Array, "*N"]:
+    """Returns -log softmax(logits)[target], with label smoothing and z-loss as in `terms`, of each position."""
+    log_norm = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    if terms.label_smoothing:
+        picked = (1 - terms.label_smoothing) * picked + terms.label_smoothing * logits.mean(axis=-1)
+    losses = log_norm - picked
+    return losses + terms.z_loss * log_norm**2 if terms.z_loss else losses
+
+
+def logit_gradients(
+    logits: Float[Array, "N V"], target: Int[Array, "N"], terms: LossConfig = LossConfig()
+) -> Float[Array, "N V"]:
+    """Returns the gradient of token_losses with respect to the logits."""
+    log_norm = jax.nn.logsumexp(logits, axis=-1)
+    probabilities = jnp.exp(logits - log_norm[:, None])
+    if terms.z_loss:
+        probabilities *= 1 + 2 * terms.z_loss * log_norm[:, None]
+    is_target = jnp.arange(logits.shape[-1]) == target[:, None]
+    if terms.label_smoothing:
+        smooth = terms.label_smoothing
+        return probabilities - (1 - smooth) * is_target - smooth / logits.shape[-1]
+    return probabilities - is_target
 
 
 def _forward(hidden, head, labels, chunk_size):
@@ -63,7 +92,10 @@ def _backward(chunk_size, gradients, cotangent):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _run(hidden, head, labels, chunk_size, scale: ArrayLike = 1.0, head_gradient=None, with_gradient=False) -> Any:
+def _run(
+    hidden, head, labels, chunk_size, scale: ArrayLike = 1.0, head_gradient=None, with_gradient=False,
+    terms: LossConfig = LossConfig(),
+) -> Any:  # fmt: skip
     """Returns (scale * loss, gradient wrt hidden or None, head_gradient plus the gradient wrt head or None)."""
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     num_positions = len(flat_labels)
@@ -83,12 +115,8 @@ def _run(hidden, head, labels, chunk_size, scale: ArrayLike = 1.0, head_gradient
         logits = jnp.einsum("CD,VD->CV", x, compute_head, preferred_element_type=jnp.float32)
         weight = jnp.where(chunk_labels != IGNORE, scale, 0.0)
         target = jnp.where(chunk_labels != IGNORE, chunk_labels, 0)
-        log_norm = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        loss += (weight * (log_norm - picked)).sum()
-        is_target = jnp.arange(head.shape[0]) == target[:, None]
-        error = (jnp.exp(logits - log_norm[:, None]) - is_target) * weight[:, None]
-        error = error.astype(hidden.dtype)
+        loss += (weight * token_losses(logits, target, terms)).sum()
+        error = (logit_gradients(logits, target, terms) * weight[:, None]).astype(hidden.dtype)
         if sorted_gradient is not None:
             part = jnp.einsum("CV,VD->CD", error, compute_head)
             sorted_gradient = jax.lax.dynamic_update_slice_in_dim(sorted_gradient, part, i * chunk_size, axis=0)

@@ -21,7 +21,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from oq2vl_jax.config import TrainConfig
+from oq2vl_jax import own_code
+from oq2vl_jax.config import LossConfig, TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.model.layers import Compute, stacked
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
@@ -57,12 +58,11 @@ def loss_and_gradients(
     config: TrainConfig,
     mesh: Mesh,
     compute: Compute | None = None,
-    loss: Loss | None = None,
 ) -> tuple[Float[Array, ""], Any]:
-    """Returns nats per labelled token of a global batch, and the trained parts' gradients, sharded like their masters.
+    """Returns the loss per labelled token of a global batch, and the trained parts' gradients, sharded like their
+    masters. The gradients of a loss of the researcher's own (config.loss.own) are plain.
 
     compute: from attention_choice.checked_compute; None takes compute_of. sharding.py describes the collectives.
-    loss: another loss than train/loss.py; its gradients are plain.
     """
     compute = compute or compute_of(config, mesh)
     trained, frozen = split_trainable(compute_copy(model, config), config.trainable)
@@ -76,9 +76,9 @@ def loss_and_gradients(
         if config.execution.layers == "one_by_one":
             trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
-        is_plain = config.gradients == "plain" or loss is not None
-        gradients_of = partial(plain_gradients, loss or default_loss) if is_plain else microbatch_gradients
-        value, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, of_device, gradients_of)
+        value, gradients = sum_of_microbatches(
+            trained, frozen, microbatches, scale, of_device, microbatch_gradients_of(config)
+        )
         if config.execution.layers == "one_by_one":
             gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
         return jax.lax.psum(value, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
@@ -119,8 +119,22 @@ def sum_of_microbatches(
     return value, merge_parts(tables, other_gradients)
 
 
-def microbatch_gradients(
-    trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
+def microbatch_gradients_of(config: TrainConfig) -> "MicrobatchGradients":
+    if config.loss.own is not None:
+        return partial(plain_gradients, own_code.load(config.loss.own))
+    if config.gradients == "plain":
+        return partial(plain_gradients, partial(default_loss, terms=config.loss))
+    return partial(fused_gradients, config.loss)
+
+
+def fused_gradients(
+    terms: LossConfig,
+    trained: Any,
+    frozen: Any,
+    batch: Batch,
+    scale: jax.Array,
+    table_gradients: Any,
+    compute: Compute,
 ) -> tuple[jax.Array, Any, Any]:
     """Returns the scaled loss, the gradients of everything trained except the token tables, and table_gradients with
     this microbatch added."""
@@ -142,6 +156,7 @@ def microbatch_gradients(
             scale,
             table_gradients.decoder.head if is_trained else None,
             chunk_size(batch.labels.size),
+            terms,
         )
     other_gradients, embedding_gradient = pull_back(hidden_gradient)
     if is_trained:
@@ -155,7 +170,7 @@ def microbatch_gradients(
 def plain_gradients(
     loss: Loss, trained: Any, frozen: Any, batch: Batch, scale: jax.Array, table_gradients: Any, compute: Compute
 ) -> tuple[jax.Array, Any, Any]:
-    """Returns what microbatch_gradients does, of any loss, by jax.grad; all logits exist at once."""
+    """Returns what fused_gradients does, of any loss, by jax.grad; all logits exist at once."""
 
     def scaled_loss(trained):
         return scale * loss(merge_parts(trained, frozen), batch, compute)[0]
@@ -170,7 +185,7 @@ def plain_gradients(
 
 
 MicrobatchGradients = Callable[[Any, Any, Batch, jax.Array, Any, Compute], tuple[jax.Array, Any, Any]]
-"""microbatch_gradients, or plain_gradients of a loss."""
+"""fused_gradients of some terms, or plain_gradients of a loss."""
 
 
 def loss_sum(model: OpenQwen2VL, batch: Batch, compute: Compute = Compute()) -> jax.Array:

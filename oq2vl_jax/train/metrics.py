@@ -178,7 +178,9 @@ class StepReporter:
         num_processes: int,
         trackers: list[RunTracker] | None = None,
         is_quiet: bool = False,
+        num_skipped: int = 0,
     ):
+        """num_skipped: steps of the run that were spikes (config.skip_spikes), before start_step."""
         self._log = MetricsLog(run_dir, start_step, config.log_every)
         self._progress = Progress(config.num_steps, start_step, is_quiet)
         self._trackers, self._is_quiet = trackers or [], is_quiet
@@ -188,11 +190,18 @@ class StepReporter:
             print(f"no MFU: {local[0].device_kind} is not in the table of oq2vl_jax/devices.py", file=sys.stderr)
         self._throughput = Throughput(num_processes, len(local), device)
         self._num_steps, self._log_every = config.num_steps, config.log_every
-        self._record = self._log.last
+        self._record, self._num_skipped = self._log.last, num_skipped
         self._skipped: dict[str, Any] = {}
 
     def finish(self, step: int, numbers: dict[str, float], counts: BatchCounts) -> None:
-        """numbers: loss, grad_norm, learning_rate of the step."""
+        """numbers: of the step, as in StepMetrics."""
+        num_skipped = int(numbers.get("skipped_steps", self._num_skipped))
+        if num_skipped > self._num_skipped and not self._is_quiet:
+            print(
+                f"step {step}: not applied, a spike (loss {numbers['loss']:.4f}, grad_norm {numbers['grad_norm']:.3f})",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        self._num_skipped = num_skipped
         self._throughput.add(counts)
         self._progress.advance(step, numbers["loss"])
         self._record = {"step": step, **numbers}

@@ -42,9 +42,8 @@ def open_packed(config: TrainConfig, run_dir: Path) -> OpenData:
     data = config.data
     for path in data.sources:
         check_files(path, is_whole=data.verify == "full")
-    loader = make_loader(
-        data, config.model, config.global_batch_size, config.seed, jax.process_index(), jax.process_count()
-    )
+    seed = data.seed_of(config.seed)
+    loader = make_loader(data, config.model, config.global_batch_size, seed, jax.process_index(), jax.process_count())
     return OpenData(loader, Path(data.sources[0]) / "tokenizer", fingerprint(data.sources), {})
 
 
@@ -54,7 +53,9 @@ def open_online(config: TrainConfig, run_dir: Path) -> OpenData:
     if jax.process_count() > 1:
         raise UserError("data.kind = online runs in one process; pack with oq2vl_jax.data.pack for several.")
     tokenizer = prepare_tokenizer(config.data, run_dir / "tokenizer")
-    loader = OnlineLoader(config.data, config.model, config.global_batch_size, config.seed, tokenizer)
+    loader = OnlineLoader(
+        config.data, config.model, config.global_batch_size, config.data.seed_of(config.seed), tokenizer
+    )
     return OpenData(loader, tokenizer, online_fingerprint(config.data, tokenizer), loader.skipped)
 
 

@@ -1,73 +1,83 @@
-"""AdamW, its learning rate schedule, the weight decay mask and the learning rates by part.
+"""The kinds of optimizers, and clipping and weight decay around them.
 
-Frozen parts have no gradient and no optimizer state: `split_trainable` splits the model before differentiation, and
-the optimizer sees the trained part only.
+An optimizer here is an optax transformation of the gradients of the trained parts into updates at learning rate 1,
+weight decay included. The step multiplies the updates by the learning rate (train/schedule.py). Frozen parts have no
+gradient and no optimizer state: `split_trainable` splits the model before differentiation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from flax import nnx
+from optax import contrib
 
+from oq2vl_jax import own_code
 from oq2vl_jax.config import OptimizerConfig
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.trees import is_matrix
 
+ADAMW_RMS = 0.2
+"""Root mean square of AdamW's updates at learning rate 1, to which Muon's are scaled (arXiv 2502.16982)."""
+ADAMW_AXES = {"vocab", "patch", "position"}
+"""Axes of matrices that are tables or take raw pixels: Muon leaves them to AdamW, as its authors do."""
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Rises linearly from 0 over warmup_fraction of the steps, then falls as a cosine to 0, as in Hugging Face."""
-    warmup_steps = int(config.warmup_fraction * num_steps)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup_steps else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=max(num_steps, warmup_steps + 1),
-        end_value=0.0,
+
+def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.adamw(
+        1.0, b1=config.beta1, b2=config.beta2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
     )
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Chains clipping by global norm, AdamW with the schedule and decay of matrices only, and the rates by part."""
-    factors = part_factors(config)
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            make_schedule(config, num_steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
-        *([scale_parts(factors)] if factors else []),
+def muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon for matrices, each layer of a stack by itself, and AdamW for the rest. Raises UserError if no trained
+    parameter is such a matrix."""
+
+    def labels(parameters: Any) -> Any:
+        marked = each_parameter(lambda node: "muon" if is_muon_matrix(node) else "adamw", parameters)
+        if "muon" not in jax.tree.leaves(marked):
+            raise UserError("optimizer.kind = muon: nothing trained has a matrix for it; take adamw.")
+        return marked
+
+    def dimensions(updates: Any) -> Any:
+        return each_parameter(lambda node: contrib.MuonDimensionNumbers(-2, -1), updates)
+
+    matrices = contrib.muon(
+        1.0,
+        beta=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=ADAMW_RMS,
     )
+    return optax.partition({"muon": matrices, "adamw": adamw(config)}, labels)
 
 
-def part_factors(config: OptimizerConfig) -> dict[str, float]:
-    """Returns each part's learning rate divided by the common one, for parts that have their own."""
-    learning_rates = {
-        "vision": config.vision_learning_rate,
-        "projector": config.projector_learning_rate,
-        "decoder": config.decoder_learning_rate,
-    }
-    return {part: rate / config.learning_rate for part, rate in learning_rates.items() if rate is not None}
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adamw": adamw, "muon": muon}
 
 
-def scale_parts(factors: dict[str, float]) -> optax.GradientTransformation:
-    """Scales AdamW's update of a part; the update, decay included, is proportional to the learning rate."""
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Chains clipping by global norm and the optimizer of config.kind, or the researcher's own, at learning rate 1."""
+    optimizer = OPTIMIZERS[config.kind] if config.own is None else own_code.load(config.own)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer(config))
 
-    def scale(updates: Any, params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, x: x * factors.get(path[0].name, 1.0), updates)
 
-    return optax.stateless(scale)
+def is_muon_matrix(parameter: nnx.Param) -> bool:
+    return is_matrix(parameter) and not ADAMW_AXES & set(parameter.axes)
 
 
 def decay_mask(parameters: Any) -> Any:
     """Returns True for matrices; False for biases and norm scales, which also have two axes if stacked."""
+    return each_parameter(is_matrix, parameters)
+
+
+def each_parameter(function: Callable[[nnx.Param], Any], tree: Any) -> Any:
+    """Returns the tree with function(parameter) as the value of each parameter. Those without an array stay as they
+    are: frozen ones (None), and those that optax masks for another optimizer."""
 
     def mark(node):
-        if not isinstance(node, nnx.Param) or node.get_value() is None:  # None: a part that split_trainable left out
+        if not isinstance(node, nnx.Param) or not hasattr(node.get_value(), "shape"):
             return node
-        return node.replace(is_matrix(node))
+        return node.replace(function(node))
 
-    return jax.tree.map(mark, parameters, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return jax.tree.map(mark, tree, is_leaf=lambda node: isinstance(node, nnx.Param))

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from oq2vl_jax.checkpoint import find_checkpoint, load_weights, open_checkpoint
-from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.config_files import to_json
+from oq2vl_jax import own_code
+from oq2vl_jax.checkpoint import find_checkpoint, load_optimizer, load_weights, open_checkpoint
+from oq2vl_jax.config import OptimizerConfig, TrainConfig
+from oq2vl_jax.config_files import flatten, to_json, with_value
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import write_text
@@ -25,39 +28,56 @@ from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_arr
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_compute
 from oq2vl_jax.train.checkpointer import Checkpointer
-from oq2vl_jax.train.checks import check_config, check_memory, check_run_dir, check_same_model, row_bytes
+from oq2vl_jax.train.checks import OWN_CODE, check_config, check_memory, check_run_dir, check_same_model, row_bytes
 from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.open_data import OpenData, open_data
+from oq2vl_jax.train.parts import split_trainable
 from oq2vl_jax.train.run_lock import run_lock
 from oq2vl_jax.train.step import (
     StepMetrics,
     TrainState,
+    averaged_model,
     compile_train_step,
     init_train_state,
     shapes_with,
     state_shardings,
 )
 from oq2vl_jax.train.trackers import open_trackers
-from oq2vl_jax.trees import named_arrays
+from oq2vl_jax.trees import merge_parts, named_arrays, split_parts
 
 
-def run(config: TrainConfig, stop_at_step: int | None = None, loss: Loss | None = None) -> str | None:
+def run(
+    config: TrainConfig,
+    stop_at_step: int | None = None,
+    *,
+    loss: Loss | None = None,
+    optimizer: Callable[[OptimizerConfig], optax.GradientTransformation] | None = None,
+    projector: Any = None,
+) -> str | None:
     """Trains to config.num_steps and returns parameters_sha256; None if stopped before (SIGTERM or stop_at_step).
 
-    loss: minimised in place of train/loss.py; the held-out loss stays the cross entropy. Raises UserError for errors
-    that the user can cause, including a NaN loss.
+    loss, optimizer, projector: of the researcher's own, in place of ours (docs/extend.md); the run records the hash of
+    their files. Raises UserError for errors that the user can cause, including a NaN loss.
     """
+    config = with_own_code(config, {"loss.own": loss, "optimizer.own": optimizer, "model.projector.own": projector})
     check_config(config, len(jax.devices()))
     lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()
     with lock, terminate_flag() as is_terminated:
-        return train(config, stop_at_step, is_terminated, loss)
+        return train(config, stop_at_step, is_terminated)
 
 
-def train(
-    config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool], loss: Loss | None = None
-) -> str | None:
+def with_own_code(config: TrainConfig, handed_over: dict[str, Any]) -> TrainConfig:
+    """Returns the configuration with the recorded names of what was handed over, and of the files it names."""
+    for key in OWN_CODE:
+        thing = handed_over.get(key)
+        name = own_code.hand_over(thing) if thing is not None else flatten(config)[key]
+        config = with_value(config, key, own_code.record(name)) if name is not None else config
+    return config
+
+
+def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool]) -> str | None:
     """Runs the training of `run`; saves a checkpoint and stops once is_terminated(step) is true."""
     mesh = make_mesh(config.mesh)
     compute = checked_compute(config, mesh)
@@ -71,10 +91,10 @@ def train(
         held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
         state = start_state(config, mesh, checkpointer, data)
         write_config(config, run_dir)
-        train_step = compile_train_step(config, mesh, compute, loss)
+        train_step = compile_train_step(config, mesh, compute)
         start_step, saved_step = int(state.step), checkpointer.latest_step()
         last_step = min(config.num_steps, stop_at_step or config.num_steps)
-        reporter = make_reporter(config, run_dir, start_step)
+        reporter = make_reporter(config, run_dir, state)
     batches, digest = iter(data.loader), None
     try:
         pending = None  # the running step: its numbers are read one step later, so that the device never waits
@@ -96,7 +116,7 @@ def train(
                 reporter.finish(*finite_numbers(*pending, saved_step))  # a state with a NaN is never saved
                 pending = None
             if is_held_out_due and held_out is not None:
-                report_held_out(held_out, state, reporter, run_dir)
+                report_held_out(held_out, state, config, reporter)
             if is_saved:
                 loader_state = {"position": data.loader.get_state(), "data": data.identity}
                 checkpointer.save(state, loader_state, config, data.tokenizer)
@@ -131,31 +151,34 @@ def closed_on_failure(*opened: Any):
         raise
 
 
-def make_reporter(config: TrainConfig, run_dir: Path, start_step: int) -> StepReporter:
+def make_reporter(config: TrainConfig, run_dir: Path, state: TrainState) -> StepReporter:
     """The first process reports for all; each of the others logs its own metrics.jsonl, with its own waiting times."""
-    log_dir, trackers, is_first = run_dir, [], is_first_process()
+    log_dir, trackers, is_first, start_step = run_dir, [], is_first_process(), int(state.step)
     if is_first:
         trackers = open_trackers(config.trackers, run_dir, dataclasses.asdict(config), start_step)
     else:
         log_dir = run_dir / "processes" / str(jax.process_index())
         log_dir.mkdir(parents=True, exist_ok=True)
-    return StepReporter(log_dir, start_step, config, jax.process_count(), trackers, is_quiet=not is_first)
+    num_skipped = int(state.spikes.num_skipped) if state.spikes is not None else 0
+    return StepReporter(log_dir, start_step, config, jax.process_count(), trackers, not is_first, num_skipped)
 
 
-def report_held_out(held_out: HeldOut, state: TrainState, reporter: StepReporter, run_dir: Path) -> None:
+def report_held_out(held_out: HeldOut, state: TrainState, config: TrainConfig, reporter: StepReporter) -> None:
     """Reports the held-out loss. Runs before the checkpoint of the same step, so that none lacks its held-out loss."""
-    start = time.monotonic()
-    step, loss = int(state.step), held_out.loss(state.model)
+    start, step = time.monotonic(), int(state.step)
+    numbers = {"held_out_loss": held_out.loss(state.model)}
+    if state.ema is not None:
+        numbers["held_out_loss_ema"] = held_out.loss(averaged_model(state, config))
     samples = held_out.samples(state.model) if jax.process_count() == 1 else []  # generation runs in one process only
-    path = run_dir / "samples" / f"{step:06d}.html" if samples else None
+    path = Path(config.run_dir) / "samples" / f"{step:06d}.html" if samples else None
     if path is not None and jax.process_index() == 0:
-        write_samples(path, step, loss, samples)
-    reporter.held_out(step, {"held_out_loss": loss}, samples, path, time.monotonic() - start)
+        write_samples(path, step, numbers["held_out_loss"], samples)
+    reporter.held_out(step, numbers, samples, path, time.monotonic() - start)
 
 
 def finite_numbers(step: int, metrics: StepMetrics, counts: BatchCounts, saved_step: int | None):
     """Waits for a step's numbers. Raises UserError if the loss or the gradient norm is not finite."""
-    numbers = {name: float(value) for name, value in metrics._asdict().items()}
+    numbers = {name: value.item() for name, value in metrics._asdict().items() if value is not None}
     if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
         good = f"the last good checkpoint is step {saved_step}" if saved_step else "no checkpoint was saved yet"
         raise UserError(
@@ -186,16 +209,28 @@ def start_state(config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, dat
             print(f"resuming from step {step}")
         return state
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
-    if config.init_from is None:
-        return state
-    source = open_checkpoint(config.init_from)
+    return state if config.init_from is None else started_from(config.init_from, state, config, shardings, data)
+
+
+def started_from(
+    init_from: str, state: TrainState, config: TrainConfig, shardings: TrainState, data: OpenData
+) -> TrainState:
+    """Returns the state with the weights of a checkpoint in config.init_parts, and its optimizer's state if asked."""
+    source = open_checkpoint(init_from)
     if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(data.tokenizer):
         raise UserError(
             f"init_from {source}: its tokenizer is not the one the data was packed with ({data.tokenizer})."
         )
-    model = load_weights(source, shapes_with(config, shardings).model)
+    given, _ = split_parts(shapes_with(config, shardings).model, lambda path: path[0].name in config.init_parts)
+    _, drawn = split_parts(state.model, lambda path: path[0].name in config.init_parts)
+    model = merge_parts(load_weights(source, given), drawn)
     check_same_model(source, config)
-    return state._replace(model=model)
+    state = state._replace(model=model)
+    if config.ema.decay is not None:
+        state = state._replace(ema=jax.tree.map(jnp.copy, split_trainable(model, config.trainable)[0]))
+    if config.init_optimizer:
+        state = state._replace(opt_state=load_optimizer(source, shapes_with(config, shardings).opt_state))
+    return state
 
 
 @contextlib.contextmanager
@@ -226,6 +261,7 @@ def parameters_sha256(model: Any) -> str:
 
 def describe(config: TrainConfig) -> str:
     """Returns the text of --dry-run: the resolved configuration, parameters per part, bytes per device."""
+    config = with_own_code(config, {})
     mesh = make_mesh(config.mesh)
     check_config(config, mesh.size)
     shardings = state_shardings(config, mesh)
@@ -238,6 +274,7 @@ def describe(config: TrainConfig) -> str:
     sizes = {
         "parameters (float32)": bytes_per_device(state.model, shardings.model),
         "optimizer": bytes_per_device(state.opt_state, shardings.opt_state),
+        **({} if state.ema is None else {"averaged weights": bytes_per_device(state.ema, shardings.ema)}),
         "batch": config.global_batch_size // mesh.size * row_bytes(config),
     }
     device = jax.devices()[0].device_kind

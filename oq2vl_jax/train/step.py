@@ -15,9 +15,10 @@ from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.scopes import Scope
 from oq2vl_jax.sharding import parameter_shardings, replicated, row_sharding
 from oq2vl_jax.train.gradients import loss_and_gradients
-from oq2vl_jax.train.loss import Loss
-from oq2vl_jax.train.optimizer import make_optimizer, make_schedule
+from oq2vl_jax.train.optimizer import make_optimizer
 from oq2vl_jax.train.parts import split_trainable
+from oq2vl_jax.train.schedule import at_learning_rates, make_schedule
+from oq2vl_jax.train.spikes import SpikeWindow, check_spike, empty_window
 from oq2vl_jax.trees import merge_parts, named_arrays, path_name
 
 MAX_REPLICATED = 2**20
@@ -25,27 +26,32 @@ MAX_REPLICATED = 2**20
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, optimizer steps done; model: float32 masters; opt_state: of the trainable parts only."""
+    """step: int32 scalar, steps done; model: float32 masters; opt_state: of the trained parts only. ema: the averaged
+    trained parts, None without config.ema.decay. spikes: None without config.skip_spikes."""
 
     step: jax.Array
     model: OpenQwen2VL
     opt_state: Any
+    ema: Any = None
+    spikes: SpikeWindow | None = None
 
 
 class StepMetrics(NamedTuple):
-    """Float32 scalars of one step. loss is per labelled token, in nats if it is the cross entropy; grad_norm is taken
-    before clipping."""
+    """Scalars of one step. loss is per labelled token, in nats if it is the cross entropy; grad_norm is taken before
+    clipping. skipped_steps: of the run so far, None without config.skip_spikes."""
 
     loss: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    skipped_steps: jax.Array | None = None
 
 
 def init_train_state(key: jax.Array, config: TrainConfig) -> TrainState:
     model = OpenQwen2VL(key, config.model)
     trained, _ = split_trainable(model, config.trainable)
-    opt_state = make_optimizer(config.optimizer, config.num_steps).init(trained)
-    return TrainState(jnp.zeros((), jnp.int32), model, opt_state)
+    opt_state = make_optimizer(config.optimizer).init(trained)
+    ema = jax.tree.map(jnp.copy, trained) if config.ema.decay is not None else None
+    return TrainState(jnp.int32(0), model, opt_state, ema, empty_window() if config.skip_spikes else None)
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
@@ -53,7 +59,11 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> Any:
     state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
     model_shardings = parameter_shardings(state.model, mesh)
     return TrainState(
-        replicated(mesh), model_shardings, moment_shardings(state.opt_state, state.model, model_shardings, mesh)
+        replicated(mesh),
+        model_shardings,
+        moment_shardings(state.opt_state, state.model, model_shardings, mesh),
+        parameter_shardings(state.ema, mesh),
+        jax.tree.map(lambda _: replicated(mesh), state.spikes),
     )
 
 
@@ -80,31 +90,43 @@ def moment_shardings(opt_state: Any, model: OpenQwen2VL, model_shardings: Any, m
 
 
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    config: TrainConfig,
-    mesh: Mesh,
-    compute: Compute | None = None,
-    loss: Loss | None = None,
+    state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
 ) -> tuple[TrainState, StepMetrics]:
-    """Takes one optimizer step on a global batch. compute, loss: see gradients.loss_and_gradients."""
+    """Takes one step on a global batch. compute: see gradients.loss_and_gradients."""
     trained, frozen = split_trainable(state.model, config.trainable)
-    value, gradients = loss_and_gradients(state.model, batch, config, mesh, compute, loss)
+    value, gradients = loss_and_gradients(state.model, batch, config, mesh, compute)
+    norm = optax.tree.norm(gradients)
     with jax.named_scope(Scope.OPTIMIZER):
-        optimizer = make_optimizer(config.optimizer, config.num_steps)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        model = merge_parts(optax.apply_updates(trained, updates), frozen)
-    metrics = StepMetrics(
-        value, optax.tree.norm(gradients), jnp.float32(make_schedule(config.optimizer, config.num_steps)(state.step))
-    )
-    return TrainState(state.step + 1, model, opt_state), metrics
+        updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, trained)
+        updates = at_learning_rates(updates, config, state.step)
+        stepped = optax.apply_updates(trained, updates)
+        ema = None if config.ema.decay is None else averaged(state.ema, stepped, config.ema.decay, state.step)
+        spikes, old, new = state.spikes, (trained, state.opt_state, state.ema), (stepped, opt_state, ema)
+        if spikes is not None:
+            is_spike, spikes = check_spike(spikes, value, norm)
+            new = jax.tree.map(lambda before, after: jnp.where(is_spike, before, after), old, new)
+    stepped, opt_state, ema = new
+    learning_rate = jnp.float32(make_schedule(config)(state.step))
+    metrics = StepMetrics(value, norm, learning_rate, spikes.num_skipped if spikes is not None else None)
+    return TrainState(state.step + 1, merge_parts(stepped, frozen), opt_state, ema, spikes), metrics
 
 
-def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None, loss: Loss | None = None):
+def averaged(average: Any, parameters: Any, decay: float, step: jax.Array) -> Any:
+    """Returns the moving average with the parameters of a step (from 0) added."""
+    kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1 - kept) * (new - old), average, parameters)
+
+
+def averaged_model(state: TrainState, config: TrainConfig) -> Any:
+    """Returns the model with the averaged weights of its trained parts."""
+    return merge_parts(state.ema, split_trainable(state.model, config.trainable)[1])
+
+
+def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None):
     """Jits train_step, with the state donated and the shardings of inputs and outputs explicit."""
     shardings = state_shardings(config, mesh)
     return jax.jit(
-        lambda state, batch: train_step(state, batch, config, mesh, compute, loss),
+        lambda state, batch: train_step(state, batch, config, mesh, compute),
         in_shardings=(shardings, row_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

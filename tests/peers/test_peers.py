@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
+from oq2vl_jax.config import ScheduleConfig
 from oq2vl_jax.sharding import make_mesh, to_global_batch
 from oq2vl_jax.train.step import compile_train_step, init_train_state
 from oq2vl_jax.trees import named_arrays
@@ -23,7 +24,8 @@ CONFIG = dataclasses.replace(
     rows_per_device=None,
     num_steps=10,
     trainable=dataclasses.replace(TINY.trainable, vision=False),
-    optimizer=dataclasses.replace(TINY.optimizer, warmup_fraction=0.0, learning_rate=1e-3),
+    optimizer=dataclasses.replace(TINY.optimizer, learning_rate=1e-3),
+    schedule=ScheduleConfig(warmup_fraction=0.0),
 )
 
 

@@ -86,7 +86,7 @@ def matrices_of(optimizer):
 
 def test_moments_of_an_optimizer_of_another_shape_are_sharded_as_well(monkeypatch):
     mesh = make_mesh(MeshConfig(1, 8))
-    monkeypatch.setattr(step_module, "make_optimizer", lambda config, num_steps: matrices_of(optax.adamw(1e-3)))
+    monkeypatch.setattr(step_module, "make_optimizer", lambda config: matrices_of(optax.adamw(1e-3)))
     shardings = state_shardings(TINY, mesh)
     state = jax.jit(lambda key: init_train_state(key, TINY), out_shardings=shardings)(jax.random.key(0))
     moments = {name: x for name, x in named_arrays(state.opt_state).items() if ".mu." in name and x.ndim > 1}
@@ -97,7 +97,7 @@ def test_moments_of_an_optimizer_of_another_shape_are_sharded_as_well(monkeypatc
 
 def test_a_large_array_that_is_no_parameters_is_an_error(monkeypatch):
     extra = optax.GradientTransformation(lambda params: {"table": jnp.zeros((2048, 1024))}, lambda u, s, p=None: (u, s))
-    monkeypatch.setattr(step_module, "make_optimizer", lambda config, num_steps: optax.chain(optax.sgd(1.0), extra))
+    monkeypatch.setattr(step_module, "make_optimizer", lambda config: optax.chain(optax.sgd(1.0), extra))
     with pytest.raises(UserError, match=r"1\.table of shape \(2048, 1024\) is shaped like no parameter"):
         state_shardings(TINY, make_mesh(MeshConfig(1, 8)))
 

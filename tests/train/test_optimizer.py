@@ -1,5 +1,7 @@
 """AdamW against torch's own, the schedule at its corners, what is decayed and what is trained."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,24 +9,31 @@ import optax
 import pytest
 import torch
 
-from oq2vl_jax.config import OptimizerConfig, TrainableConfig
-from oq2vl_jax.train.optimizer import decay_mask, make_optimizer, make_schedule
+from oq2vl_jax.config import OptimizerConfig, ScheduleConfig, TrainableConfig
+from oq2vl_jax.train.optimizer import decay_mask, make_optimizer
 from oq2vl_jax.train.parts import split_trainable
+from oq2vl_jax.train.schedule import SCHEDULES, at_learning_rates, make_schedule
 from oq2vl_jax.trees import merge_parts, named_arrays
-from tests.train.conftest import tiny_model
+from tests.train.conftest import TINY, tiny_model
 
 ADAMW_TOLERANCE = 2e-6  # absolute, on parameters of size 1 after 20 steps; measured 9.5e-7
 
 
+def scheduled(num_steps, rate=1.0, **options):
+    optimizer = dataclasses.replace(TINY.optimizer, learning_rate=rate)
+    return dataclasses.replace(TINY, optimizer=optimizer, schedule=ScheduleConfig(**options), num_steps=num_steps)
+
+
 def test_schedule_warms_up_linearly_and_ends_at_zero():
-    schedule = make_schedule(OptimizerConfig(1.0, 0.0, warmup_fraction=0.1), num_steps=100)
+    schedule = make_schedule(scheduled(100, warmup_fraction=0.1))
     assert [float(schedule(step)) for step in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
     assert float(schedule(55)) == pytest.approx(0.5)
     assert float(schedule(100)) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_no_warmup_starts_at_the_full_rate():
-    assert float(make_schedule(OptimizerConfig(1.0, 0.0, warmup_fraction=0.0), 100)(0)) == 1.0
+    for kind in SCHEDULES:
+        assert float(make_schedule(scheduled(100, kind=kind, warmup_fraction=0.0))(0)) == 1.0
 
 
 def test_only_matrices_are_decayed():
@@ -38,8 +47,9 @@ def test_only_matrices_are_decayed():
 
 def test_adamw_with_clipping_equals_torch():
     model = tiny_model()
-    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_fraction=0.0, max_grad_norm=0.5)
-    optimizer = make_optimizer(config, num_steps=20)
+    config = scheduled(20, 1e-2, warmup_fraction=0.0)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(1e-2, weight_decay=0.1, max_grad_norm=0.5))
+    optimizer = make_optimizer(config.optimizer)
     state = optimizer.init(model)
     names = named_arrays(model)
     mask = named_arrays(decay_mask(model))
@@ -50,12 +60,12 @@ def test_adamw_with_clipping_equals_torch():
     ]
     torch_optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
     rng = np.random.default_rng(0)
-    schedule = make_schedule(config, 20)
+    schedule = make_schedule(config)
     for step in range(20):
         gradients = {name: rng.normal(size=value.shape).astype(np.float32) for name, value in names.items()}
         ours = jax.tree_util.tree_unflatten(jax.tree.structure(model), [jnp.asarray(gradients[n]) for n in names])
         updates, state = optimizer.update(ours, state, model)
-        model = optax.apply_updates(model, updates)
+        model = optax.apply_updates(model, at_learning_rates(updates, config, jnp.int32(step)))
         for name, tensor in tensors.items():
             tensor.grad = torch.from_numpy(gradients[name])
         torch.nn.utils.clip_grad_norm_(tensors.values(), 0.5)
@@ -73,7 +83,7 @@ def test_frozen_parts_hold_no_optimizer_state_and_merge_back(parts):
     trainable = TrainableConfig(**{part: part in parts for part in ("vision", "projector", "decoder")})
     trained, frozen = split_trainable(model, trainable)
     assert {name.split(".")[0] for name in named_arrays(trained)} == set(parts)
-    state = make_optimizer(OptimizerConfig(1e-3, 0.1), 10).init(trained)
+    state = make_optimizer(OptimizerConfig(1e-3, 0.1)).init(trained)
     num_trained = sum(x.size for x in jax.tree.leaves(trained))
     moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
     assert moments == 2 * num_trained

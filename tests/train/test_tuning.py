@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from oq2vl_jax.config import DataConfig, HeldOutConfig, OnlineConfig, OptimizerConfig
+from oq2vl_jax.config import DataConfig, HeldOutConfig, OnlineConfig, OptimizerConfig, ScheduleConfig
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow
 from oq2vl_jax.errors import UserError
@@ -18,6 +18,7 @@ from oq2vl_jax.train import trackers
 from oq2vl_jax.train.held_out import HeldOut, documents_of
 from oq2vl_jax.train.optimizer import make_optimizer
 from oq2vl_jax.train.run import run
+from oq2vl_jax.train.schedule import at_learning_rates
 from oq2vl_jax.trees import named_arrays
 from tests.data.conftest import conversation_sample, png
 from tests.data.test_instructions import conversation
@@ -122,8 +123,15 @@ def test_a_part_with_its_own_learning_rate_moves_by_that_rate():
     gradients = jax.tree.map(jnp.ones_like, model)
 
     def moved(**rates):
-        optimizer = make_optimizer(OptimizerConfig(1e-2, 0.1, warmup_fraction=0.0, **rates), 10)
-        update = jax.jit(lambda model: optimizer.update(gradients, optimizer.init(model), model)[0])
+        schedule = ScheduleConfig("constant", warmup_fraction=0.0)
+        config = dataclasses.replace(TINY, optimizer=OptimizerConfig(1e-2, 0.1, **rates), schedule=schedule)
+        optimizer = make_optimizer(config.optimizer)
+
+        @jax.jit
+        def update(model):
+            updates = optimizer.update(gradients, optimizer.init(model), model)[0]
+            return at_learning_rates(updates, config, jnp.int32(0))
+
         return named_arrays(optax.apply_updates(model, update(model)))
 
     common, slow = moved(), moved(vision_learning_rate=1e-3, projector_learning_rate=0.0)

@@ -194,10 +194,11 @@ def page(cells: list[tuple[str, str, str, bool | str]], versions: dict[str, dict
     lines = [
         "# What reads the exports",
         "",
-        "This page lists the software that was tried on exported models; `make works-with` writes it. Random models "
-        "with Qwen's\nvocabulary are exported by convert.to_hf in float32, then asked by oq2vl_jax.generate and by each "
-        f"of these on a CPU ({MAX_NEW_TOKENS}\ntokens, greedy). Equal means the same token ids in every prompt or reply "
-        f"compared. Run on {date.today().isoformat()}.",
+        "This page lists the software that was tried on exported models; `make works-with` writes it. Random models",
+        "with Qwen's vocabulary are exported by convert.to_hf in float32, then asked by oq2vl_jax.generate and by each",
+        f"of these on a CPU ({MAX_NEW_TOKENS} tokens, greedy).",
+        "Equal means the same token ids in every prompt or reply compared. "
+        f"Run on {date.today().isoformat()}.",
         "",
         "The pictures have the model's own size. PIL resizes larger and smaller ones, here and in transformers without",
         "torchvision. With torchvision, as in vLLM, some pixels differ by one of 255 levels, and a reply can differ if "

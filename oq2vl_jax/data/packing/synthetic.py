@@ -25,7 +25,8 @@ def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
     from webdataset.writer import TarWriter
 
     packed, file = folder / "packed", folder / "synthetic.json"
-    settings = {"num_documents": config.data.synthetic.num_documents, "seed": config.seed}
+    seed = config.data.seed_of(config.seed)
+    settings = {"num_documents": config.data.synthetic.num_documents, "seed": seed}
     if (packed / "manifest.json").exists():
         if not file.is_file() or json.loads(file.read_text()) != settings:
             raise UserError(f"{folder} holds synthetic rows of other settings; choose another --run-dir, or remove it.")
@@ -33,7 +34,7 @@ def make_synthetic_source(folder: Path, config: TrainConfig) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     save_bpe_tokenizer(BYTE_RANKS, str(folder / "tokenizer"))
     with TarWriter(str(folder / "00000.tar"), mtime=0) as writer:
-        for sample in captioned_shapes(config.data.synthetic.num_documents, config.seed):
+        for sample in captioned_shapes(config.data.synthetic.num_documents, seed):
             writer.write(sample)
     write_text(str(file), json.dumps(settings) + "\n")
     pack_shards(
