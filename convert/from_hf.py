@@ -13,11 +13,17 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from oq2vl_jax.bounds import Length, Seed, parse
 from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from oq2vl_jax.config import CheckpointDescription
+    from oq2vl_jax.data.text.codec import TextCodec
+
+    from .import_weights import Import
 
 VISUAL_TOKENS = 144
 """Of the published pre-training."""
@@ -81,6 +87,13 @@ def convert_parts(config: FromHFConfig, vision: Path, decoder: Path) -> str:
 
 
 def convert_whole(config: FromHFConfig, folder: Path) -> str:
+    importer, description, codec = read_whole(folder, str(config.model))
+    description = dataclasses.replace(description, template=config.template or description.template)
+    return write(config.out, importer, description, codec)
+
+
+def read_whole(folder: Path, path_or_id: str) -> tuple["Import", "CheckpointDescription", "TextCodec"]:
+    """Returns (import, description, tokenizer) of a Llava-style folder; no weight is read before Import.finish."""
     from oq2vl_jax.config import CheckpointDescription
     from oq2vl_jax.data.text.codec import TextCodec
 
@@ -92,10 +105,10 @@ def convert_whole(config: FromHFConfig, folder: Path) -> str:
     codec = TextCodec.from_transformers(str(folder))
     # Any id may mark an image, because its embedding is never used. The tokenizer decides.
     model = dataclasses.replace(model, image_token_id=codec.special.image)
+    check_tokenizer(codec, model)
     importer = Import(parameter_shapes(model))
     importer.add("llava", Renamed(SafetensorsSource(folder), llava_name), num_vision_blocks=num_vision_blocks)
-    description = CheckpointDescription(model, config.template or template or "chatml", name_of(config.model))
-    return write(config.out, importer, description, codec)
+    return importer, CheckpointDescription(model, template or "chatml", name_of(path_or_id)), codec
 
 
 def write(out: str, importer, description, codec) -> str:

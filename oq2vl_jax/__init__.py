@@ -21,3 +21,19 @@ Axis legend, used in einsum strings, annotations and drawings all over the packa
     H head width             F feed-forward width          I image slots            P patches per image
     M visual tokens per image                              L layers
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oq2vl_jax.interface import LoadedModel, batch_of, load
+
+__all__ = ["LoadedModel", "batch_of", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the Python interface (interface.py) when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module oq2vl_jax has no {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("oq2vl_jax.interface"), name)

@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "oq2vl_jax.serve": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.generate"),
 }  # fmt: skip
 """What each room may import besides itself and the floor. A new room is refused until it is named here."""
-TOP = ("oq2vl_jax.bench", "oq2vl_jax.demo", "convert", "configs")
+TOP = ("oq2vl_jax.bench", "oq2vl_jax.demo", "oq2vl_jax.interface", "convert", "configs")
 """May import anything; no room imports them."""
 NUMERICS = {"jax", "flax", "optax", "orbax"}
 THIRD_PARTY_OF_MODELS = {"jax", "flax", "numpy", "jaxtyping"}

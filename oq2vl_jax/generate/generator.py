@@ -72,12 +72,20 @@ def describe(checkpoint: Path, projector: str | None = None) -> CheckpointDescri
     return with_value(description, "model.projector.own", given)
 
 
-def load_model(checkpoint: Path, config: ModelConfig, mesh: Mesh, weights: Weights = "model") -> OpenQwen2VL:
-    """Loads the model of a checkpoint, with its parameters sharded over the devices. Raises UserError."""
+def load_model(
+    checkpoint: Path, mesh: Mesh, weights: Weights = "model", config: ModelConfig | None = None
+) -> OpenQwen2VL:
+    """Loads the model of a checkpoint, with its parameters sharded over the devices. config: from `describe`; None
+    takes the checkpoint's own. Raises UserError."""
+    config = config or describe(checkpoint).model
+    return load_weights(checkpoint, shapes_on(config, mesh), weights)
+
+
+def shapes_on(config: ModelConfig, mesh: Mesh) -> OpenQwen2VL:
+    """Returns a model of shapes with shardings over the devices of a mesh."""
     shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), config))
     shardings = parameter_shardings(shapes, mesh)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return load_weights(checkpoint, like, weights)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 class Generator:
@@ -106,7 +114,7 @@ class Generator:
             name = template or description.template
             raise UserError(f"--prompt-form published is a form of the template open_qwen2vl; this is {name}.")
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        model = load_model(folder, description.model, mesh, weights)
+        model = load_model(folder, mesh, weights, description.model)
         self._set_up(model, description.model, template or description.template, codec, mesh, dtype)
         self.checkpoint, self.weights_name = str(folder), weights
 

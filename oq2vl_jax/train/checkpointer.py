@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -49,7 +50,7 @@ class Checkpointer:
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named_arrays(state.model)),
-            optimizer=ocp.args.StandardSave(named_arrays((state.opt_state, state.spikes))),
+            optimizer=ocp.args.StandardSave(named_arrays(optimizer_item(state))),
             **({} if state.ema is None else {"ema": ocp.args.StandardSave(named_arrays(state.ema))}),
             loader=ocp.args.JsonSave(loader_state),
             config=ocp.args.JsonSave(json.loads(to_json(config))),
@@ -71,12 +72,12 @@ class Checkpointer:
             step,
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(named_arrays(like.model)),
-                optimizer=ocp.args.StandardRestore(named_arrays((like.opt_state, like.spikes))),
+                optimizer=ocp.args.StandardRestore(named_arrays(optimizer_item(like))),
                 **({} if like.ema is None else {"ema": ocp.args.StandardRestore(named_arrays(like.ema))}),
                 loader=ocp.args.JsonRestore(),
             ),
         )
-        opt_state, spikes = from_named_arrays((like.opt_state, like.spikes), saved["optimizer"])
+        opt_state, spikes, _ = from_named_arrays(optimizer_item(like), saved["optimizer"])
         return TrainState(
             jax.device_put(jax.numpy.int32(step), like.step.sharding),
             from_named_arrays(like.model, saved["model"]),
@@ -94,3 +95,8 @@ class Checkpointer:
             raise self._errors.explained(error, self._run_dir) from error
         finally:
             self._errors.close()
+
+
+def optimizer_item(state: TrainState) -> tuple[Any, Any, Any]:
+    """What the item "optimizer" holds; the step, so that it is not empty for an optimizer without a state."""
+    return state.opt_state, state.spikes, state.step

@@ -60,7 +60,8 @@ def loss_and_gradients(
     compute: Compute | None = None,
 ) -> tuple[Float[Array, ""], Any]:
     """Returns the loss per labelled token of a global batch, and the trained parts' gradients, sharded like their
-    masters. The gradients of a loss of the researcher's own (config.loss.own) are plain.
+    masters. The gradients of a loss of the researcher's own (config.loss.own) are plain; one with arrays of its own is
+    a jax.tree_util.Partial, and its arrays are replicated on every device.
 
     compute: from attention_choice.checked_compute; None takes compute_of. sharding.py describes the collectives.
     """
@@ -70,15 +71,17 @@ def loss_and_gradients(
     frozen_dims, frozen_shardings = gathered_dims(frozen, mesh), parameter_shardings(frozen, mesh)
     scale = 1 / jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
 
-    def on_device(trained, frozen, batch, scale):
+    own_loss = own_code.load(config.loss.own) if config.loss.own is not None else None
+    inputs = own_loss if isinstance(own_loss, jax.tree_util.Partial) else None  # such as a teacher's weights
+
+    def on_device(trained, frozen, batch, scale, inputs):
         dims_now, of_device = gathered_at_once(dims, config, compute)
         trained, frozen = gather(trained, dims_now), gather(frozen, frozen_dims)
         if config.execution.layers == "one_by_one":
             trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
-        value, gradients = sum_of_microbatches(
-            trained, frozen, microbatches, scale, of_device, microbatch_gradients_of(config)
-        )
+        gradients_of = microbatch_gradients_of(config, own_loss if inputs is None else inputs)
+        value, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, of_device, gradients_of)
         if config.execution.layers == "one_by_one":
             gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
         return jax.lax.psum(value, ROW_AXES), reduce_gradients(gradients, dims, dims_now, mesh)
@@ -87,10 +90,10 @@ def loss_and_gradients(
     value, gradients = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(specs(shardings), specs(frozen_shardings), rows, whole),
+        in_specs=(specs(shardings), specs(frozen_shardings), rows, whole, whole),
         out_specs=(whole, specs(shardings)),
         check_vma=False,  # devices may differ in a loop's length; such loops hold no collective
-    )(trained, frozen, batch, scale)
+    )(trained, frozen, batch, scale, inputs)
     gradients.decoder.layers = unfused(gradients.decoder.layers)
     return value, gradients
 
@@ -119,9 +122,9 @@ def sum_of_microbatches(
     return value, merge_parts(tables, other_gradients)
 
 
-def microbatch_gradients_of(config: TrainConfig) -> "MicrobatchGradients":
-    if config.loss.own is not None:
-        return partial(plain_gradients, own_code.load(config.loss.own))
+def microbatch_gradients_of(config: TrainConfig, own_loss: Loss | None) -> "MicrobatchGradients":
+    if own_loss is not None:
+        return partial(plain_gradients, own_loss)
     if config.gradients == "plain":
         return partial(plain_gradients, partial(default_loss, terms=config.loss))
     return partial(fused_gradients, config.loss)

@@ -83,6 +83,22 @@ def test_mmmu_pictures_stand_where_the_text_names_them(folders):
     assert read(folders["tsv"], "mmmu")[0].choices["B"] == "two <image>"
 
 
+def test_an_open_mmmu_question_has_no_choices_and_a_list_of_answers(folders):
+    chosen, opened = read(folders["parquet"], "mmmu")
+    assert (chosen.answer, list(chosen.choices)) == ("B", ["A", "B"])
+    assert (opened.answer, opened.choices) == (["1"], {})
+
+
+def test_mmmu_pictures_without_a_place_in_the_text_are_not_placed():
+    choices = {"A": "left", "B": "right"}
+    assert mmmu.place_images("Which side?", choices, [b"1", b"2"]) == ("Which side?", [b"1", b"2"], False)
+    assert mmmu.place_images("Is <image 1> left?", choices, []) == ("Is  left?", [], False)
+
+
+def test_a_precision_of_mathvista_is_its_number_of_places():
+    assert [mathvista.number_of_places({"precision": p}) for p in ("0.0", 2.0, None)] == [0, 2, 2]
+
+
 def test_the_published_harness_fills_mmmus_places_in_the_order_of_the_pictures():
     pictures = [b"1", b"2", b"3"]
     question, images, is_placed = mmmu.place_images(

@@ -2,16 +2,18 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval import evaluate as evaluation
+from oq2vl_jax.eval.benchmark import Prompt
 from oq2vl_jax.eval.eval_config import EvalConfig, check
 from oq2vl_jax.eval.evaluate import evaluate
 from oq2vl_jax.eval.report import bootstrap_interval
-from oq2vl_jax.generate.generator import Generator
+from oq2vl_jax.generate.generator import Generator, Request
 from tests.eval import benchmark_files as files
 
 NUM_ITEMS = 1000
@@ -42,6 +44,22 @@ def test_tasks_of_every_kind_give_results_predictions_and_a_page(checkpoint, dat
         assert "data:image/jpeg;base64" in page
     assert set(results["pope"]["metrics"]) == {"precision", "recall", "f1", "f1_mean_of_splits", "yes_rate"}
     assert results["mmmu"]["by_category"]["category"].keys() == {"Art_Theory", "Math"}
+
+
+@pytest.mark.parametrize(
+    ("is_raw", "options", "method", "expected"),
+    [(True, ("a", "b"), "generate", "b"), (True, (), "generate", "said"), (False, ("a", "b"), "generate", "said"),
+     (False, ("a", "b"), "options", "b")],
+)  # fmt: skip
+def test_options_are_scored_if_asked_or_if_the_published_harness_does(is_raw, options, method, expected):
+    class Stub:
+        codec = SimpleNamespace(encode=list)
+        score = staticmethod(lambda requests, encoded: [[float(i) for i in range(len(row))] for row in encoded])
+        generate = staticmethod(lambda requests, sampling: [SimpleNamespace(text=" said ") for _ in requests])
+
+    config = EvalConfig("none", "ai2d", "none", "none", method=method, batch_size=2)
+    prompts = [Prompt("?", is_raw=is_raw, options=options)]
+    assert evaluation.ask(Stub(), prompts, [Request([1], [])], config) == [expected]
 
 
 def test_options_are_scored_and_the_published_profile_is_raw(checkpoint, data, tmp_path):

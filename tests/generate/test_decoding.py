@@ -14,8 +14,10 @@ from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.generate.decoding import Sampling, choose
 from oq2vl_jax.generate.generator import Generator, Request, load_model
 from oq2vl_jax.generate.reply import SamplingOptions
+from oq2vl_jax.model.qwen2 import cache_bytes, init_cache
 from oq2vl_jax.sharding import make_mesh
 from tests.data.conftest import png
+from tests.generate.conftest import MODEL
 
 NEW_TOKENS = 20  # more than are decoded in one call
 MAX_SCORE_ERROR = 2e-5  # measured 4e-6, log-probabilities summed over three tokens
@@ -175,3 +177,9 @@ def test_allowed_tokens_are_those_of_transformers_warpers():
         probabilities = torch.softmax(warped[0], -1)
         for token in allowed:
             assert found.get(token, 0) == pytest.approx(float(probabilities[token]), abs=0.015)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bytes_of_a_cache_are_those_that_it_allocates(dtype):
+    cache = init_cache(MODEL.decoder, 3, 40, dtype)
+    assert cache_bytes(MODEL.decoder, 3, 40, dtype) == sum(x.nbytes for x in jax.tree.leaves(cache))

@@ -22,7 +22,7 @@ def load_tokenizer(folder: str):
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; a Hugging Face tokenizer folder is expected.")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not parts_text_as_saved(tokenizer, Path(folder) / "tokenizer.json"):
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # for a broken file the Rust library raises a plain Exception

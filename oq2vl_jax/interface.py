@@ -1,0 +1,194 @@
+"""The Python interface: a model from a checkpoint or an export, and batches from pictures and texts.
+
+model = oq2vl_jax.load("runs/pretrain")
+model.ask(["cat.jpg"], "What is this?")
+model.loss([{"images": ["cat.jpg"], "text": "a cat"}])
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from oq2vl_jax import own_code
+from oq2vl_jax.checkpoint import open_checkpoint
+from oq2vl_jax.command import bridge
+from oq2vl_jax.config import CheckpointDescription, DataConfig, MeshConfig, Template, Weights
+from oq2vl_jax.data.loading.batch import Batch
+from oq2vl_jax.data.loading.loader import RowDecoder
+from oq2vl_jax.data.packing.rows import pack_documents
+from oq2vl_jax.data.samples.shards import Sample
+from oq2vl_jax.data.text.codec import SampleError, TextCodec
+from oq2vl_jax.data.text.templates import IMAGE
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.generate.generator import Generator, describe, load_model, shapes_on
+from oq2vl_jax.generate.reply import SamplingOptions
+from oq2vl_jax.model.layers import Compute
+from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.sharding import make_mesh
+from oq2vl_jax.train.loss import loss
+from oq2vl_jax.trees import from_named_arrays, named_arrays
+
+Picture = str | os.PathLike | bytes | np.ndarray | Any
+"""A path, the contents of a file, a uint8 array [height, width, 3], or a PIL image."""
+
+
+class LoadedModel:
+    """A model in memory. model: the nnx module, float32; config: its architecture; codec: its tokenizer; template: of
+    its conversations; dtype: of activations and matrix products."""
+
+    def __init__(
+        self,
+        model: OpenQwen2VL,
+        description: CheckpointDescription,
+        codec: TextCodec,
+        template: Template | None,
+        dtype: str,
+    ):
+        self.model, self.config, self.codec, self.dtype = model, description.model, codec, dtype
+        self.template, self.origin = template or description.template, description.origin
+
+    def ask(self, images: Sequence[Picture], text: str, **options: Any) -> str:
+        """Returns the reply to a question about images, which stand before it. options: as in SamplingOptions."""
+        return self._generator.ask(text, [bytes_of(image) for image in images], SamplingOptions(**options))
+
+    def loss(self, samples: Sequence[Any] | Batch) -> float:
+        """Returns the mean cross entropy per labelled token, in nats. samples: as for batch_of, or a Batch."""
+        return float(_mean_loss(self.model, self._batch(samples), self.dtype))
+
+    def hidden(self, samples: Sequence[Any] | Batch) -> Float[Array, "B T D"]:
+        """Returns the decoder's final hidden states. samples: as for batch_of, or a Batch."""
+        return _hidden(self.model, self._batch(samples), self.dtype)
+
+    def _batch(self, samples: Sequence[Any] | Batch) -> Batch:
+        return samples if isinstance(samples, Batch) else batch_of(samples, like=self)
+
+    @cached_property
+    def _generator(self) -> Generator:
+        mesh = make_mesh(MeshConfig())
+        return Generator.of_model(self.model, self.config, self.template, self.codec, mesh, self.dtype)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    weights: Weights = "model",
+    projector: Callable | str | None = None,
+    template: Template | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> LoadedModel:
+    """Loads a checkpoint, a run directory (its newest checkpoint), RUN@STEP, an export of convert.to_hf, or a hub id.
+
+    weights: "ema" takes the averaged ones of a run. projector: the class, or FILE.py:NAME, of a projector of your own
+    that the model was trained with. template: of the conversations; default: that of the training data. dtype: default
+    float32 on CPUs, bfloat16 elsewhere. Raises UserError.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    name = own_code.hand_over(projector) if callable(projector) else projector
+    if is_export(str(path)):
+        if weights != "model" or name is not None:
+            raise UserError(f"{path}: an export has one set of weights and a projector of ours.")
+        return load_export(str(path), template, dtype)
+    folder = open_checkpoint(str(path))
+    description = describe(folder, name)
+    model = load_model(folder, make_mesh(MeshConfig()), weights, description.model)
+    return LoadedModel(model, description, TextCodec.load(str(folder / "tokenizer")), template, dtype)
+
+
+def is_export(path: str) -> bool:
+    """Whether a path is a Hugging Face folder, or no path but an id of the hub such as ORG/NAME."""
+    file = Path(path) / "config.json"
+    if file.is_file() and not (Path(path) / "checkpoints").is_dir():
+        return "model_type" in json.loads(file.read_text())
+    run = path.rpartition("@")[0] or path
+    return not Path(path).exists() and not Path(run).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+
+
+def load_export(path: str, template: Template | None, dtype: str) -> LoadedModel:
+    """Reads a Hugging Face folder into memory, one parameter after another."""
+    from_hf = bridge("from_hf")
+    importer, description, codec = from_hf.read_whole(from_hf.local_folder(path), path)
+    like = shapes_on(description.model, make_mesh(MeshConfig()))
+    parameters, places = importer.finish(), named_arrays(like)
+    arrays = {name: jax.device_put(parameters[name].make(), places[name].sharding) for name in places}
+    return LoadedModel(from_named_arrays(like, arrays), description, codec, template, dtype)
+
+
+def batch_of(samples: Sequence[Any], like: LoadedModel) -> Batch:
+    """Returns a Batch with a row for each sample, padded to the longest, for the model `like`.
+
+    A sample is {"images": [..], "text": caption}, {"images": [..], "turns": [question, answer, ..]} or a Sample of
+    data/samples. Pictures are read as in training. Raises UserError that names the sample by its number.
+    """
+    if not samples:
+        raise UserError("batch_of: no samples.")
+    documents = []
+    for number, sample in enumerate(samples):
+        try:
+            sample = sample if isinstance(sample, Sample) else sample_of(sample, str(number))
+            documents.append(like.codec.document(sample, like.template, like.config.num_visual_tokens))
+        except SampleError as problem:
+            raise UserError(f"sample {number}: {problem.reason}.") from problem
+    longest = max(len(document.tokens) for document in documents)
+    data = DataConfig(num_tokens=longest, max_images=max(len(document.images) for document in documents))
+    decoder = RowDecoder(data, like.config, like.codec.special.pad)
+    rows = [decoder.map(pack_documents([document])) for document in documents]
+    return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+
+
+def sample_of(fields: Any, key: str) -> Sample:
+    """Returns the Sample of a dictionary as in batch_of."""
+    is_known = isinstance(fields, dict) and not set(fields) - {"images", "text", "turns"}
+    if not is_known or ("text" in fields) == ("turns" in fields):
+        raise UserError(f'sample {key}: expected {{"images": [..], "text": ..}} or {{"images": [..], "turns": [..]}}.')
+    images = [bytes_of(image) for image in fields.get("images", ())]
+    if "text" in fields:
+        return Sample(key, images, text=fields["text"])
+    turns = list(fields["turns"])
+    if turns and not any(IMAGE in turn for turn in turns):
+        turns[0] = f"{IMAGE}\n" * len(images) + turns[0]
+    speakers = ("human", "gpt")
+    conversations = [{"from": speakers[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    return Sample(key, images, conversations=conversations)
+
+
+def bytes_of(picture: Picture) -> bytes:
+    """Returns the contents of an image file; arrays and PIL images become PNGs, which keep every pixel."""
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str | os.PathLike):
+        try:
+            return Path(picture).read_bytes()
+        except OSError as error:
+            raise UserError(f"{os.fspath(picture)}: cannot be read ({error.strerror}).") from error
+    from PIL import Image
+
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+            raise UserError(f"a picture is an array uint8 [height, width, 3], got {picture.dtype} {picture.shape}.")
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"a picture is a path, bytes, an array or a PIL image, got {type(picture).__name__}.")
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _mean_loss(model: OpenQwen2VL, batch: Batch, dtype: str) -> Float[Array, ""]:
+    total, number = loss(model, batch, Compute(jnp.dtype(dtype)))
+    return total / jnp.maximum(number, 1)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _hidden(model: OpenQwen2VL, batch: Batch, dtype: str) -> Float[Array, "B T D"]:
+    return model(batch.tokens, batch.images, batch.segment_ids, batch.positions, Compute(jnp.dtype(dtype)))

@@ -1,0 +1,216 @@
+"""Code of the researcher's own: from a file or handed over, recorded, refused when it changed; parts of a start."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from oq2vl_jax import own_code
+from oq2vl_jax.checkpoint import find_checkpoint
+from oq2vl_jax.config import LossConfig, ProjectorConfig, ScheduleConfig
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.generate.generator import Generator
+from oq2vl_jax.generate.reply import SamplingOptions
+from oq2vl_jax.train.loss import loss as our_loss
+from oq2vl_jax.train.run import run
+from tests.data.conftest import png
+from tests.train.conftest import TINY
+
+PROJECTOR = "docs/examples/own_projector.py:MaxPool"
+FILE = """
+def loss(model, batch, compute):
+    from oq2vl_jax.train.loss import loss
+    total, number = loss(model, batch, compute)
+    return 2 * total, number
+"""
+
+
+def parameters(run_dir, like=None):
+    from oq2vl_jax.checkpoint import load_weights
+    from oq2vl_jax.trees import named_arrays
+    from tests.train.conftest import tiny_model
+
+    return {k: np.asarray(v) for k, v in named_arrays(load_weights(find_checkpoint(run_dir), tiny_model())).items()}
+
+
+def losses(run_dir):
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def doubled(model, batch, compute):
+    total, number = our_loss(model, batch, compute)
+    return 2 * total, number
+
+
+def test_a_loss_from_a_file_is_recorded_and_a_changed_file_is_refused(tiny_config, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FILE)
+    options = {"num_steps": 2, "log_every": 1}
+    config = tiny_config(loss=LossConfig(own=f"{file}:loss"), **options)
+    run(config, stop_at_step=1)
+    plain = tiny_config("plain", **options)
+    run(plain, stop_at_step=1)
+    assert losses(config.run_dir)[0] == pytest.approx(2 * losses(plain.run_dir)[0], rel=1e-6)
+    recorded = json.loads((Path(config.run_dir) / "config.json").read_text())["loss"]["own"]
+    assert recorded.startswith(f"{file}:loss#")
+    with pytest.raises(UserError, match=r"was begun with loss\.own = .*mine\.py:loss#.*, and now it is ours"):
+        run(dataclasses.replace(config, loss=LossConfig()))
+    moved = tmp_path / "elsewhere.py"
+    file.rename(moved)
+    run(dataclasses.replace(config, loss=LossConfig(own=f"{moved}:loss")))  # the same bytes
+    moved.write_text(FILE.replace("2 *", "3 *"))
+    with pytest.raises(UserError, match="go on with the file as it was"):
+        run(dataclasses.replace(config, loss=LossConfig(own=f"{moved}:loss")))
+    with pytest.raises(UserError, match="has changed since it was recorded"):
+        own_code.record(recorded.replace(str(file), str(moved)))
+
+
+def test_functions_handed_to_run_replace_ours(tiny_config):
+    def sgd(config):
+        return optax.sgd(1.0)
+
+    options = {"num_steps": 2, "log_every": 1, "schedule": ScheduleConfig("constant", 0.0)}
+    first, second = tiny_config("a", **options), tiny_config("b", **options)
+    digest = run(first, loss=doubled, optimizer=sgd)
+    recorded = json.loads((Path(first.run_dir) / "config.json").read_text())
+    assert recorded["loss"]["own"].split("#")[0].endswith("test_own_code.py:doubled")
+    assert recorded["optimizer"]["own"].split("#")[0].endswith("test_own_code.py:sgd")
+    assert run(second, loss=doubled, optimizer=sgd, stop_at_step=1) is None
+    with pytest.raises(UserError, match=r"was begun with loss\.own"):
+        run(second, optimizer=sgd)
+    assert run(second, loss=doubled, optimizer=sgd) == digest
+
+
+def test_a_loss_with_arrays_of_its_own_gets_them_on_every_device(tiny_config):
+    def weighted(factor, model, batch, compute):
+        total, number = our_loss(model, batch, compute)
+        return factor["factor"] * total, number
+
+    config = tiny_config(num_steps=1, log_every=1)  # on the 8 devices of the tests
+    run(config, loss=jax.tree_util.Partial(weighted, {"factor": jnp.float32(3.0)}))
+    other = tiny_config("plain", num_steps=1, log_every=1)
+    run(other)
+    assert losses(config.run_dir)[0] == pytest.approx(3 * losses(other.run_dir)[0], rel=1e-6)
+
+
+def test_a_projector_in_a_file_trains_resumes_answers_and_is_refused_by_the_export(tiny_config):
+    from convert.to_hf import ToHFConfig, export
+
+    model = dataclasses.replace(TINY.model, projector=ProjectorConfig(own=PROJECTOR))
+    options = {"num_steps": 2, "model": model}
+    whole = run(tiny_config("whole", **options))
+    config = tiny_config("parts", **options)
+    run(config, stop_at_step=1)
+    assert run(config) == whole
+    with pytest.raises(UserError, match=r"was trained with .*own_projector\.py:MaxPool#.*; name that file"):
+        Generator(config.run_dir)
+    generator = Generator(config.run_dir, projector=PROJECTOR)
+    assert isinstance(generator.ask("what?", [png()], SamplingOptions(4)), str)
+    with pytest.raises(UserError, match=r"and --projector is .*own_optimizer\.py:lion"):
+        Generator(config.run_dir, projector="docs/examples/own_optimizer.py:lion")
+    with pytest.raises(UserError, match="to_hf writes the projectors avg_pool_mlp, avg_pool_linear, pixel_shuffle_mlp"):
+        export(ToHFConfig(config.run_dir, str(Path(config.run_dir).parent / "exported")))
+    plain = tiny_config("plain", num_steps=1)
+    run(plain)
+    with pytest.raises(UserError, match="its projector is avg_pool_mlp; leave out --projector"):
+        Generator(plain.run_dir, projector=PROJECTOR)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "sentence"),
+    [
+        (None, "loss", r"cannot be read \(No such file or directory\); it should define loss"),
+        ("def los(): pass", "loss", r"has no loss \(did you mean 'los'\?\)"),
+        ("1 / 0", "loss", "ZeroDivisionError: division by zero"),
+        ("", "loss:", "names no code; expected FILE.py:NAME"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(content, name, sentence, tmp_path):
+    file = tmp_path / "mine.py"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        own_code.load(f"{file}:{name}")
+
+
+def test_a_projector_that_does_not_fit_is_one_sentence(tmp_path):
+    from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from oq2vl_jax.model.projector import AvgPoolMlp\n"
+        "class Half(AvgPoolMlp):\n"
+        "    def reduce(self, patches):\n"
+        "        return super().reduce(patches)[:, ::2]\n"
+    )
+    model = dataclasses.replace(TINY.model, projector=ProjectorConfig(own=f"{file}:Half"))
+    with pytest.raises(UserError, match=r"makes \(2, 2, 64\) of \(2, 16, 32\); expected \(2, 4, 64\)"):
+        OpenQwen2VL(jax.random.key(0), model)
+
+
+def test_terms_beside_a_loss_of_ones_own_are_refused(tiny_config):
+    with pytest.raises(UserError, match=r"loss\.own replaces loss\.z_loss"):
+        run(tiny_config(loss=LossConfig(z_loss=1e-4)), loss=doubled)
+
+
+def test_parts_of_a_start_and_its_optimizer(tiny_config):
+    trunk = tiny_config("trunk", num_steps=4, schedule=ScheduleConfig("constant"))
+    run(dataclasses.replace(trunk, checkpoint=dataclasses.replace(TINY.checkpoint, every_num_steps=2)))
+    begun = {"num_steps": 1, "schedule": ScheduleConfig("constant", 0.0)}
+    frozen = dataclasses.replace(TINY.optimizer, learning_rate=1e-30)
+    some = tiny_config(
+        "some", init_from=f"{trunk.run_dir}@2", init_parts=("decoder",), optimizer=frozen, seed=3, **begun
+    )
+    fresh = tiny_config("fresh", optimizer=frozen, seed=3, **begun)
+    run(some)
+    run(fresh)
+    ours, theirs, drawn = parameters(some.run_dir), parameters(f"{trunk.run_dir}@2"), parameters(fresh.run_dir)
+    for name, value in ours.items():
+        expected = (theirs if name.startswith("decoder.") else drawn)[name]
+        np.testing.assert_allclose(value, expected, atol=1e-20)  # one step at a learning rate of 1e-30
+    decay = {"num_steps": 2, "schedule": ScheduleConfig("wsd", 0.0, 1.0), "init_from": f"{trunk.run_dir}@4"}
+    branch = tiny_config("branch", init_optimizer=True, **decay)
+    digest = run(branch)
+    assert run(tiny_config("without", **decay)) != digest
+    muon = dataclasses.replace(TINY.optimizer, kind="muon")
+    with pytest.raises(UserError, match="of another configuration"):
+        run(tiny_config("muon", init_optimizer=True, optimizer=muon, **decay))
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; .*trunk holds 2, 4"):
+        run(tiny_config("none", init_from=f"{trunk.run_dir}@3", num_steps=1))
+    with pytest.raises(UserError, match="init_optimizer is set, but init_from is not"):
+        run(tiny_config("none", init_optimizer=True))
+
+
+def test_the_seed_of_the_order_is_a_seed_of_its_own(tiny_config):
+    def first_loss(name, seed, data_seed):
+        config = tiny_config(name, num_steps=1, log_every=1, seed=seed)
+        run(dataclasses.replace(config, data=dataclasses.replace(config.data, seed=data_seed)))
+        return losses(config.run_dir)[0]
+
+    assert first_loss("a", 7, None) == first_loss("b", 7, 7)
+    assert len({first_loss("c", 7, 8), first_loss("d", 8, 7), first_loss("a2", 7, 7)}) == 3
+
+
+def test_a_configuration_without_a_model_takes_that_of_its_start(tiny_config, tmp_path):
+    trunk = tiny_config("trunk", num_steps=1, model=dataclasses.replace(TINY.model, num_visual_tokens=16))
+    run(trunk)
+    file = tmp_path / "tune.py"
+    file.write_text(
+        "from oq2vl_jax.config import DataConfig, OptimizerConfig, TrainConfig\n"
+        "config = TrainConfig(data=DataConfig(num_tokens=128, max_images=4, kind='synthetic', template='plain'),\n"
+        "    optimizer=OptimizerConfig(1e-3, 0.0), num_steps=1, global_batch_size=8, run_dir='runs/tune')\n"
+    )
+    command = [sys.executable, "-m", "oq2vl_jax.train", str(file), "--dry-run"]
+    done = subprocess.run([*command, f"--init-from={trunk.run_dir}"], capture_output=True, text=True)
+    assert '"num_visual_tokens": 16' in done.stdout, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "has no model; give --init-from, whose model it takes" in done.stderr
