@@ -1,4 +1,4 @@
-"""Code outside the package: a loss, an optimizer or a projector of the researcher's own, named FILE.py:NAME.
+"""Code outside the package: a loss, an optimizer, a schedule or a projector of one's own, named FILE.py:NAME.
 
 A configuration names it (`--loss.own my_loss.py:loss`), or it is handed to `train.run.run`. The resolved configuration
 records FILE.py:NAME#DIGEST, where the digest covers the whole file, so that a run cannot be resumed with other code.

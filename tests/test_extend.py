@@ -5,7 +5,6 @@ The package is copied, the change applied, and the copy run in processes of its 
 
 import csv
 import dataclasses
-import importlib.util
 import os
 import re
 import shutil
@@ -13,24 +12,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import polars as pl
 import pytest
 
+from oq2vl_jax.config_files import with_value
 from oq2vl_jax.data.packing.packed import PackedRows, read_manifest
-from oq2vl_jax.sharding import make_mesh, to_global_batch
-from oq2vl_jax.train.step import compile_train_step, init_train_state
+from oq2vl_jax.train.run import run
 from tests.data.conftest import png
 from tests.generate.conftest import checkpoint  # noqa: F401
-from tests.train.conftest import TINY
-from tests.train.test_mesh import one_device_mesh, random_batch
+from tests.train.conftest import tiny_config  # noqa: F401
 
 EXAMPLES = Path("docs/examples")
-DIFFS = {"projector": 2, "optimizer": 1, "decoder": 2}
-"""Files of the package that each idea touches, its export included; layout of the table in docs/extend.md."""
-LOSS_TOLERANCE = 2e-6  # relative, 8 devices against microbatches on one; measured 8e-8
-Z_LOSS = 1e-4  # times the squared log-sum-exp, which is above 1 for 320 random logits
+DIFFS = {"schedule": ("--schedule.kind", "linear"), "decoder": ()}
+"""Changes of the package, with the flags that use them."""
+OWN = {
+    "own_projector": ("--model.projector.own", "MaxPool"),
+    "own_optimizer": ("--optimizer.own", "lion"),
+    "own_schedule": ("--schedule.own", "inverse_root"),
+}
+"""Files outside the package, with the flag and the name that use them."""
 FILES = {
     "source": "oq2vl_jax/data/samples/formats/csv_captions.py",
     "benchmark": "oq2vl_jax/eval/benchmarks/brightness.py",
@@ -63,7 +63,7 @@ def test_a_trial_change_applies_and_touches_as_many_files_as_the_page_says(name,
     subprocess.run(["git", "apply", str((EXAMPLES / f"{name}.diff").absolute())], cwd=tmp_path, check=True)
     assert all((tmp_path / file).read_text() != Path(file).read_text() for file in files)
     row = next(line for line in Path("docs/extend.md").read_text().splitlines() if f"examples/{name}.diff" in line)
-    assert len(files) == DIFFS[name] == int(row.split("|")[2].split()[0])
+    assert len(files) == int(row.split("|")[2].split()[0])
     assert all(f"`{file}`" in row for file in files)
 
 
@@ -73,7 +73,7 @@ def test_a_trial_change_trains_resumes_and_leaves(name, tmp_path):
     """4 steps and 2 + 2 end in the same bits; the export answers as the checkpoint does, or holds the new weights."""
     copied(tmp_path)
     subprocess.run(["git", "apply", str((EXAMPLES / f"{name}.diff").absolute())], cwd=tmp_path, check=True)
-    flags = ("--num-steps", "4", "--checkpoint.every-num-steps", "2")
+    flags = ("--num-steps", "4", "--checkpoint.every-num-steps", "2", *DIFFS[name])
     whole = call(tmp_path, "oq2vl_jax.train", "tiny", "--run-dir", "whole", *flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts/checkpoints/000004")
@@ -92,28 +92,36 @@ def test_a_trial_change_trains_resumes_and_leaves(name, tmp_path):
     assert "the same reply" in call(tmp_path, "convert.ask_hf", "exported", *ask)
 
 
-def test_another_loss_is_a_function_handed_to_the_step():
-    """z-loss on 8 devices in microbatches equals its value and gradients on one device at once."""
-    spec = importlib.util.spec_from_file_location("loss_example", EXAMPLES / "loss.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    batch, results = random_batch(), []
-    for mesh, rows in ((make_mesh(TINY.mesh), None), (one_device_mesh(), 2)):
-        config = dataclasses.replace(TINY, rows_per_device=rows)
-        for loss in (example.loss, None):
-            state = init_train_state(jax.random.key(0), config)
-            _, metrics = compile_train_step(config, mesh, loss=loss)(state, to_global_batch(batch, mesh))
-            results.append((float(metrics.loss), float(metrics.grad_norm)))
-    np.testing.assert_allclose(results[0], results[2], rtol=LOSS_TOLERANCE)
-    assert results[0][0] > results[1][0] + Z_LOSS
+@pytest.mark.parametrize("name", OWN)
+def test_a_file_outside_the_package_trains_and_resumes(name, tiny_config):  # noqa: F811
+    """The command that the example shows, as the flag sets the configuration."""
+    flag, function = OWN[name]
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert f"{flag} docs/examples/{name}.py:{function}" in text
+    base = tiny_config("whole", num_steps=2)
+    config = with_value(base, flag.removeprefix("--"), f"docs/examples/{name}.py:{function}")
+    whole = run(config)
+    parts = dataclasses.replace(config, run_dir=tiny_config("parts").run_dir)
+    assert run(parts, stop_at_step=1) is None
+    assert run(parts) == whole
+    assert run(dataclasses.replace(base, run_dir=tiny_config("ours").run_dir)) != whole
 
 
-def test_the_loss_example_runs_as_the_page_says(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "loss.py"), "--run-dir", str(tmp_path / "run")], capture_output=True, text=True
-    )
+def python(*arguments):
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "done: step 4" in done.stdout
+    return done.stdout
+
+
+def test_the_programs_run_as_the_page_says(tmp_path):
+    """The loop of one's own has the losses of run; the probe and the distillation take its checkpoint."""
+    trained = python("-m", "oq2vl_jax.train", "tiny", "--run-dir", tmp_path / "run", "--num-steps", 5, "--log-every", 1)
+    losses = re.findall(r"loss (\S+)", trained)
+    assert re.findall(r"loss (\S+)", python(EXAMPLES / "own_loop.py", "--num-steps", 5)) == losses
+    own_loss = python(EXAMPLES / "own_loss.py", "--teacher", tmp_path / "run", "--run-dir", tmp_path / "student")
+    assert "done: step 4" in own_loss
+    assert re.findall(r"loss (\S+)", own_loss)[0] != losses[0]
+    assert float(python(EXAMPLES / "probe.py", "--checkpoint", tmp_path / "run").split()[1]) > 0.33
 
 
 @pytest.mark.parametrize("name", FILES)

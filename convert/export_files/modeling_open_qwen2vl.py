@@ -1,4 +1,4 @@
-"""Open-Qwen2VL (arXiv 2504.00595) for transformers >= 5.8: Llava with an average pool in front of the projector.
+"""Open-Qwen2VL (arXiv 2504.00595) for transformers >= 5.8: Llava with other projectors.
 
 Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2) except three options that LlavaConfig does
 not have: `num_visual_tokens` of the square grid of patch features, made as `projector_kind` says, and `rope_inv_freq =

@@ -65,6 +65,9 @@ class ScheduleConfig:
     """Warm-up of the vision encoder; None: warmup_fraction."""
     projector_warmup_fraction: Share | None = None
     decoder_warmup_fraction: Share | None = None
+    own: str | None = None
+    """FILE.py:NAME of a schedule in place of the kind: from (peak, warm-up steps, the TrainConfig) to a function of the
+    step (docs/extend.md)."""
 
     def problems(self) -> list[str]:
         """Returns what a run cannot start with: fractions that overlap, and settings of another kind."""

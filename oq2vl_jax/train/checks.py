@@ -12,7 +12,7 @@ from oq2vl_jax.memory import check_fits, host_bytes
 from oq2vl_jax.paths import check_local
 from oq2vl_jax.sharding import device_bytes
 
-OWN_CODE = ("loss.own", "optimizer.own", "model.projector.own")
+OWN_CODE = ("loss.own", "optimizer.own", "schedule.own", "model.projector.own")
 """Fields that name code outside the package."""
 
 

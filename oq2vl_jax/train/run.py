@@ -35,6 +35,7 @@ from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
 from oq2vl_jax.train.open_data import OpenData, open_data
 from oq2vl_jax.train.parts import split_trainable
 from oq2vl_jax.train.run_lock import run_lock
+from oq2vl_jax.train.schedule import Schedule
 from oq2vl_jax.train.step import (
     StepMetrics,
     TrainState,
@@ -54,14 +55,16 @@ def run(
     *,
     loss: Loss | None = None,
     optimizer: Callable[[OptimizerConfig], optax.GradientTransformation] | None = None,
+    schedule: Callable[[float, int, TrainConfig], Schedule] | None = None,
     projector: Any = None,
 ) -> str | None:
     """Trains to config.num_steps and returns parameters_sha256; None if stopped before (SIGTERM or stop_at_step).
 
-    loss, optimizer, projector: of the researcher's own, in place of ours (docs/extend.md); the run records the hash of
-    their files. Raises UserError for errors that the user can cause, including a NaN loss.
+    loss, optimizer, schedule, projector: of the researcher's own, in place of ours (docs/extend.md); the run records
+    the hash of their files. Raises UserError for errors that the user can cause, including a NaN loss.
     """
-    config = with_own_code(config, {"loss.own": loss, "optimizer.own": optimizer, "model.projector.own": projector})
+    own = {"loss.own": loss, "optimizer.own": optimizer, "schedule.own": schedule, "model.projector.own": projector}
+    config = with_own_code(config, own)
     check_config(config, len(jax.devices()))
     lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()
     with lock, terminate_flag() as is_terminated:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from oq2vl_jax import own_code
 from oq2vl_jax.config import PARTS, TrainConfig
 
 Schedule = Callable[[Any], Any]
@@ -47,10 +48,12 @@ SCHEDULES: dict[str, Callable[[float, int, TrainConfig], Schedule]] = {
 
 
 def make_schedule(config: TrainConfig, part: str | None = None) -> Schedule:
-    """Returns the schedule of config.schedule.kind with its warm-up and peak; part: with the part's own ones."""
+    """Returns the schedule of config.schedule with its warm-up and peak; part: with those of a part."""
     fraction = getattr(config.schedule, f"{part}_warmup_fraction") if part else None
     fraction = config.schedule.warmup_fraction if fraction is None else fraction
-    shape = SCHEDULES[config.schedule.kind](config.optimizer.learning_rate, int(fraction * config.num_steps), config)
+    own = config.schedule.own
+    make = SCHEDULES[config.schedule.kind] if own is None else own_code.load(own)
+    shape = make(config.optimizer.learning_rate, int(fraction * config.num_steps), config)
     rate = getattr(config.optimizer, f"{part}_learning_rate") if part else None
     return shape if rate is None else lambda step: shape(step) * (rate / config.optimizer.learning_rate)
 

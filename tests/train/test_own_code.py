@@ -77,16 +77,22 @@ def test_functions_handed_to_run_replace_ours(tiny_config):
     def sgd(config):
         return optax.sgd(1.0)
 
-    options = {"num_steps": 2, "log_every": 1, "schedule": ScheduleConfig("constant", 0.0)}
+    def halved(peak, warmup_steps, config):
+        return lambda step: 0.5 * peak
+
+    options = {"num_steps": 2, "log_every": 1}
     first, second = tiny_config("a", **options), tiny_config("b", **options)
-    digest = run(first, loss=doubled, optimizer=sgd)
+    own = {"loss": doubled, "optimizer": sgd, "schedule": halved}
+    digest = run(first, **own)
+    lines = (Path(first.run_dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learning_rate"] for line in lines[:2]] == pytest.approx([1.5e-3] * 2)
     recorded = json.loads((Path(first.run_dir) / "config.json").read_text())
     assert recorded["loss"]["own"].split("#")[0].endswith("test_own_code.py:doubled")
     assert recorded["optimizer"]["own"].split("#")[0].endswith("test_own_code.py:sgd")
-    assert run(second, loss=doubled, optimizer=sgd, stop_at_step=1) is None
+    assert run(second, **own, stop_at_step=1) is None
     with pytest.raises(UserError, match=r"was begun with loss\.own"):
-        run(second, optimizer=sgd)
-    assert run(second, loss=doubled, optimizer=sgd) == digest
+        run(second, optimizer=sgd, schedule=halved)
+    assert run(second, **own) == digest
 
 
 def test_a_loss_with_arrays_of_its_own_gets_them_on_every_device(tiny_config):
