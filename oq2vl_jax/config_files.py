@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -139,6 +139,20 @@ def with_value(config: Any, key: str, value: Any) -> Any:
     if name not in names or (rest and not dataclasses.is_dataclass(getattr(config, name))):
         raise UserError(f"{type(config).__name__} has no {key!r}{hint(key, flatten(config))}.")
     return dataclasses.replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
+
+
+def with_changes(config: TrainConfig, changes: Iterable[str], where: str) -> TrainConfig:
+    """Returns a copy with values replaced, each given as KEY=VALUE. Raises UserError."""
+    for change in changes:
+        key, is_assignment, text = change.partition("=")
+        if not is_assignment:
+            raise UserError(f"{where}: {change!r} is no KEY=VALUE, such as optimizer.kind=muon.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        config = with_value(config, key, value)
+    return from_dict(TrainConfig, dataclasses.asdict(config), where=where)
 
 
 def names_of_role(config_class: Any, role: str) -> set[str]:

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from oq2vl_jax.config import ModelConfig, TrainConfig, VisionConfig
-from oq2vl_jax.config_files import flatten, from_dict, load_config, names_of_role, to_json
+from oq2vl_jax.config_files import flatten, from_dict, load_config, names_of_role, to_json, with_changes
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.train.step import init_train_state
 
@@ -309,3 +309,24 @@ def test_a_subclass_of_a_configuration_is_refused_as_its_fields_would_be_lost(tm
     )
     with pytest.raises(UserError, match="optimizer: expected OptimizerConfig, got Mine; a configuration of another"):
         load_config(str(file))
+
+
+def test_values_are_replaced_by_their_dotted_names():
+    changed = with_changes(
+        load_config("tiny"), ["optimizer.kind=muon", "ema.decay=0.9", "data.sources=[]"], "--changes"
+    )
+    assert (changed.optimizer.kind, changed.ema.decay, changed.data.sources) == ("muon", 0.9, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("optimizer.kin=muon", r"OptimizerConfig has no 'kin' \(did you mean 'kind'\?\)"),
+        ("optimizer.kind=muo", "--changes: optimizer: kind: expected one of adamw, muon, got 'muo'"),
+        ("seed.x=1", r"TrainConfig has no 'seed\.x'"),
+        ("seed", "'seed' is no KEY=VALUE"),
+    ],
+)
+def test_a_change_that_does_not_fit_is_one_sentence(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        with_changes(load_config("tiny"), [change], "--changes")

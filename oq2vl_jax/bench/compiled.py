@@ -32,6 +32,7 @@ class Memory(NamedTuple):
 
     parameters: int
     optimizer: int
+    averaged_weights: int
     batch: int
     gathered_weights: int
     gradients: int
@@ -112,6 +113,7 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> Compiled:
     named = {
         "parameters": bytes_per_device(state.model, shardings.model),
         "optimizer": bytes_per_device(state.opt_state, shardings.opt_state),
+        "averaged_weights": bytes_per_device(state.ema, shardings.ema),
         "batch": sum(math.prod(rows.shard_shape(x.shape)) * x.dtype.itemsize for x in batch),
         "gathered_weights": gathered,
         "gradients": gradients,

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from oq2vl_jax.bounds import CountOrZero, Length, SmallCount, check_bounds
 from oq2vl_jax.config import TrainConfig
-from oq2vl_jax.config_files import load_config
+from oq2vl_jax.config_files import load_config, with_changes
 from oq2vl_jax.devices import NODE_DEVICES, Device, find_device
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import COMPILE_ONLY_FLAGS, set_environment
@@ -30,6 +30,8 @@ class Plan:
 
     config: Positional[str]
     """A file of configs/, or a resolved config.json."""
+    changes: tuple[str, ...] = ()
+    """Values to replace in it, such as optimizer.kind=muon ema.decay=0.999."""
     device: str = "a100-40g"
     """a100-40g, a100-80g, h100, h200, l40s, rtx-4090; cpu compiles for this machine: structure only."""
     num_devices: SmallCount = 8
@@ -55,7 +57,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     """Returns the plan as one JSON object; show() prints its parts."""
     check_bounds(plan, as_flags=True)
     device = None if plan.device == "cpu" else find_device(plan.device)
-    config = load_config(plan.config)
+    config = with_changes(load_config(plan.config), plan.changes, "--changes")
     largest = max(plan.scaling or (plan.num_devices,))
     prepare_jax(device, largest)
     if plan.scaling:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.bench.synthetic_rows import make_rows
-from oq2vl_jax.config import ExecutionConfig, MeshConfig, TrainableConfig
+from oq2vl_jax.config import ExecutionConfig, LossConfig, MeshConfig, TrainableConfig
 from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.model import open_qwen2vl
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
@@ -68,6 +68,31 @@ def test_every_way_gives_the_loss_and_gradients_of_whole_logits(way, rows, expec
     found_loss, gradients = run(tiny_model(), to_global_batch(rows, mesh))
     assert float(found_loss) == pytest.approx(expected[0], rel=LOSS_TOLERANCE)
     assert_same_gradients(named_arrays(gradients), expected[1], way)
+
+
+TERMS = LossConfig(z_loss=0.01, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("rows_per_device", [None, 1])
+def test_terms_of_the_loss_are_means_over_the_labelled_tokens_in_every_way(rows_per_device, rows):
+    """Fused against plain gradients on 8 devices, both against jax.grad of the plain loss on one."""
+    config = dataclasses.replace(
+        TINY, mesh=MeshConfig(2, 4), global_batch_size=16, loss=TERMS, rows_per_device=rows_per_device
+    )
+    mesh = make_mesh(config.mesh)
+
+    def reference(model, rows):
+        total, num_labelled = loss(model, jax.tree.map(jnp.asarray, rows), terms=TERMS)
+        return total / num_labelled
+
+    wanted, expected = jax.jit(jax.value_and_grad(reference))(tiny_model(), rows)
+    expected = {name: np.asarray(x) for name, x in named_arrays(expected).items()}
+    for kind in ("fused", "plain"):
+        one = dataclasses.replace(config, gradients=kind)
+        run = jax.jit(lambda model, batch, one=one: loss_and_gradients(model, batch, one, mesh))
+        found, gradients = run(tiny_model(), to_global_batch(rows, mesh))
+        assert float(found) == pytest.approx(float(wanted), rel=LOSS_TOLERANCE)
+        assert_same_gradients(named_arrays(gradients), expected, f"{kind} with terms")
 
 
 def assert_same_gradients(found, expected, what):
