@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from oq2vl_jax.bounds import Length, parse
+from oq2vl_jax.config import Weights
 from oq2vl_jax.errors import UserError, run_command
 
 
@@ -27,6 +28,8 @@ class AskHFConfig:
     """Images of the question, in order."""
     same_as: str | None = None
     """Checkpoint of this project to ask as well. The command fails if the two replies differ."""
+    weights: Weights = "model"
+    """Weights of --same-as: ema for an export of the averaged ones."""
     trust_remote_code: bool = False
     """Needed for models with modeling_open_qwen2vl.py; it runs the code in the folder."""
     max_new_tokens: Length = 64
@@ -62,7 +65,7 @@ def ask_checkpoint(config: AskHFConfig) -> str:
     from oq2vl_jax.generate.reply import SamplingOptions
     from oq2vl_jax.generate.requests import read_images
 
-    generator = Generator(str(config.same_as))
+    generator = Generator(str(config.same_as), weights=config.weights)
     return generator.ask(config.prompt, read_images(config.image), SamplingOptions(config.max_new_tokens))
 
 

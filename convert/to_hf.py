@@ -48,7 +48,7 @@ def export(config: ToHFConfig) -> str:
     from .hf_config import check_has_export, why_not_native
 
     check_is_free(Path(config.out))
-    checkpoint = open_checkpoint(config.checkpoint)
+    checkpoint = open_checkpoint(config.checkpoint, config.weights)
     description = load_description(checkpoint)
     check_has_export(description.model)
     reason = why_not_native(description.model)

@@ -33,7 +33,7 @@ from oq2vl_jax.trees import from_named_arrays, named_arrays
 
 STEP_DIGITS = 6
 ITEMS = ("model", "optimizer", "ema", "loader", "config", "tokenizer")
-READ_ITEMS = ("model", "ema", "config", "description", "tokenizer")
+READ_ITEMS = ("model", "config", "description", "tokenizer")
 """Items of a checkpoint that are read to use its weights."""
 
 
@@ -79,10 +79,13 @@ def find_checkpoint(path: str) -> Path:
     return max(steps, key=lambda p: int(p.name)).absolute()
 
 
-def open_checkpoint(path: str) -> Path:
-    """Finds a checkpoint and checks the digests of the files of READ_ITEMS. Raises UserError if one is damaged."""
+def open_checkpoint(path: str, weights: Weights = "model") -> Path:
+    """Finds a checkpoint and checks the digests of the files of READ_ITEMS, and of the average if weights is ema.
+
+    Raises UserError if one is damaged.
+    """
     folder = find_checkpoint(path)
-    check_digests(folder, READ_ITEMS)
+    check_digests(folder, READ_ITEMS if weights == "model" else (*READ_ITEMS, "ema"))
     return folder
 
 
@@ -123,6 +126,7 @@ def load_optimizer(checkpoint: Path, like: Any) -> Any:
     """Loads the optimizer's state of a checkpoint, placed as `like`. Raises UserError as load_weights does."""
     if not (checkpoint / "optimizer").is_dir():
         raise UserError(f"{checkpoint}: holds no optimizer state to start from; leave out --init-optimizer.")
+    check_digests(checkpoint, ("optimizer",))
     states = (like,)  # the first of what train/checkpointer.py saves
     return from_named_arrays(states, load_arrays(checkpoint, "optimizer", named_arrays(states), {"0"}))[0]
 

@@ -142,17 +142,21 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 
 
 def with_changes(config: TrainConfig, changes: Iterable[str], where: str) -> TrainConfig:
-    """Returns a copy with values replaced, each given as KEY=VALUE. Raises UserError."""
+    """Returns a copy with values replaced, each given as KEY=VALUE, and checked together. Raises UserError."""
+    values = dataclasses.asdict(config)
     for change in changes:
         key, is_assignment, text = change.partition("=")
-        if not is_assignment:
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not is_assignment or not isinstance(section, dict):
             raise UserError(f"{where}: {change!r} is no KEY=VALUE, such as optimizer.kind=muon.")
         try:
-            value = json.loads(text)
+            section[name] = json.loads(text)
         except ValueError:
-            value = text
-        config = with_value(config, key, value)
-    return from_dict(TrainConfig, dataclasses.asdict(config), where=where)
+            section[name] = text
+    return from_dict(TrainConfig, values, where=where)
 
 
 def names_of_role(config_class: Any, role: str) -> set[str]:

@@ -10,9 +10,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,11 @@ from oq2vl_jax import own_code
 from oq2vl_jax.checkpoint import open_checkpoint
 from oq2vl_jax.command import bridge
 from oq2vl_jax.config import CheckpointDescription, DataConfig, MeshConfig, Template, Weights
+from oq2vl_jax.config_files import name_of
 from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.data.loading.loader import RowDecoder
 from oq2vl_jax.data.packing.rows import pack_documents
+from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.data.text.templates import IMAGE
@@ -38,6 +40,7 @@ from oq2vl_jax.sharding import make_mesh
 from oq2vl_jax.train.loss import loss
 from oq2vl_jax.trees import from_named_arrays, named_arrays
 
+MODES_OF_PNG = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
 Picture = str | os.PathLike | bytes | np.ndarray | Any
 """A path, the contents of a file, a uint8 array [height, width, 3], or a PIL image."""
 
@@ -56,10 +59,17 @@ class LoadedModel:
     ):
         self.model, self.config, self.codec, self.dtype = model, description.model, codec, dtype
         self.template, self.origin = template or description.template, description.origin
+        self._made: tuple[OpenQwen2VL, Generator] | None = None
 
     def ask(self, images: Sequence[Picture], text: str, **options: Any) -> str:
-        """Returns the reply to a question about images, which stand before it. options: as in SamplingOptions."""
-        return self._generator.ask(text, [bytes_of(image) for image in images], SamplingOptions(**options))
+        """Returns the reply to a question about images, which stand before it. options: as in SamplingOptions.
+
+        Raises UserError for a picture that cannot be used.
+        """
+        try:
+            return self._generator.ask(text, pictures_of(images), SamplingOptions(**options))
+        except ImageError as problem:
+            raise UserError(f"an image cannot be used: {problem}.") from problem
 
     def loss(self, samples: Sequence[Any] | Batch) -> float:
         """Returns the mean cross entropy per labelled token, in nats. samples: as for batch_of, or a Batch."""
@@ -72,10 +82,14 @@ class LoadedModel:
     def _batch(self, samples: Sequence[Any] | Batch) -> Batch:
         return samples if isinstance(samples, Batch) else batch_of(samples, like=self)
 
-    @cached_property
+    @property
     def _generator(self) -> Generator:
-        mesh = make_mesh(MeshConfig())
-        return Generator.of_model(self.model, self.config, self.template, self.codec, mesh, self.dtype)
+        """Made when it is first used, and again for another model."""
+        if self._made is None or self._made[0] is not self.model:
+            mesh = make_mesh(MeshConfig())
+            made = Generator.of_model(self.model, self.config, self.template, self.codec, mesh, self.dtype)
+            self._made = self.model, made
+        return self._made[1]
 
 
 def load(
@@ -92,13 +106,16 @@ def load(
     that the model was trained with. template: of the conversations; default: that of the training data. dtype: default
     float32 on CPUs, bfloat16 elsewhere. Raises UserError.
     """
+    for name, value, allowed in (("weights", weights, Weights), ("template", template or "plain", Template)):
+        if value not in get_args(allowed):
+            raise UserError(f"load: {name} is {value!r}, expected {name_of(allowed)}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     name = own_code.hand_over(projector) if callable(projector) else projector
     if is_export(str(path)):
         if weights != "model" or name is not None:
             raise UserError(f"{path}: an export has one set of weights and a projector of ours.")
         return load_export(str(path), template, dtype)
-    folder = open_checkpoint(str(path))
+    folder = open_checkpoint(str(path), weights)
     description = describe(folder, name)
     model = load_model(folder, make_mesh(MeshConfig()), weights, description.model)
     return LoadedModel(model, description, TextCodec.load(str(folder / "tokenizer")), template, dtype)
@@ -127,7 +144,8 @@ def batch_of(samples: Sequence[Any], like: LoadedModel) -> Batch:
     """Returns a Batch with a row for each sample, padded to the longest, for the model `like`.
 
     A sample is {"images": [..], "text": caption}, {"images": [..], "turns": [question, answer, ..]} or a Sample of
-    data/samples. Pictures are read as in training. Raises UserError that names the sample by its number.
+    data/samples. Pictures are read as a run with the default options of its data reads them. Raises UserError that
+    names the sample by its number.
     """
     if not samples:
         raise UserError("batch_of: no samples.")
@@ -141,24 +159,45 @@ def batch_of(samples: Sequence[Any], like: LoadedModel) -> Batch:
     longest = max(len(document.tokens) for document in documents)
     data = DataConfig(num_tokens=longest, max_images=max(len(document.images) for document in documents))
     decoder = RowDecoder(data, like.config, like.codec.special.pad)
-    rows = [decoder.map(pack_documents([document])) for document in documents]
+    rows = []
+    for number, document in enumerate(documents):
+        for image in document.images:
+            try:
+                check_image(image)
+            except ImageError as problem:
+                raise UserError(f"sample {number}: an image cannot be used: {problem}.") from problem
+        rows.append(decoder.map(pack_documents([document])))
     return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
 def sample_of(fields: Any, key: str) -> Sample:
     """Returns the Sample of a dictionary as in batch_of."""
     is_known = isinstance(fields, dict) and not set(fields) - {"images", "text", "turns"}
-    if not is_known or ("text" in fields) == ("turns" in fields):
+    texts: Any = None
+    if is_known:
+        texts = [fields["text"]] if "text" in fields else fields.get("turns")
+    is_text = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+    if not is_text or ("text" in fields and "turns" in fields):
         raise UserError(f'sample {key}: expected {{"images": [..], "text": ..}} or {{"images": [..], "turns": [..]}}.')
-    images = [bytes_of(image) for image in fields.get("images", ())]
+    try:
+        images = pictures_of(fields.get("images", ()))
+    except UserError as error:
+        raise UserError(f"sample {key}: {error}") from error
     if "text" in fields:
         return Sample(key, images, text=fields["text"])
-    turns = list(fields["turns"])
+    turns = list(texts)
     if turns and not any(IMAGE in turn for turn in turns):
         turns[0] = f"{IMAGE}\n" * len(images) + turns[0]
     speakers = ("human", "gpt")
     conversations = [{"from": speakers[i % 2], "value": turn} for i, turn in enumerate(turns)]
     return Sample(key, images, conversations=conversations)
+
+
+def pictures_of(images: Any) -> list[bytes]:
+    """Returns the contents of each picture of a list. Raises UserError for anything else."""
+    if not isinstance(images, list | tuple):
+        raise UserError(f"images are a list of pictures, got {type(images).__name__}.")
+    return [bytes_of(image) for image in images]
 
 
 def bytes_of(picture: Picture) -> bytes:
@@ -178,8 +217,11 @@ def bytes_of(picture: Picture) -> bytes:
         picture = Image.fromarray(picture)
     if not isinstance(picture, Image.Image):
         raise UserError(f"a picture is a path, bytes, an array or a PIL image, got {type(picture).__name__}.")
+    exif = picture.getexif()
+    if picture.mode not in MODES_OF_PNG:
+        picture = picture.convert("RGB")
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    picture.save(file, "PNG", exif=exif)
     return file.getvalue()
 
 

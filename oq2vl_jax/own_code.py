@@ -2,6 +2,7 @@
 
 A configuration names it (`--loss.own my_loss.py:loss`), or it is handed to `train.run.run`. The resolved configuration
 records FILE.py:NAME#DIGEST, where the digest covers the whole file, so that a run cannot be resumed with other code.
+FILE.py:NAME*#DIGEST is something that the file alone does not give, such as a partial: it has to be handed over again.
 A checkpoint alone never starts code: whoever loads it names the file again.
 """
 
@@ -9,14 +10,19 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from oq2vl_jax.errors import UserError, hint
 
 DIGEST_DIGITS = 16
+HANDED_OVER = "*"
 _given: dict[str, Any] = {}
 """Objects handed over in this process, by recorded name."""
+_modules: dict[str, ModuleType] = {}
+"""Modules of files that were read in this process, by "FILE.py#DIGEST"."""
 
 
 class OwnCode(NamedTuple):
@@ -37,9 +43,9 @@ class OwnCode(NamedTuple):
 
 def parse_own(text: str) -> OwnCode:
     """Parses FILE.py:NAME or FILE.py:NAME#DIGEST. Raises UserError."""
-    place, _, digest = text.partition("#")
+    place, _, digest = text.rpartition("#") if "#" in text.rpartition(":")[2] else (text, "", "")
     file, _, name = place.rpartition(":")
-    if not file or not name.isidentifier():
+    if not file or not name.removesuffix(HANDED_OVER).isidentifier():
         raise UserError(f"{text!r} names no code; expected FILE.py:NAME.")
     return OwnCode(file, name, digest or None)
 
@@ -49,6 +55,8 @@ def record(text: str) -> str:
     own = parse_own(text)
     if text in _given:
         return text
+    if own.name.endswith(HANDED_OVER):
+        raise UserError(f"{text} was handed to run in Python, and its file alone does not give it; hand it over again.")
     try:
         digest = _digest(Path(own.file).read_bytes())
     except OSError as error:
@@ -61,20 +69,45 @@ def record(text: str) -> str:
 
 
 def load(text: str) -> Any:
-    """Returns the object of that name: the one handed over in this process, or else from its file. Raises UserError."""
-    return _given[text] if text in _given else _load_file(record(text))
+    """Returns the object of that name: the one handed over in this process, or else from its file. Raises UserError.
+
+    A file is read once in a process; a change of it while a run goes on has no effect. Load it before jax traces, or
+    arrays at the top of the file belong to the trace.
+    """
+    if text in _given:
+        return _given[text]
+    own = parse_own(text)
+    module = _modules.get(f"{own.file}#{own.digest}")
+    if module is None:
+        own = parse_own(record(text))
+        module = _modules.get(f"{own.file}#{own.digest}") or _run_file(own)
+    if not hasattr(module, own.name):
+        raise UserError(f"{own.file}: has no {own.name}{hint(own.name, list(vars(module)))}.")
+    thing = getattr(module, own.name)
+    if not callable(thing):
+        raise UserError(f"{own.file}: {own.name} is {type(thing).__name__}, expected a function or a class.")
+    return thing
 
 
 def hand_over(thing: Any) -> str:
-    """Returns the recorded name of a function or class that was handed over in Python, for `load`."""
-    named = thing.func if isinstance(thing, functools.partial) else thing
+    """Returns the recorded name of a function or class that was handed over in Python, for `load`.
+
+    The digest covers its file and the plain arguments of a partial; arrays and what a closure holds are not covered.
+    """
+    arguments, named = [], thing
+    while isinstance(named, functools.partial):
+        arguments.append(repr([_plain(value) for value in (*named.args, *sorted(named.keywords.items()))]))
+        named = named.func
+    named = inspect.unwrap(named)
     named = named if hasattr(named, "__qualname__") else type(named)
     try:
         file = inspect.getsourcefile(named) or ""
         content = Path(file).read_bytes() if Path(file).is_file() else inspect.getsource(named).encode()
     except (OSError, TypeError) as error:
         raise UserError(f"{thing!r}: its source cannot be found; define it in a file.") from error
-    text = str(OwnCode(file, named.__qualname__.split(".")[-1].strip("<>"), _digest(content)))
+    is_plain = named is thing and named.__qualname__.isidentifier()
+    name = named.__qualname__.split(".")[-1].strip("<>") + ("" if is_plain else HANDED_OVER)
+    text = str(OwnCode(file, name, _digest(content + "".join(arguments).encode())))
     _given[text] = thing
     return text
 
@@ -86,22 +119,28 @@ def same(one: str | None, other: str | None) -> bool:
     return parse_own(one).identity == parse_own(other).identity
 
 
-@functools.lru_cache
-def _load_file(text: str) -> Any:
-    own = parse_own(text)
-    spec = importlib.util.spec_from_file_location(f"own_code_{own.digest}", own.file)
+def _run_file(own: OwnCode) -> ModuleType:
+    name = f"own_code_{own.digest}"
+    spec = importlib.util.spec_from_file_location(name, own.file)
     if spec is None or spec.loader is None:
         raise UserError(f"{own.file}: not a Python file.")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:  # the user's own code
-        raise UserError(f"{own.file}: {type(error).__name__}: {error}.") from error
-    if not hasattr(module, own.name):
-        raise UserError(f"{own.file}: has no {own.name}{hint(own.name, list(vars(module)))}.")
-    return getattr(module, own.name)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            raise
+        raise UserError(f"{own.file}: {type(error).__name__}: {error}.") from error  # the user's own code
+    _modules[f"{own.file}#{own.digest}"] = module
+    return module
+
+
+def _plain(value: Any) -> Any:
+    """The value itself if its repr tells it apart, else its type."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
 
 
 def _digest(content: bytes) -> str:

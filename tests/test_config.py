@@ -321,9 +321,9 @@ def test_values_are_replaced_by_their_dotted_names():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("optimizer.kin=muon", r"OptimizerConfig has no 'kin' \(did you mean 'kind'\?\)"),
+        ("optimizer.kin=muon", r"--changes: optimizer: unknown key 'kin' \(did you mean 'kind'\?\)"),
         ("optimizer.kind=muo", "--changes: optimizer: kind: expected one of adamw, muon, got 'muo'"),
-        ("seed.x=1", r"TrainConfig has no 'seed\.x'"),
+        ("seed.x=1", "'seed.x=1' is no KEY=VALUE"),
         ("seed", "'seed' is no KEY=VALUE"),
     ],
 )

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import oq2vl_jax
 from convert.to_hf import ToHFConfig, export
+from oq2vl_jax import interface
 from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.errors import UserError
@@ -99,7 +101,11 @@ def test_an_export_and_a_run_are_loaded_alike(tiny_config, tmp_path):  # noqa: F
         ([{"images": [np.zeros((2, 2))], "turns": ["a", "b"]}], r"an array uint8 \[height, width, 3\], got float64"),
         ([{"images": [7], "turns": ["a", "b"]}], "a PIL image, got int"),
         ([{"turns": ["hi", "<image>"]}], "sample 0: image_count_mismatch"),
-        ([{"images": [b"no picture"], "turns": ["a", "b"]}], "image 0 of the row of 0"),
+        ([{"images": [b"no picture"], "turns": ["a", "b"]}], "sample 0: an image cannot be used"),
+        ([{"images": ["none.png"], "turns": ["a", "b"]}], r"sample 0: none\.png: cannot be read"),
+        ([{"text": 3}], "sample 0: expected"),
+        ([{"turns": ["a", 2]}], "sample 0: expected"),
+        ([{"images": None, "turns": ["a", "b"]}], "sample 0: images are a list of pictures, got NoneType"),
     ],
 )
 def test_samples_that_cannot_be_used_are_one_sentence(samples, sentence, model):
@@ -110,6 +116,33 @@ def test_samples_that_cannot_be_used_are_one_sentence(samples, sentence, model):
 def test_a_path_that_is_nothing_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint here"):
         oq2vl_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"weights": "emma"}, {"template": "chat"}])
+def test_an_option_that_there_is_not_is_one_sentence(options, checkpoint):  # noqa: F811
+    with pytest.raises(UserError, match=r"load: .* is '.*', expected one of"):
+        oq2vl_jax.load(checkpoint, **options)
+
+
+def test_ask_takes_the_model_that_is_there_now(checkpoint):  # noqa: F811
+    loaded = oq2vl_jax.load(checkpoint)
+    before = loaded.ask([], "what is it?", max_new_tokens=8)
+    loaded.model = jax.tree.map(lambda x: -x, loaded.model)
+    assert loaded.ask([], "what is it?", max_new_tokens=8) != before
+    with pytest.raises(UserError, match="images are a list of pictures, got str"):
+        loaded.ask("cat.jpg", "what?")
+    with pytest.raises(UserError, match="an image cannot be used"):
+        loaded.ask([b"no picture"], "what?")
+
+
+def test_a_pil_image_keeps_its_orientation_and_may_have_any_mode():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(file, "JPEG", exif=exif)
+    again = Image.open(io.BytesIO(interface.bytes_of(Image.open(io.BytesIO(file.getvalue())))))
+    assert again.getexif()[0x0112] == 6
+    assert Image.open(io.BytesIO(interface.bytes_of(Image.new("CMYK", (4, 2))))).mode == "RGB"
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

@@ -20,9 +20,10 @@ from oq2vl_jax.train.run import run
 
 def distillation(teacher, model, batch, compute):
     """Returns (sum over labelled tokens, number of labelled tokens) of a microbatch."""
-    inputs = (batch.tokens, batch.images, batch.segment_ids, batch.positions, compute)
-    logits = model.logits(model(*inputs))
-    wanted = jax.nn.softmax(teacher.logits(teacher(*inputs)))
+    inputs = (batch.tokens, batch.images, batch.segment_ids, batch.positions)
+    logits = model.logits(model(*inputs, compute))
+    whole = compute._replace(gather=None)  # under FSDP compute gathers the layers of the model that is trained
+    wanted = jax.nn.softmax(teacher.logits(teacher(*inputs, whole)))
     from_teacher = -(wanted * jax.nn.log_softmax(logits)).sum(-1)
     is_labelled = batch.labels != IGNORE
     losses = (token_losses(logits, batch.labels * is_labelled) + from_teacher) / 2

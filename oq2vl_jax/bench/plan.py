@@ -60,6 +60,7 @@ def measure(plan: Plan) -> dict[str, Any]:
     config = with_changes(load_config(plan.config), plan.changes, "--changes")
     largest = max(plan.scaling or (plan.num_devices,))
     prepare_jax(device, largest)
+    config = with_files_loaded(config)
     if plan.scaling:
         return {"scaling": [scaling_row(config, device, number, plan) for number in plan.scaling]}
     as_it_stands = examine(config, device, plan.num_devices, plan)
@@ -74,6 +75,13 @@ def measure(plan: Plan) -> dict[str, Any]:
         mesh = as_it_stands["mesh"]
         result |= {"tried": tried, "best": best, "command": command(plan, best, mesh) if best else None}
     return result
+
+
+def with_files_loaded(config: TrainConfig) -> TrainConfig:
+    """Reads the code of the user's own that the configuration names, before jax traces."""
+    from oq2vl_jax.train.run import with_own_code
+
+    return with_own_code(config, {})
 
 
 def prepare_jax(device: Device | None, num_devices: int) -> None:

@@ -49,6 +49,15 @@ class OptimizerConfig:
     eps: Share = 1e-8
     muon_momentum: Share = 0.95
 
+    def problems(self) -> list[str]:
+        """Returns settings of another kind, and a kind beside an optimizer of one's own."""
+        problems = []
+        if self.own is not None and self.kind != OptimizerConfig.kind:
+            problems.append("optimizer.own replaces optimizer.kind; set one or the other")
+        if self.muon_momentum != OptimizerConfig.muon_momentum and (self.kind != "muon" or self.own is not None):
+            problems.append("optimizer.muon_momentum is set, but optimizer.kind is not muon")
+        return problems
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -72,6 +81,8 @@ class ScheduleConfig:
     def problems(self) -> list[str]:
         """Returns what a run cannot start with: fractions that overlap, and settings of another kind."""
         problems = []
+        if self.own is not None and (self.kind, self.decay_fraction) != ("cosine", ScheduleConfig.decay_fraction):
+            problems.append("schedule.own replaces schedule.kind and decay_fraction; set one or the other")
         if self.kind != "wsd" and self.decay_fraction != ScheduleConfig.decay_fraction:
             problems.append(
                 f"schedule.decay_fraction is set, but schedule.kind is {self.kind}; set schedule.kind = wsd"
@@ -215,7 +226,7 @@ class TrainConfig:
     execution: ExecutionConfig = field(default=ExecutionConfig(), metadata=OPERATIONAL)
     gradients: Literal["fused", "plain"] = field(default="fused", metadata=OPERATIONAL)
     """fused: train/gradients.py, which holds the logits of one chunk at a time. plain: jax.grad of train/loss.py, which
-    holds the logits of a microbatch; the same except for rounding, and the place to try another loss."""
+    holds the logits of a microbatch; the same except for rounding, up to memory."""
     seed: Seed = 7
     """Seed of the initial weights, and of the order of the rows unless data.seed is set."""
     log_every: Count = field(default=10, metadata=OPERATIONAL)

@@ -14,6 +14,7 @@ from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMis
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
+from oq2vl_jax.config import Weights
 from oq2vl_jax.data.text.templates import IMAGE
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions
@@ -29,7 +30,8 @@ class LossAndFlag(tuple):
 
 
 class OQ2VL(lmms):
-    """A checkpoint of this project. template: the prompt template; default: that of the checkpoint's training data."""
+    """A checkpoint of this project. template: the prompt template; default: that of the checkpoint's training data.
+    weights, projector: as in Generator."""
 
     is_simple = True
 
@@ -41,9 +43,11 @@ class OQ2VL(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_batch_size: int | None = None,
+        weights: Weights = "model",
+        projector: str | None = None,
     ):
         super().__init__()
-        self.generator = Generator(str(checkpoint), template, dtype)
+        self.generator = Generator(str(checkpoint), template, dtype, weights=weights, projector=projector)
         self.batch_size, self.device = int(batch_size), device or "cpu"
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

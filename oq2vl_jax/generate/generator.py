@@ -69,6 +69,7 @@ def describe(checkpoint: Path, projector: str | None = None) -> CheckpointDescri
     given = own_code.record(projector)
     if not own_code.same(given, recorded):
         raise UserError(f"{checkpoint}: was trained with {recorded}, and --projector is {given}.")
+    own_code.load(given)  # before jax traces
     return with_value(description, "model.projector.own", given)
 
 
@@ -106,7 +107,7 @@ class Generator:
     ):
         """dtype: of decoder matrices and activations; default float32 on CPUs, bfloat16 elsewhere. weights: ema takes
         the averaged ones. projector: see describe. Raises UserError."""
-        folder = open_checkpoint(checkpoint)
+        folder = open_checkpoint(checkpoint, weights)
         description = describe(folder, projector)
         codec, mesh = TextCodec.load(str(folder / "tokenizer")), make_mesh(MeshConfig())
         self.prompt_form = prompt_form

@@ -14,6 +14,7 @@ side into one visual token; a grid that s does not divide gets zeros at its end,
     bin 2            x x x         ..
 """
 
+import functools
 import math
 from typing import Any, Protocol
 
@@ -101,12 +102,22 @@ def make_projector(key: Array, config: ModelConfig) -> Any:
     if own is None:
         return PROJECTORS[config.projector.kind](key, config)
     projector = own_code.load(own)(key, config)
-    check_shape(projector, config)
+    check_own(projector, config)
     return projector
 
 
-def check_shape(projector: Any, config: ModelConfig) -> None:
-    """Raises UserError unless the projector makes num_visual_tokens vectors of the decoder's width of an image."""
+def check_own(projector: Any, config: ModelConfig) -> None:
+    """Raises UserError unless the projector has the two methods, names the axes of its parameters, and makes
+    num_visual_tokens vectors of the decoder's width of an image."""
+    own = config.projector.own
+    if not callable(projector) or not callable(getattr(projector, "reduce", None)):
+        raise UserError(f"model.projector.own = {own}: lacks reduce or __call__.")
+    parameters = jax.tree.leaves(projector, is_leaf=lambda node: isinstance(node, nnx.Param))
+    if not all(isinstance(x, nnx.Param) and hasattr(x, "axes") for x in parameters):
+        raise UserError(
+            f"model.projector.own = {own}: a parameter does not name its axes; use Linear or param of "
+            "oq2vl_jax/model/layers.py."
+        )
     patches = jax.ShapeDtypeStruct((2, config.vision.num_patches, config.vision.hidden_size), jnp.float32)
     made = jax.eval_shape(lambda patches: projector(projector.reduce(patches)), patches).shape
     expected = (2, config.num_visual_tokens, config.decoder.hidden_size)
@@ -148,6 +159,7 @@ def pooling_matrix(num_inputs: int, num_bins: int) -> np.ndarray:
     return matrix
 
 
+@functools.lru_cache
 def projector_flops(config: ModelConfig) -> int:
     """Returns the forward FLOPs of an image: 2 x elements of matrices x visual tokens."""
     projector = jax.eval_shape(lambda: make_projector(jax.random.key(0), config))

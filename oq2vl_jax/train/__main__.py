@@ -41,8 +41,8 @@ def parse(args: list[str]) -> TrainCommand:
         raise SystemExit(0 if args else 2)
     if args[0].startswith("-"):
         raise UserError(f"the first argument is the config file, got {args[0]!r}. Usage: {PROG} CONFIG [OPTIONS]")
-    init_from = value_of("--init-from", args)
-    default = TrainCommand(load_config(args[0], lambda config: model_of(init_from or config.init_from, args[0])))
+    given = [value_of(flag, args) for flag in ("--init-from", "--run-dir")]
+    default = TrainCommand(load_config(args[0], lambda config: adopted(config, *given)))
     return parse_command(TrainCommand, prog=f"{PROG} {args[0]}", args=args[1:], default=default)
 
 
@@ -55,13 +55,11 @@ def value_of(flag: str, args: list[str]) -> str | None:
     return None
 
 
-def model_of(init_from: str | None, path: str) -> ModelConfig:
-    """Returns the model of the checkpoint that a configuration without one starts from."""
-    if init_from is None:
-        raise UserError(f"{path}: has no model; give --init-from, whose model it takes.")
-    from oq2vl_jax.checkpoint import find_checkpoint, load_description
+def adopted(config: TrainConfig, init_from: str | None, run_dir: str | None) -> ModelConfig:
+    """Returns the model of a configuration that leaves it out; the two flags override it."""
+    from oq2vl_jax.train.checks import model_of
 
-    return load_description(find_checkpoint(init_from)).model
+    return model_of(init_from or config.init_from, run_dir or config.run_dir)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from oq2vl_jax import own_code
 from oq2vl_jax.bounds import out_of_bounds
-from oq2vl_jax.config import PARTS, ModelConfig, TrainConfig
+from oq2vl_jax.config import PARTS, ModelConfig, ProjectorConfig, TrainConfig
 from oq2vl_jax.config_files import flatten, load_config, names_of_role
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.memory import check_fits, host_bytes
@@ -14,6 +14,26 @@ from oq2vl_jax.sharding import device_bytes
 
 OWN_CODE = ("loss.own", "optimizer.own", "schedule.own", "model.projector.own")
 """Fields that name code outside the package."""
+
+
+def model_of(init_from: str | None, run_dir: str) -> ModelConfig:
+    """Returns the model of a configuration that leaves it out: that of its run directory, else of what it starts from.
+
+    Raises UserError if there is none, or if it has a projector of the researcher's own, whose file must be named.
+    """
+    from oq2vl_jax.checkpoint import find_checkpoint, load_description
+
+    file = Path(run_dir) / "config.json"
+    if file.is_file():
+        return load_config(str(file)).model
+    if init_from is None:
+        raise UserError("the configuration has no model; give --init-from, whose model it takes.")
+    model = load_description(find_checkpoint(init_from)).model
+    if model.projector.own is not None:
+        raise UserError(
+            f"{init_from}: was trained with {model.projector.own}; bind a model that names it in projector.own."
+        )
+    return model
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
@@ -43,7 +63,13 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         for part in PARTS
         if getattr(getattr(config, section), f"{part}_{name}") is not None and part not in config.trainable.parts
     ]
-    problems += config.loss.problems()
+    problems += config.loss.problems() + config.optimizer.problems()
+    if config.model.projector.own is not None and config.model.projector.kind != ProjectorConfig.kind:
+        problems.append("model.projector.own replaces model.projector.kind; set one or the other")
+    if not config.init_parts:
+        problems.append("init_parts names no part")
+    if config.init_optimizer and not set(config.trainable.parts) <= set(config.init_parts):
+        problems.append("init_optimizer takes the moments of all trained parts; init_parts lacks some of them")
     if config.init_from is None and (config.init_optimizer or config.init_parts != PARTS):
         name = "init_optimizer" if config.init_optimizer else "init_parts"
         problems.append(f"{name} is set, but init_from is not")

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from oq2vl_jax import own_code
 from oq2vl_jax.config import LossConfig, TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.layers import Compute, stacked
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import fused, unfused
@@ -58,10 +59,11 @@ def loss_and_gradients(
     config: TrainConfig,
     mesh: Mesh,
     compute: Compute | None = None,
+    inputs: jax.tree_util.Partial | None = None,
 ) -> tuple[Float[Array, ""], Any]:
     """Returns the loss per labelled token of a global batch, and the trained parts' gradients, sharded like their
-    masters. The gradients of a loss of the researcher's own (config.loss.own) are plain; one with arrays of its own is
-    a jax.tree_util.Partial, and its arrays are replicated on every device.
+    masters. The gradients of a loss of the researcher's own (config.loss.own) are plain.
+    inputs: such a loss with arrays of its own, from own_loss_inputs; its arrays are replicated on every device.
 
     compute: from attention_choice.checked_compute; None takes compute_of. sharding.py describes the collectives.
     """
@@ -71,16 +73,13 @@ def loss_and_gradients(
     frozen_dims, frozen_shardings = gathered_dims(frozen, mesh), parameter_shardings(frozen, mesh)
     scale = 1 / jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
 
-    own_loss = own_code.load(config.loss.own) if config.loss.own is not None else None
-    inputs = own_loss if isinstance(own_loss, jax.tree_util.Partial) else None  # such as a teacher's weights
-
     def on_device(trained, frozen, batch, scale, inputs):
         dims_now, of_device = gathered_at_once(dims, config, compute)
         trained, frozen = gather(trained, dims_now), gather(frozen, frozen_dims)
         if config.execution.layers == "one_by_one":
             trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
-        gradients_of = microbatch_gradients_of(config, own_loss if inputs is None else inputs)
+        gradients_of = microbatch_gradients_of(config, inputs)
         value, gradients = sum_of_microbatches(trained, frozen, microbatches, scale, of_device, gradients_of)
         if config.execution.layers == "one_by_one":
             gradients.decoder.layers = nnx.data(stacked(gradients.decoder.layers))
@@ -122,9 +121,20 @@ def sum_of_microbatches(
     return value, merge_parts(tables, other_gradients)
 
 
-def microbatch_gradients_of(config: TrainConfig, own_loss: Loss | None) -> "MicrobatchGradients":
-    if own_loss is not None:
-        return partial(plain_gradients, own_loss)
+def own_loss_inputs(config: TrainConfig) -> jax.tree_util.Partial | None:
+    """Returns the researcher's own loss if it has arrays of its own, such as a teacher's weights. They have to be
+    arguments of the compiled step. Raises UserError with several processes."""
+    own = own_code.load(config.loss.own) if config.loss.own is not None else None
+    if not isinstance(own, jax.tree_util.Partial):
+        return None
+    if jax.process_count() > 1:
+        raise UserError("loss.own: a loss with arrays of its own runs in one process only.")
+    return own
+
+
+def microbatch_gradients_of(config: TrainConfig, inputs: jax.tree_util.Partial | None) -> "MicrobatchGradients":
+    if config.loss.own is not None:
+        return partial(plain_gradients, inputs or own_code.load(config.loss.own))
     if config.gradients == "plain":
         return partial(plain_gradients, partial(default_loss, terms=config.loss))
     return partial(fused_gradients, config.loss)
@@ -176,7 +186,10 @@ def plain_gradients(
     """Returns what fused_gradients does, of any loss, by jax.grad; all logits exist at once."""
 
     def scaled_loss(trained):
-        return scale * loss(merge_parts(trained, frozen), batch, compute)[0]
+        result = loss(merge_parts(trained, frozen), batch, compute)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise UserError("the loss returns no pair (sum over labelled tokens, number of labelled tokens).")
+        return scale * result[0]
 
     value, gradients = jax.value_and_grad(scaled_loss)(trained)
     tables, other_gradients = split_vocabulary(gradients)

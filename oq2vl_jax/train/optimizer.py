@@ -58,8 +58,12 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Chains clipping by global norm and the optimizer of config.kind, or the researcher's own, at learning rate 1."""
-    optimizer = OPTIMIZERS[config.kind] if config.own is None else own_code.load(config.own)
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer(config))
+    optimizer = (OPTIMIZERS[config.kind] if config.own is None else own_code.load(config.own))(config)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise UserError(
+            f"optimizer.own = {config.own} returns no optax transformation, but {type(optimizer).__name__}."
+        )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
 
 
 def is_muon_matrix(parameter: nnx.Param) -> bool:

@@ -28,7 +28,15 @@ from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_arr
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_compute
 from oq2vl_jax.train.checkpointer import Checkpointer
-from oq2vl_jax.train.checks import OWN_CODE, check_config, check_memory, check_run_dir, check_same_model, row_bytes
+from oq2vl_jax.train.checks import (
+    OWN_CODE,
+    check_config,
+    check_memory,
+    check_run_dir,
+    check_same_model,
+    model_of,
+    row_bytes,
+)
 from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
@@ -64,6 +72,8 @@ def run(
     the hash of their files. Raises UserError for errors that the user can cause, including a NaN loss.
     """
     own = {"loss.own": loss, "optimizer.own": optimizer, "schedule.own": schedule, "model.projector.own": projector}
+    if config.model is None:  # pyright: ignore[reportUnnecessaryComparison]
+        config = dataclasses.replace(config, model=model_of(config.init_from, config.run_dir))
     config = with_own_code(config, own)
     check_config(config, len(jax.devices()))
     lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()
@@ -76,7 +86,9 @@ def with_own_code(config: TrainConfig, handed_over: dict[str, Any]) -> TrainConf
     for key in OWN_CODE:
         thing = handed_over.get(key)
         name = own_code.hand_over(thing) if thing is not None else flatten(config)[key]
-        config = with_value(config, key, own_code.record(name)) if name is not None else config
+        if name is not None:
+            config = with_value(config, key, own_code.record(name))
+            own_code.load(flatten(config)[key])  # before jax traces
     return config
 
 

@@ -14,7 +14,7 @@ from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.scopes import Scope
 from oq2vl_jax.sharding import parameter_shardings, replicated, row_sharding
-from oq2vl_jax.train.gradients import loss_and_gradients
+from oq2vl_jax.train.gradients import loss_and_gradients, own_loss_inputs
 from oq2vl_jax.train.optimizer import make_optimizer
 from oq2vl_jax.train.parts import split_trainable
 from oq2vl_jax.train.schedule import at_learning_rates, make_schedule
@@ -90,11 +90,16 @@ def moment_shardings(opt_state: Any, model: OpenQwen2VL, model_shardings: Any, m
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: TrainConfig, mesh: Mesh, compute: Compute | None = None
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    mesh: Mesh,
+    compute: Compute | None = None,
+    inputs: jax.tree_util.Partial | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """Takes one step on a global batch. compute: see gradients.loss_and_gradients."""
+    """Takes one step on a global batch. compute, inputs: see gradients.loss_and_gradients."""
     trained, frozen = split_trainable(state.model, config.trainable)
-    value, gradients = loss_and_gradients(state.model, batch, config, mesh, compute)
+    value, gradients = loss_and_gradients(state.model, batch, config, mesh, compute, inputs)
     norm = optax.tree.norm(gradients)
     with jax.named_scope(Scope.OPTIMIZER):
         updates, opt_state = make_optimizer(config.optimizer).update(gradients, state.opt_state, trained)
@@ -124,13 +129,15 @@ def averaged_model(state: TrainState, config: TrainConfig) -> Any:
 
 def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None):
     """Jits train_step, with the state donated and the shardings of inputs and outputs explicit."""
-    shardings = state_shardings(config, mesh)
-    return jax.jit(
-        lambda state, batch: train_step(state, batch, config, mesh, compute),
-        in_shardings=(shardings, row_sharding(mesh)),
+    shardings, inputs = state_shardings(config, mesh), own_loss_inputs(config)
+    placed = () if inputs is None else (jax.device_put(inputs, replicated(mesh)),)
+    step = jax.jit(
+        lambda state, batch, *inputs: train_step(state, batch, config, mesh, compute, *inputs),
+        in_shardings=(shardings, row_sharding(mesh), *(replicated(mesh) for _ in placed)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+    return step if inputs is None else lambda state, batch: step(state, batch, *placed)
 
 
 def shapes_with(config: TrainConfig, shardings: Any) -> TrainState:

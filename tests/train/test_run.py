@@ -108,14 +108,14 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(tiny_config):
 def test_a_nan_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny_config, monkeypatch):
     config = tiny_config(num_steps=6)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_num_steps=2))
-    real = gradients.microbatch_gradients
+    real = gradients.fused_gradients
 
-    def poisoned(trained, *others):
+    def poisoned(terms, trained, *others):
         is_fresh = trained.decoder.norm.scale[...].sum() == 64  # scale is 1 until it is trained
-        loss, *found = real(trained, *others)
+        loss, *found = real(terms, trained, *others)
         return loss + jnp.where(is_fresh, 0.0, jnp.nan), *found
 
-    monkeypatch.setattr(gradients, "microbatch_gradients", poisoned)
+    monkeypatch.setattr(gradients, "fused_gradients", poisoned)
     with pytest.raises(UserError, match=r"the loss is nan, .* at step \d; no checkpoint was saved yet"):
         run(config)
     assert not list((Path(config.run_dir) / "checkpoints").glob("0*"))
