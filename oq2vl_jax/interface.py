@@ -27,10 +27,10 @@ from oq2vl_jax.config_files import name_of
 from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.data.loading.loader import RowDecoder
 from oq2vl_jax.data.packing.rows import pack_documents
+from oq2vl_jax.data.samples.chats import with_turns
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
-from oq2vl_jax.data.text.templates import IMAGE
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.generate.generator import Generator, describe, load_model, shapes_on
 from oq2vl_jax.generate.reply import SamplingOptions
@@ -144,7 +144,7 @@ def batch_of(samples: Sequence[Any], like: LoadedModel) -> Batch:
     """Returns a Batch with a row for each sample, padded to the longest, for the model `like`.
 
     A sample is {"images": [..], "text": caption}, {"images": [..], "turns": [question, answer, ..]} or a Sample of
-    data/samples. Pictures are read as a run with the default options of its data reads them. Raises UserError that
+    data/samples; pictures that no <image> places come before the first question. Pictures are read as a run with the default options of its data reads them. Raises UserError that
     names the sample by its number.
     """
     if not samples:
@@ -153,6 +153,7 @@ def batch_of(samples: Sequence[Any], like: LoadedModel) -> Batch:
     for number, sample in enumerate(samples):
         try:
             sample = sample if isinstance(sample, Sample) else sample_of(sample, str(number))
+            sample = with_turns(sample)
             documents.append(like.codec.document(sample, like.template, like.config.num_visual_tokens))
         except SampleError as problem:
             raise UserError(f"sample {number}: {problem.reason}.") from problem
@@ -185,11 +186,10 @@ def sample_of(fields: Any, key: str) -> Sample:
         raise UserError(f"sample {key}: {error}") from error
     if "text" in fields:
         return Sample(key, images, text=fields["text"])
-    turns = list(texts)
-    if turns and not any(IMAGE in turn for turn in turns):
-        turns[0] = f"{IMAGE}\n" * len(images) + turns[0]
+    if len(texts) % 2:
+        raise UserError(f"sample {key}: the last of {len(texts)} turns is a question without an answer.")
     speakers = ("human", "gpt")
-    conversations = [{"from": speakers[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    conversations = [{"from": speakers[i % 2], "value": turn} for i, turn in enumerate(texts)]
     return Sample(key, images, conversations=conversations)
 
 

@@ -93,7 +93,7 @@ def folder(tmp_path):
 def pack(folder, tokenizer, out="out", **options):
     config = PackConfig(
         str(folder / "data.json"), str(folder / out), tokenizer, 192, 4, 4, template="chatml",
-        images=str(folder / "images"), execution=Execution(1), **options,
+        images=str(folder / "images"), execution=Execution(1), **{"unmarked_images": "skip"} | options,
     )  # fmt: skip
     return pack_shards(config)
 
@@ -116,6 +116,13 @@ def test_tasks_of_few_entries_hold_the_same_documents_and_resume(folder, byte_to
     assert pack(folder, byte_tokenizer_folder, out="parts", entries_per_task=3) == manifest
     after = {path.name: path.stat().st_mtime_ns for path in (folder / "parts").glob("*.array_record")}
     assert [name for name in sorted(before) if before[name] != after[name]] == ["rows-00001.array_record"]
+
+
+def test_a_picture_without_a_marker_comes_first_and_is_noted(folder, byte_tokenizer_folder):
+    manifest = pack(folder, byte_tokenizer_folder, unmarked_images="first")
+    assert (manifest["documents"], manifest["images"]) == (5, 5)
+    assert manifest["notes"]["image_without_marker"] == 1
+    assert "image_count_mismatch" not in manifest["skipped"]
 
 
 def test_an_option_of_another_format_is_refused(folder, byte_tokenizer_folder):

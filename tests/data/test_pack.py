@@ -87,8 +87,8 @@ def test_single_bad_samples_are_counted_by_reason_and_the_rest_is_packed(tmp_pat
     ]
     manifest, out = pack(write_shard(tmp_path / "0.tar", samples))
     assert manifest["skipped"] == {
-        "image_count_mismatch": 1, "image_missing": 1, "image_too_small": 1, "image_undecodable": 2, "json_invalid": 1,
-        "text_missing": 1, "text_not_utf8": 1, "too_many_images": 1, "too_many_tokens": 1,
+        "more_markers_than_images": 1, "image_missing": 1, "image_too_small": 1, "image_undecodable": 2,
+        "json_invalid": 1, "text_missing": 1, "text_not_utf8": 1, "too_many_images": 1, "too_many_tokens": 1,
     }  # fmt: skip
     assert manifest["samples"] == 12 == manifest["documents"] + sum(manifest["skipped"].values())
     assert {key for row in read_rows(out) for key in row.keys} == {"000000", "000010"}

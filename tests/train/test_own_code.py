@@ -165,7 +165,7 @@ def test_a_file_is_read_once_before_jax_traces_and_may_change_while_a_run_goes_o
     [
         ("loss", "mine = 3", "mine is int, expected a function or a class"),
         ("loss", "def mine(model, batch, compute): return 1.0", "the loss returns no pair"),
-        ("optimizer", "def mine(config): return 3", "returns int, no optax transformation"),
+        ("optimizer", "def mine(config): return 3", "returns no optax transformation, but int"),
         ("projector", "class mine:\n    def __init__(self, key, config): pass", "lacks reduce or __call__"),
         ("projector", "from flax import nnx\nclass mine(nnx.Module):\n    def __init__(self, key, config):\n"
          "        self.map = nnx.Linear(2, 2, rngs=nnx.Rngs(0))\n    def reduce(self, x): return x\n"

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from oq2vl_jax.data.samples.chats import with_turns
 from oq2vl_jax.data.samples.formats import format_of
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.shards import Sample
@@ -25,6 +26,8 @@ class Limits(NamedTuple):
     num_tokens: int
     max_images: int
     visual_tokens: int
+    unmarked_images: Literal["first", "skip"] = "first"
+    """Conversations whose pictures have no place in the text: put them first, or count the sample out."""
 
 
 def read_documents(
@@ -63,6 +66,7 @@ def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Doc
     """Returns the document of a sample and notes on its oddities. Raises SampleError or ImageError with the reason."""
     if num_characters(sample) > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens:
         raise SampleError("text_too_long")
+    sample = with_turns(sample, limits.unmarked_images == "first")
     document = codec.document(sample, limits.template, limits.visual_tokens)
     if sample.elements is not None and not 1 <= len(document.images) <= MAX_INTERLEAVED_IMAGES:
         raise SampleError("too_many_images" if document.images else "image_missing")

@@ -45,6 +45,9 @@ class PackConfig:
     """Folder of the pictures that an instruction file names."""
     entries_per_task: Count = 2000
     """Entries of an instruction file packed together into one file of rows."""
+    unmarked_images: Literal["first", "skip"] = "first"
+    """Conversations whose pictures no <image> places. first: they come before the question, and are noted. skip: such a
+    sample is counted out."""
     report: bool = False
     """Write OUT/report.html as well: fill, images and documents per row, lengths."""
     execution: Execution = Execution()
@@ -56,6 +59,7 @@ class PackConfig:
 
         names = ("num_tokens", "max_images", "visual_tokens", "template", "files_per_task")
         named = {name: getattr(self, name) for name in names}
+        named |= {"unmarked_images": "skip"} if self.unmarked_images == "skip" else {}
         return {"format": FORMAT_VERSION} | named | ({"images_folder": self.images} if self.images else {})
 
 
@@ -167,7 +171,7 @@ def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...]
     from oq2vl_jax.data.packing.rows import pack_documents, write_rows
     from oq2vl_jax.digests import digest_of, sample_of_file
 
-    limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens)
+    limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens, config.unmarked_images)
     codec = load_codec(paths.join(config.out, "tokenizer"), tokenizer_sha256)
     documents, counts = read_documents(files, codec, limits, config.broken_shards, config.images)
     tokens = [len(document.tokens) for document in documents]

@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 IMAGE_IN_TEXT = "<image-placeholder>"
 """Replaces a literal <image> in captions and interleaved documents, as in the published code."""
-HUMAN, ASSISTANT = "human", "gpt"
+HUMAN, ASSISTANT, SYSTEM = "human", "gpt", "system"
 
 
 class SampleError(ValueError):
@@ -203,7 +203,9 @@ class TextCodec:
             raise SampleError("conversation_needs_a_template")
         if not isinstance(conversations, list) or len(conversations) < 2:
             raise SampleError("conversation_invalid")
-        turns = []
+        turns, system = [], None
+        if isinstance(conversations[0], dict) and conversations[0].get("from") == SYSTEM:
+            system, conversations = conversations[0].get("value"), conversations[1:]
         for i, message in enumerate(conversations):
             speaker = HUMAN if i % 2 == 0 else ASSISTANT
             if i == 0 and isinstance(message, dict) and message.get("from") == ASSISTANT:
@@ -214,7 +216,7 @@ class TextCodec:
                 raise SampleError("conversation_invalid")
             text = message["value"].strip()
             if speaker == HUMAN:
-                turns.append((self._human_turn(text, template, is_first=i == 0), False))
+                turns.append((self._human_turn(text, template, i == 0, system), False))
             else:
                 turns += self._assistant_turns(text, template)
         return turns

@@ -1,17 +1,16 @@
-"""Reads instruction data in LLaVA's format: one JSON list of entries (or a .jsonl), and a folder of pictures.
+"""Reads instruction data: one JSON list of entries (or a .jsonl), and a folder of pictures, as LLaVA's.
 
     [{"id": "0", "image": "coco/0.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}, ...]
 
-"image" is a name or a list of names in the folder of --images; text-only entries have none. A list of 10M entries
+"image" or "images" is a name, a list of names in the folder of --images, or data URLs; text-only entries have none.
+The conversation may have another form of data/samples/chats.py, such as "messages". A list of 10M entries
 (MAmmoTH-VL) is never loaded whole: one pass finds where each entry begins and ends, and a task reads its own range.
 """
 
 import codecs
-import errno
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -19,8 +18,11 @@ from typing import BinaryIO
 import numpy as np
 
 from oq2vl_jax import paths
+from oq2vl_jax.data.samples.chats import TALKS, picture_of_url
 from oq2vl_jax.data.samples.formats.format import Format
 from oq2vl_jax.data.samples.ids import uid_of_key
+from oq2vl_jax.data.samples.images import ImageError
+from oq2vl_jax.data.samples.pictures import picture_in_folder, with_pictures
 from oq2vl_jax.data.samples.shards import Sample, printable
 from oq2vl_jax.errors import UserError
 
@@ -129,40 +131,25 @@ def parse_entry(entry: bytes, images: str | None) -> Sample:
         value = json.loads(entry)
     except (ValueError, RecursionError):
         return Sample("?", [], problem="json_invalid")
-    if not isinstance(value, dict) or "conversations" not in value:
+    talk = next((value[name] for name in TALKS if name in value), None) if isinstance(value, dict) else None
+    if talk is None:
         return Sample("?", [], problem="conversation_invalid")
     key = printable(str(value.get("id", "?")))
-    sample = Sample(key, [], conversations=value["conversations"], uid=uid_of_key(key))
-    names = value.get("image")
-    names = [names] if isinstance(names, str) else names or []
+    sample = Sample(key, [], conversations=talk, uid=uid_of_key(key))
+    return with_pictures(sample, lambda: names_in(value), lambda name: picture_of(name, images, key))
+
+
+def names_in(entry: dict) -> list[str]:
+    """Returns the names of an entry's pictures; "" and null mean text alone. Raises ImageError."""
+    value = entry.get("image") or entry.get("images") or []
+    names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return sample._replace(problem="image_invalid")
-    if not names:
-        return sample
-    if images is None:
-        raise UserError(f"entry {key} names the image {names[0]!r}; give the folder of the images with --images.")
-    contents, notes = [], []
-    for name in names:
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name or "://" in name:
-            return sample._replace(problem="image_outside_folder")
-        try:
-            with paths.open_input(paths.join(images, name)) as file:
-                contents.append(file.read())
-            notes += ["image_linked_from_outside"] if leads_outside(images, name) else []
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeEncodeError):
-            return sample._replace(problem="image_missing")
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            return sample._replace(problem="image_missing")
-    return sample._replace(images=contents, notes=tuple(notes))
+        raise ImageError("image_invalid", "expected a name or a list of names")
+    return names
 
 
-def leads_outside(folder: str, name: str) -> bool:
-    """Returns whether a symbolic link leads outside. It is read all the same, as picture folders often hold links."""
-    if paths.is_remote(folder):
-        return False
-    return not os.path.realpath(os.path.join(folder, name)).startswith(os.path.realpath(folder) + os.sep)
+def picture_of(name: str, images: str | None, key: str) -> tuple[bytes, list[str]]:
+    return (picture_of_url(name), []) if name.startswith("data:") else picture_in_folder(name, images, key)
 
 
 def picture_versions(files: Iterable[str], images: str | None) -> str:
@@ -190,12 +177,9 @@ def image_names(path: str) -> Iterator[str]:
     content = read_range(file, start, stop)
     for begin, end in find_entries(io.BytesIO(content), path):
         try:
-            names = json.loads(content[begin:end]).get("image")
-        except (ValueError, RecursionError):
+            yield from (name for name in names_in(json.loads(content[begin:end])) if not name.startswith("data:"))
+        except (ValueError, RecursionError, AttributeError, ImageError):
             continue
-        for name in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
-            if isinstance(name, str):
-                yield name
 
 
 def read_one(path: str, begin: int, end: int, images: str | None) -> Sample:
