@@ -144,8 +144,8 @@ def batch_of(samples: Sequence[Any], like: LoadedModel) -> Batch:
     """Returns a Batch with a row for each sample, padded to the longest, for the model `like`.
 
     A sample is {"images": [..], "text": caption}, {"images": [..], "turns": [question, answer, ..]} or a Sample of
-    data/samples; pictures that no <image> places come before the first question. Pictures are read as a run with the default options of its data reads them. Raises UserError that
-    names the sample by its number.
+    data/samples; pictures that no <image> places come before the first question. Pictures are read as a run with the
+    default options of its data reads them. Raises UserError that names the sample by its number.
     """
     if not samples:
         raise UserError("batch_of: no samples.")
