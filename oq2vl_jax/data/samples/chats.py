@@ -130,4 +130,7 @@ def picture_of_url(url: Any) -> bytes:
     """Returns the picture of a data URL. Raises ChatError for any other, which would have to be fetched."""
     if not isinstance(url, str) or not url.startswith("data:") or ";base64," not in url:
         raise ChatError("image_is_a_url")
-    return embedded_image(url.split(";base64,", 1)[1])
+    picture = embedded_image(url.split(";base64,", 1)[1])
+    if picture is None:
+        raise ChatError("image_too_small")
+    return picture

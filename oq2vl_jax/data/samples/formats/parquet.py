@@ -97,15 +97,15 @@ def sample_of(row: dict[str, Any], columns: Columns, default_key: str, images: s
     """Returns the sample of a row. A problem is stored in it, not raised."""
     key = row.get(columns.key) if columns.key else None
     key = default_key if key is None else printable(str(key))
-    talk = row.get(columns.talk) if columns.talk else None
+    talk, caption, pictures = (row[name] if name else None for name in (columns.talk, columns.caption, columns.images))
     sample = Sample(key, [], uid=uid_of_key(key))
     if talk is not None:
         sample = sample._replace(conversations=talk)
-    elif isinstance(row.get(columns.caption), str):
-        sample = sample._replace(text=row[columns.caption])
+    elif isinstance(caption, str):
+        sample = sample._replace(text=caption)
     else:
         return sample._replace(problem="text_missing")
-    cells = cells_of(row.get(columns.images))
+    cells = cells_of(pictures)
     return with_pictures(sample, lambda: cells, lambda cell: picture_of(cell, images, key))
 
 
