@@ -105,7 +105,8 @@ def report_items(setting: dict[str, Any], minutes: float) -> list[Item]:
 
     return [
         item("device", "a", 90),
-        item("exactness", "b", 240),
+        item("exactness", "b", 150),
+        item("exactness_step", "b", 180),
         item("step", "c", 240),
         *(item(f"step_{name}", "c", 150, needs="step") for name in steps.VARIANTS),
         item("peers", "d", 300, needs="step"),

@@ -87,6 +87,7 @@ def exactness_section(results: dict[str, Figures]) -> Iterable[str]:
         yield ""
         yield from table(figures["attention"])
         yield ""
+    if figures := results.get("exactness_step"):
         yield f"Loss and gradients of the fast step, two layers at full width, {figures['vocabulary']:,} entries in the"
         yield "vocabulary, against the plain path in float32:"
         yield ""

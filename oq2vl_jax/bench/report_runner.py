@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 ENDED = ("done", "skipped", "failed")
 """Statuses of items that do not run again in this call. A later call retries failed items (report.begun)."""
 WORTH_STARTING_SECONDS = 10.0
+STACK_SECONDS = 1.0
 
 
 class Item(NamedTuple):
@@ -94,6 +95,7 @@ def run_item(item: Item, folder: Path, seconds: float, environment: dict[str, st
         except subprocess.TimeoutExpired:
             if seconds < item.limit_seconds:
                 return "not reached", f"the minutes were over while it ran, after {seconds:.0f} s"
+            dump_stack(process)
             return "failed", f"it hung: ended after {seconds:.0f} s"
         finally:
             end_group(process)
@@ -105,6 +107,14 @@ def run_item(item: Item, folder: Path, seconds: float, environment: dict[str, st
         return "failed", f"exit code {code}: {last_line(log)}"
     figures = json.loads(out.read_text())
     return ("skipped", figures["skipped"]) if "skipped" in figures else ("done", None)
+
+
+def dump_stack(process: subprocess.Popen) -> None:
+    """Makes a part that hangs write to its log where it stands (bench.parts registers SIGUSR1 with faulthandler)."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGUSR1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STACK_SECONDS)
 
 
 def end_group(process: subprocess.Popen) -> None:

@@ -68,6 +68,12 @@ def test_a_part_that_fails_is_named_and_the_others_run(tmp_path):
     assert A_WHILE not in subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True).stdout
 
 
+def test_a_part_that_hangs_writes_where_it_stood(tmp_path):
+    registered = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1); "
+    run(tmp_path, item("hangs", registered + HANGS, limit=2.0))
+    assert "most recent call first" in (tmp_path / "parts" / "hangs.log").read_text()
+
+
 def test_the_minutes_end_a_part_and_it_is_no_failure(tmp_path):
     record = run(tmp_path, item("long", "import time; time.sleep(600)"), item("later", FINE), seconds=11.0)
     assert record["items"]["long"]["status"] == record["items"]["later"]["status"] == "not reached"
@@ -143,7 +149,7 @@ sys.modules.update(dict.fromkeys({blocked!r}))
 from oq2vl_jax.bench.parts.__main__ import PARTS
 from oq2vl_jax.bench.parts.setting import Setting
 setting = Setting({folder!r}, "configs/tiny.py", False, False)
-for name in ("probe", "device", "exactness", "step"):
+for name in ("probe", "device", "exactness", "exactness_step", "step"):
     json.dump(PARTS[name](setting), open({folder!r} + "/parts/" + name + ".json", "w"))
 """
 
@@ -157,7 +163,7 @@ def test_parts_a_to_c_need_nothing_that_reads_data(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "parts").glob("*.json")}
-    of_float32 = next(row for row in found["exactness"]["step"] if row["type"] == "float32")
+    of_float32 = next(row for row in found["exactness_step"]["step"] if row["type"] == "float32")
     assert of_float32["largest error of a gradient"] < 1e-4  # measured 5e-6
     errors = [row for row in found["exactness"]["attention"] if row["attention"] == "blocked"]
     assert all(row["times the reference's rounding"] < 4 for row in errors if row["type"] == "bfloat16")  # measured 1.4

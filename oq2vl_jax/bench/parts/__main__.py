@@ -4,6 +4,7 @@
 report was killed, this process and all that it started end as well.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ from oq2vl_jax.runtime import set_environment
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "probe": lambda _: device.probe(),
     "device": device.measure,
-    "exactness": exactness.measure,
+    "exactness": exactness.measure_attention,
+    "exactness_step": exactness.measure_step,
     "step": steps.measure,
     **{f"step_{name}": partial(steps.variant, name=name) for name in steps.VARIANTS},
     "peers": peers.measure,
@@ -42,6 +44,7 @@ WITHOUT_GRAPHS = {"--xla_gpu_enable_command_buffer": ""}
 
 def main() -> None:
     name, setting, out = sys.argv[1:]
+    faulthandler.register(signal.SIGUSR1)  # the report sends it to a part that hangs, for its log
     threading.Thread(target=end_with_the_report, daemon=True).start()
     set_environment(WITHOUT_GRAPHS if name == "profile" else None)
     try:

@@ -17,14 +17,20 @@ ROUNDING_ALONE = ("vision.layers.self_attn.k_proj.bias",)
 CPU_TOKENS, CPU_VOCABULARY = 512, 8192
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure_attention(setting: Setting) -> dict[str, Any]:
+    """Returns {"attention": a row of errors for each attention, type and shape}."""
     config = small_rows(load_config(setting.config), 1)
     names: list[Attention] = ["blocked", "kernel"] if setting.is_gpu else ["blocked"]
     rows = [row for dtype in ("bfloat16", "float32") for row in decoder_attention(config, names, dtype)]
     rows += [row for dtype in ("bfloat16", "float32") for row in encoder_attention(config, setting.is_gpu, dtype)]
+    return {"attention": rows}
+
+
+def measure_step(setting: Setting) -> dict[str, Any]:
+    """Returns {"vocabulary": its size, "step": a row of errors for each type}."""
+    config = small_rows(load_config(setting.config), 1)
     config = config if setting.is_gpu else shortened(config)
-    vocabulary = config.model.decoder.vocab_size
-    return {"attention": rows, "vocabulary": vocabulary, "step": step_errors(config)}
+    return {"vocabulary": config.model.decoder.vocab_size, "step": step_errors(config)}
 
 
 def shortened(config: TrainConfig) -> TrainConfig:
@@ -71,6 +77,7 @@ def compared(label: str, names: list[Attention], documents: Any, arrays: list[An
         exact = values_and_gradients("xla", documents, [x.astype(jnp.float32) for x in arrays])
     rows = []
     for name in ("xla", *names):
+        print(f"{label}, {dtype}: {name}", flush=True)
         output, _, *gradients = values_and_gradients(name, documents, arrays)
         errors = [largest_error(a, b) for a, b in zip((output, *gradients), (exact[0], *exact[2:]), strict=True)]
         rows.append({"of": label, "type": dtype, "attention": name} | dict(zip(RESULTS, errors, strict=True)))
@@ -108,11 +115,13 @@ def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
     trained, frozen = split_trainable(model, config.trainable)
 
     def plain(dtype: str) -> Any:
-        def mean(trained: Any) -> Any:
+        print(f"plain path, {dtype}", flush=True)
+
+        def mean(trained: Any, frozen: Any, batch: Any) -> Any:
             total, number = loss(merge_parts(trained, frozen), batch, Compute(dtype=jax.numpy.dtype(dtype)))
             return total / number
 
-        return jax.jit(jax.value_and_grad(mean))(trained)
+        return jax.jit(jax.value_and_grad(mean))(trained, frozen, batch)
 
     with jax.default_matmul_precision("highest"):
         expected, expected_gradients = plain("float32")
@@ -125,6 +134,7 @@ def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
 
     results = []
     for dtype in ("bfloat16", "float32"):
+        print(f"fast step, {dtype}", flush=True)
         in_type = dataclasses.replace(config, compute_dtype=dtype)
         fast = jax.jit(lambda model, batch, c=in_type: loss_and_gradients(model, batch, c, mesh))(model, batch)
         is_exact = dtype == "float32" and jax.default_backend() == "cpu"  # a CPU's float32 products are already exact
