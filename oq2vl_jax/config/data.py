@@ -24,6 +24,8 @@ class OnlineConfig:
     """Hugging Face tokenizer folder."""
     window: SmallCount = 512
     """Documents packed together; more documents fill rows better, and all are read again on a restart."""
+    columns: tuple[str, ...] = ()
+    """Columns of parquet files, such as image=jpg text=caption; without it the schema says."""
 
 
 @dataclass(frozen=True)

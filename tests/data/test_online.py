@@ -10,6 +10,7 @@ import pytest
 
 from oq2vl_jax.config import DataConfig, OnlineConfig
 from oq2vl_jax.data.loading.online import OnlineLoader, SampleSource, online_fingerprint, prepare_tokenizer
+from oq2vl_jax.data.samples.formats.format import Reading
 from oq2vl_jax.data.samples.tars import read_members
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import conversation_sample, png
@@ -90,7 +91,7 @@ def test_state_restores_the_batches_exactly(make_loader, num_batches):
 
 def test_samples_of_a_tar_are_the_ones_the_packer_reads(tmp_path, write_shard):
     tar = write_shard(tmp_path / "a.tar", [conversation_sample(i, images=1 + i % 2) for i in range(9)])
-    source = SampleSource((tar,), None)
+    source = SampleSource((tar,), Reading())
     expected = list(read_members(tar))
     assert len(source) == 9
     for i in (8, 0, 4):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -9,6 +10,8 @@ from pyarrow import parquet
 from oq2vl_jax.data.packing.packed import PackedRows
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import decode_row
+from oq2vl_jax.data.samples.formats import parquet as parquet_format
+from oq2vl_jax.data.samples.formats.format import Reading
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from tests.data.conftest import png
@@ -127,7 +130,7 @@ def test_captions_and_cells_that_cannot_be_used(tmp_path, byte_tokenizer_folder)
     manifest = pack(str(tmp_path / "data.parquet"), tmp_path, byte_tokenizer_folder)
     assert (manifest["samples"], manifest["documents"]) == (6, 1)
     assert manifest["skipped"] == {
-        "image_count_mismatch": 1, "image_is_a_url": 1, "image_missing": 1, "image_undecodable": 1, "text_missing": 1,
+        "image_is_a_url": 1, "image_missing": 2, "image_undecodable": 1, "text_missing": 1,
     }  # fmt: skip
     assert decode_row(PackedRows(str(tmp_path / "packed"))[0]).keys == ["data.parquet#0"]
 
@@ -136,7 +139,9 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, byte_tokenizer_fold
     file = tmp_path / "data.parquet"
     parquet.write_table(pa.table({"picture": [b"x"], "label": ["y"]}), file)
     with pytest.raises(
-        UserError, match="its columns are picture, label; expected conversations, messages or texts, or"
+        UserError,
+        match=r"its columns are picture \(binary\), label \(string\); looked for a text in .*"
+        r"--columns image=picture text=label may be meant",
     ):
         pack(str(file), tmp_path, byte_tokenizer_folder)
     file.write_bytes(b"PAR1 no")
@@ -148,3 +153,64 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, byte_tokenizer_fold
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"data\.parquet: row group 0 cannot be read"):
         pack(str(file), tmp_path, byte_tokenizer_folder)
+
+
+def test_columns_are_told_by_name(tmp_path, byte_tokenizer_folder):
+    table = pa.table(
+        {"n": [1, 2], "picture": [png(seed=1), png(seed=2)], "label": ["a cat", "a dog"], "name": ["x", "y"]}
+    )
+    parquet.write_table(table, tmp_path / "data.parquet")
+    told = ("image=picture", "text=label", "id=name")
+    pack(str(tmp_path / "data.parquet"), tmp_path, byte_tokenizer_folder, columns=told)
+    assert sorted(key for row in PackedRows(str(tmp_path / "packed")) for key in decode_row(row).keys) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (("picture",), "expected image=COLUMN, text=COLUMN or id=COLUMN"),
+        (("image=pictures",), "has no column pictures"),
+        (("image=n", "text=label"), "image=n: n is int64, and no picture"),
+        (("image=picture", "text=n"), "text=n: n is int64, and no text"),
+    ],
+)
+def test_columns_that_do_not_fit_are_one_sentence(told, words, tmp_path, byte_tokenizer_folder):
+    parquet.write_table(pa.table({"n": [1], "picture": [png()], "label": ["a"]}), tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=words):
+        pack(str(tmp_path / "data.parquet"), tmp_path, byte_tokenizer_folder, columns=told)
+
+
+def test_columns_of_a_tar_and_a_file_without_rows_are_refused(tmp_path, byte_tokenizer_folder):
+    parquet.write_table(pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}),
+                        tmp_path / "data.parquet")  # fmt: skip
+    with pytest.raises(UserError, match=r"holds no rows|no sample could be packed"):
+        pack(str(tmp_path / "data.parquet"), tmp_path, byte_tokenizer_folder)
+    (tmp_path / "data.tar").write_bytes(bytes(1024))
+    with pytest.raises(UserError, match="--columns does not apply to tars"):
+        pack(str(tmp_path / "data.tar"), tmp_path, byte_tokenizer_folder, columns=("image=a",))
+
+
+def test_a_conversation_kept_as_json_is_read(tmp_path, byte_tokenizer_folder):
+    talks = [json.dumps(conversations("<image>\nwhat?", "this")), "[broken"]
+    parquet.write_table(pa.table({"image": [png()] * 2, "conversations": talks}), tmp_path / "data.parquet")
+    manifest = pack(str(tmp_path / "data.parquet"), tmp_path, byte_tokenizer_folder)
+    assert (manifest["documents"], manifest["skipped"]) == (1, {"json_invalid": 1})
+
+
+def test_a_replaced_picture_of_the_folder_is_packed_again(tmp_path, byte_tokenizer_folder):
+    path = write_parquet(tmp_path, "texts")
+    pack(path, tmp_path, byte_tokenizer_folder)
+    (tmp_path / "images" / "1-0.png").write_bytes(png(seed=99))
+    pack(path, tmp_path, byte_tokenizer_folder)
+    held = [image for row in PackedRows(str(tmp_path / "packed")) for image in decode_row(row).images]
+    assert png(seed=99) in held
+    assert PICTURES[1][0] not in held
+
+
+def test_rows_are_read_at_random_as_in_order(tmp_path):
+    path, reading = write_parquet(tmp_path, "conversations"), Reading()
+    spans = parquet_format.offsets(path)
+    assert len(spans) == COUNT
+    in_order = list(parquet_format.read(path, reading))
+    order = np.random.default_rng(0).permutation(COUNT)
+    assert [parquet_format.read_one(path, *spans[i].tolist(), reading) for i in order] == [in_order[i] for i in order]

@@ -28,6 +28,7 @@ from oq2vl_jax.data.packing.bins import pack_rows
 from oq2vl_jax.data.packing.documents import Limits, make_document
 from oq2vl_jax.data.packing.rows import PackedRow, pack_documents
 from oq2vl_jax.data.samples.formats import format_of
+from oq2vl_jax.data.samples.formats.format import Reading
 from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
@@ -46,12 +47,12 @@ class Skipped(NamedTuple):
 
 
 class SampleSource:
-    """Random access to the samples of instruction files and tars."""
+    """Random access to the samples of instruction files, tars and parquet files."""
 
-    def __init__(self, sources: tuple[str, ...], images: str | None):
+    def __init__(self, sources: tuple[str, ...], reading: Reading):
         """Finds every sample of the files, which takes seconds per gigabyte. Raises UserError."""
         self.files = [file for source in sources for file in paths.expand_paths("data.sources", source)]
-        self.images = images
+        self.reading = reading
         formats = [indexed_format(file) for file in self.files]
         spans = [offsets(file) for file, (offsets, _) in zip(self.files, formats, strict=True)]
         self._readers = [read_one for _, read_one in formats]
@@ -65,7 +66,7 @@ class SampleSource:
 
     def __getitem__(self, i: int) -> Sample:
         number, (begin, end) = self._file_of[i], self._spans[i].tolist()
-        return self._readers[number](self.files[number], begin, end, self.images)
+        return self._readers[number](self.files[number], begin, end, self.reading)
 
 
 def indexed_format(file: str) -> tuple[Callable, Callable]:
@@ -81,6 +82,7 @@ def online_fingerprint(data: DataConfig, tokenizer: Path) -> str:
     files = [file for source in data.sources for file in paths.expand_paths("data.sources", source)]
     versions = [[file, *paths.file_version(file)] for file in files]
     settings = [data.num_tokens, data.max_images, data.template, data.online.images, data.online.window]
+    settings += [list(data.online.columns)] if data.online.columns else []
     settings.append(tokenizer_sha256(tokenizer))
     return hashlib.sha256(json.dumps([versions, settings]).encode()).hexdigest()
 
@@ -169,7 +171,7 @@ class OnlineLoader:
         self.skipped: Counter[str] = Counter()
         """Samples skipped since this process began, counted by reason; prefetched samples are included."""
         limits = Limits(data.template, data.num_tokens, data.max_images, model.num_visual_tokens)
-        samples: Any = SampleSource(data.sources, data.online.images)
+        samples: Any = SampleSource(data.sources, Reading(data.online.images, data.online.columns))
         documents = grain.MapDataset.source(samples).seed(seed).shuffle().repeat().map(ToDocument(codec, limits))
         num_threads = threads_of(data)
         reading = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)

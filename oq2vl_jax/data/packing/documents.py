@@ -6,12 +6,14 @@ from typing import Literal, NamedTuple
 
 from oq2vl_jax.data.samples.chats import with_turns
 from oq2vl_jax.data.samples.formats import format_of
+from oq2vl_jax.data.samples.formats.format import Reading
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.samples.tars import CutOffError
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.data.text.document import Document
 
+NOTHING_BESIDE = Reading()
 MAX_INTERLEAVED_IMAGES = 9
 """Interleaved documents with more images, or without any, are skipped, as in the published code."""
 
@@ -28,6 +30,8 @@ class Limits(NamedTuple):
     visual_tokens: int
     unmarked_images: Literal["first", "skip"] = "first"
     """Conversations whose pictures have no place in the text: put them first, or count the sample out."""
+    long_documents: Literal["auto", "skip", "cut"] = "auto"
+    """Interleaved documents that do not fit a row: count them out, or cut them; auto cuts those of parquet files."""
 
 
 def read_documents(
@@ -35,25 +39,31 @@ def read_documents(
     codec: TextCodec,
     limits: Limits,
     broken_shards: Literal["stop", "keep"],
-    images: str | None = None,
+    reading: Reading = NOTHING_BESIDE,
 ) -> tuple[list[Document], dict]:
     """Returns documents in the order of the files, and {"samples", "skipped": {reason: count}, "notes": {note: count}}.
 
-    images: folder of the pictures that instruction files name. samples = documents + skipped, except for
-    shard_cut_off, which counts files whose end is missing.
+    samples = documents + skipped, except for shard_cut_off, which counts files whose end is missing, and for
+    extra_part, the documents that come of cutting.
     """
     documents, num_samples = [], 0
     skipped, notes = Counter(), Counter()
     for file in files:
+        format = format_of(file)
+        cuts = limits.long_documents == "cut" or (limits.long_documents == "auto" and format.cuts_long_documents)
         try:
-            for sample in format_of(file).read(file, images):
+            for sample in format.read(file, reading):
                 num_samples += 1
                 try:
-                    document, sample_notes = make_document(sample, codec, limits)
+                    if cuts and sample.elements is not None:
+                        found, sample_notes = cut_document(sample, codec, limits)
+                    else:
+                        document, sample_notes = make_document(sample, codec, limits)
+                        found = [document]
                 except (SampleError, ImageError) as problem:
                     skipped[problem.reason] += 1
                     continue
-                documents.append(document)
+                documents += found
                 notes.update(sample_notes)
         except CutOffError:
             if broken_shards == "stop":
@@ -81,6 +91,27 @@ def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Doc
     for image in document.images:
         notes += check_image(image)
     return document, notes
+
+
+def cut_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[list[Document], list[str]]:
+    """Returns an interleaved document as parts that fit a row, one if it fits whole, and notes. Nothing is left out.
+
+    Raises SampleError or ImageError. Several pictures are no reason to skip it: a part takes as many as a row.
+    """
+    if (
+        max((len(text or "") for text in sample.elements or ()), default=0)
+        > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens
+    ):
+        raise SampleError("text_too_long")
+    if not sample.problem and not sample.images:
+        raise SampleError("image_missing")
+    if limits.visual_tokens + 2 > limits.num_tokens or limits.max_images < 1:
+        raise SampleError("too_many_tokens")
+    notes = [*sample.notes, *codec.text_notes(sample)]
+    for image in sample.images:
+        notes += check_image(image)
+    parts = codec.interleaved_parts(sample, limits.visual_tokens, limits.num_tokens, limits.max_images)
+    return parts, notes + (["document_cut"] + ["extra_part"] * (len(parts) - 1) if len(parts) > 1 else [])
 
 
 def num_characters(sample: Sample) -> int:

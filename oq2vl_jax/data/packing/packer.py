@@ -4,12 +4,15 @@ import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from oq2vl_jax.bounds import Count, Length, SmallCount, check_bounds
 from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution, Job, counted, make_tasks, read_settings, run_job, write_manifest
+
+if TYPE_CHECKING:
+    from oq2vl_jax.data.samples.formats.format import Reading
 
 LENGTH_BIN = 64
 """Width of the bins of the length histogram, in tokens."""
@@ -42,7 +45,12 @@ class PackConfig:
     files_per_task: Count = 1
     """Input files packed together into one file of rows. Published *_packed.json files hold one row each: take 1000."""
     images: str | None = None
-    """Folder of the pictures that an instruction file names."""
+    """Folder of the pictures that an instruction file, or a parquet file, names."""
+    columns: tuple[str, ...] = ()
+    """Columns of parquet files: image=jpg text=caption id=key. Without it the schema says."""
+    long_documents: Literal["auto", "skip", "cut"] = "auto"
+    """Interleaved documents that are longer than a row. skip: counted out, and so are those of more than 9 pictures, as
+    in the published code. cut: between their parts. auto: cut in parquet files, skip elsewhere."""
     entries_per_task: Count = 2000
     """Entries of an instruction file packed together into one file of rows."""
     unmarked_images: Literal["first", "skip"] = "first"
@@ -60,7 +68,15 @@ class PackConfig:
         names = ("num_tokens", "max_images", "visual_tokens", "template", "files_per_task")
         named = {name: getattr(self, name) for name in names}
         named |= {"unmarked_images": "skip"} if self.unmarked_images == "skip" else {}
+        named |= {"columns": sorted(self.columns)} if self.columns else {}
+        named |= {"long_documents": self.long_documents} if self.long_documents != "auto" else {}
         return {"format": FORMAT_VERSION} | named | ({"images_folder": self.images} if self.images else {})
+
+    @property
+    def reading(self) -> "Reading":
+        from oq2vl_jax.data.samples.formats.format import Reading
+
+        return Reading(self.images, self.columns)
 
 
 def pack_shards(config: PackConfig) -> dict | None:
@@ -78,7 +94,7 @@ def pack_shards(config: PackConfig) -> dict | None:
         work=functools.partial(pack_files, config, settings["tokenizer_sha256"]),
         progress="{documents} documents in {rows} rows",
         broken_shards=config.broken_shards,
-        version_beside=functools.partial(version_of_pictures, config.images),
+        version_beside=functools.partial(version_of_pictures, config.reading),
     )
     inputs, per_task = list_inputs(config, files)
     reports = run_job(job, make_tasks(inputs, per_task), config.execution)
@@ -93,12 +109,12 @@ def pack_shards(config: PackConfig) -> dict | None:
     return manifest
 
 
-def version_of_pictures(images: str | None, inputs: tuple[str, ...]) -> str:
+def version_of_pictures(reading: "Reading", inputs: tuple[str, ...]) -> str:
     """Returns a digest of the files that the inputs of a task name outside of themselves; "" if they name none."""
     from oq2vl_jax.data.samples.formats import format_of
 
     version_beside = format_of(inputs[0]).version_beside
-    return version_beside(list(inputs), images) if version_beside is not None else ""
+    return version_beside(list(inputs), reading) if version_beside is not None else ""
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
@@ -109,6 +125,9 @@ def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
     splits = {name: formats()[name].split for name in dict.fromkeys(map(format_name, files))}
     if len(splits) > 1 and any(split is not None for split in splits.values()):
         raise UserError(f"--shards {config.shards}: {' and '.join(splits)} together; pack them one by one.")
+    for name in splits:
+        if config.columns and not formats()[name].takes_columns:
+            raise UserError(f"--columns does not apply to {name}; parquet files have columns.")
     split = next(iter(splits.values()))
     unused = "entries_per_task" if split is None else "files_per_task"
     if getattr(config, unused) != getattr(PackConfig, unused):
@@ -171,9 +190,10 @@ def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...]
     from oq2vl_jax.data.packing.rows import pack_documents, write_rows
     from oq2vl_jax.digests import digest_of, sample_of_file
 
-    limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens, config.unmarked_images)
+    limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens,
+        config.unmarked_images, config.long_documents)  # fmt: skip
     codec = load_codec(paths.join(config.out, "tokenizer"), tokenizer_sha256)
-    documents, counts = read_documents(files, codec, limits, config.broken_shards, config.images)
+    documents, counts = read_documents(files, codec, limits, config.broken_shards, config.reading)
     tokens = [len(document.tokens) for document in documents]
     images = [len(document.images) for document in documents]
     rows = pack_rows(tokens, images, config.num_tokens, config.max_images)

@@ -77,10 +77,19 @@ def open_rgb(data: bytes) -> Image.Image:
 
 def embedded_image(text: str) -> bytes | None:
     """Decodes the base64 of an interleaved document's image; None if width or height is 1, as in the published code."""
+    return larger_than_a_pixel(decode_base64(text))
+
+
+def decode_base64(text: str) -> bytes:
+    """Returns the bytes of an image in base64. Raises ImageError."""
     try:
-        data = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
         raise ImageError("image_undecodable", "it is no base64") from error
+
+
+def larger_than_a_pixel(data: bytes) -> bytes | None:
+    """Returns the image; None if width or height is 1. Raises ImageError if it is no image."""
     try:
         _open(data)
     except ImageError as problem:

@@ -100,11 +100,16 @@ def parse_interleaved(key: str, metadata: dict, tiff: bytes | None = None) -> Sa
         return Sample(key, [], problem=problem.reason)
     if images is None:
         return Sample(key, [], problem="interleaved_invalid" if tiff is None else "image_count_mismatch")
+    return interleaved(key, texts, images, ("pages_re_encoded",) if tiff is not None else ())
+
+
+def interleaved(key: str, texts: list[str | None], images: list[bytes | None], notes: tuple[str, ...] = ()) -> Sample:
+    """Returns the document of two parallel lists. Empty places, and pictures beside a text, are left out and noted."""
     places = [(text, image) for text, image in zip(texts, images, strict=True) if text is not None or image is not None]
-    notes = ["empty_image_place"] * (len(texts) - len(places)) + ["pages_re_encoded"] * (tiff is not None)
-    notes += ["image_beside_text"] * sum(text is not None and image is not None for text, image in places)
+    notes = ("empty_image_place",) * (len(texts) - len(places)) + notes
+    notes += ("image_beside_text",) * sum(text is not None and image is not None for text, image in places)
     kept = [image for text, image in places if text is None and image is not None]
-    return Sample(key, kept, elements=[text for text, _ in places], notes=tuple(notes))
+    return Sample(key, kept, elements=[text for text, _ in places], notes=notes)
 
 
 def spread_pages(pages: list[bytes | None], texts: list[str | None]) -> list[bytes | None] | None:

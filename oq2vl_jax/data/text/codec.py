@@ -141,6 +141,59 @@ class TextCodec:
                 is_labelled += [False] * num_visual_tokens if token is None else [turn_labelled]
         return Document(np.array(tokens, np.int32), np.array(is_labelled, bool), sample.images, sample.key)
 
+    def interleaved_parts(
+        self, sample: Sample, num_visual_tokens: int, num_tokens: int, max_images: int
+    ) -> list[Document]:
+        """Tokenises an interleaved document into parts of at most num_tokens and max_images, one if it fits.
+
+        It is cut before a picture or a text; a text longer than a row is cut between two tokens. The parts' tokens are
+        the document's, but every part begins with <s> and ends with <|im_end|>. Raises SampleError.
+        """
+        if sample.problem:
+            raise SampleError(sample.problem)
+        assert sample.elements is not None
+        if sample.elements.count(None) != len(sample.images):
+            raise SampleError("image_count_mismatch")
+        parts: list[list[int | None]] = []
+        room_tokens = room_images = 0
+        for unit in self._interleaved_units(sample.elements):
+            start = 0
+            while start < len(unit):
+                is_image = unit[start] is None
+                rest = len(unit) - start + (num_visual_tokens - 1) * is_image
+                fits = rest <= room_tokens and is_image <= room_images
+                if not fits and (not parts or parts[-1]):
+                    parts.append([])
+                    room_tokens, room_images = num_tokens - 2, max_images
+                    continue
+                size = min(len(unit) - start, room_tokens - (num_visual_tokens - 1) * is_image)
+                parts[-1] += unit[start : start + size]
+                room_tokens -= size + (num_visual_tokens - 1) * is_image
+                room_images -= is_image
+                start += size
+        images, documents = iter(sample.images), []
+        for i, part in enumerate(parts or [[]]):
+            tokens = self._with_visual_tokens([self.special.bos, *part, self.special.eos], num_visual_tokens)
+            own = [next(images) for token in part if token is None]
+            array = np.array(tokens, np.int32)
+            key = sample.key if len(parts) == 1 else f"{sample.key}~{i + 1}"
+            documents.append(Document(array, array != self.special.image, own, key))
+        return documents
+
+    def _interleaved_units(self, elements: list[str | None]) -> "list[Turn]":
+        """Returns the tokens of a document in runs that stay together: a picture with the text behind it, or a text."""
+        units: list[list[str | int | None]] = []
+        for i, text in enumerate(elements):
+            if text is None:
+                units.append([None, "\n"])
+                continue
+            items = [text.replace(IMAGE, IMAGE_IN_TEXT), self.special.end_of_chunk]
+            if i and elements[i - 1] is None:
+                units[-1] += items
+            else:
+                units.append(items)
+        return [self._encode_items(items) for items in units]
+
     def prompt(self, turns: list[str], template: str, num_visual_tokens: int, system: str | None = None) -> list[int]:
         """Returns the tokens to generate from: a conversation, human first and last, and the header of the answer.
 

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from oq2vl_jax.data.samples.formats.format import Format
+from oq2vl_jax.data.samples.formats.format import Format, Reading
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.errors import UserError
 
@@ -29,6 +29,8 @@ def format_of(path: str) -> Format:
 
 def read_whole_samples(path: str) -> Iterator[Sample]:
     """Yields the samples of a file that holds its pictures. Raises UserError for a format that only names them."""
-    if format_of(path).version_beside is not None:
-        raise UserError(f"{path}: its pictures lie in files of their own; this command reads tars with pictures.")
-    yield from format_of(path).read(path, None)
+    if not format_of(path).holds_pictures:
+        raise UserError(
+            f"{path}: its pictures lie in files of their own; this command reads tars and parquet files that hold them."
+        )
+    yield from format_of(path).read(path, Reading())

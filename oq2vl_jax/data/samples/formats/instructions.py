@@ -19,7 +19,7 @@ import numpy as np
 
 from oq2vl_jax import paths
 from oq2vl_jax.data.samples.chats import TALKS, picture_of_url
-from oq2vl_jax.data.samples.formats.format import Format
+from oq2vl_jax.data.samples.formats.format import Format, Reading
 from oq2vl_jax.data.samples.ids import uid_of_key
 from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.pictures import picture_in_folder, with_pictures
@@ -182,8 +182,16 @@ def image_names(path: str) -> Iterator[str]:
             continue
 
 
-def read_one(path: str, begin: int, end: int, images: str | None) -> Sample:
-    return parse_entry(read_range(path, begin, end), images)
+def read_one(path: str, begin: int, end: int, reading: Reading) -> Sample:
+    return parse_entry(read_range(path, begin, end), reading.images)
 
 
-FORMAT = Format(is_instructions, read_instructions, split_into_ranges, entry_offsets, read_one, picture_versions)
+FORMAT = Format(
+    is_instructions,
+    lambda path, reading: read_instructions(path, reading.images),
+    split_into_ranges,
+    entry_offsets,
+    read_one,
+    lambda inputs, reading: picture_versions(inputs, reading.images),
+    holds_pictures=False,
+)

@@ -29,5 +29,5 @@ def read_packed_json(path: str) -> Iterator[Sample]:
 
 FORMAT = Format(
     matches=lambda path: path.endswith(".json") and not is_instructions(path),
-    read=lambda path, images: read_packed_json(path),
+    read=lambda path, reading: read_packed_json(path),
 )

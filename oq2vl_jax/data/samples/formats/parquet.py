@@ -1,112 +1,144 @@
 """Parquet files with the pictures inside, one row a sample, as most data sets of the hub have them.
 
-    image | images                      a struct of bytes and path, bytes, a path under --images; or a list of them
-    conversations | messages | texts    a conversation in one of the forms of data/samples/chats.py
-    caption | text | ...                or one column of text: a caption
+    image | images                          a struct of bytes and path, bytes, a path under --images; or a list of them
+    conversations | messages | texts        a conversation in one of the forms of data/samples/chats.py
+    texts beside images                     a document: strings and pictures in order (OBELICS)
+    text_list beside image_info             a document: pictures say before which text they stand (MMC4)
+    caption | text | ...                    or one column of text: a caption
 
-The columns are found by the schema and said in one line. An input is a row group; rows are read a few at a time, so
-memory is bounded by the largest row group, compressed.
+The columns are found by the schema (data/samples/columns.py) and said in one line. An input is a row group; rows are
+read a few at a time, so memory is bounded by the largest row group, compressed.
 """
 
 import functools
+import hashlib
+import json
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.samples.chats import TALKS
-from oq2vl_jax.data.samples.formats.format import Format
+from oq2vl_jax.data.samples.columns import Columns, find_columns, is_list, is_string, talk_of
+from oq2vl_jax.data.samples.formats.format import Format, Reading
 from oq2vl_jax.data.samples.ids import uid_of_key
-from oq2vl_jax.data.samples.images import ImageError
+from oq2vl_jax.data.samples.images import ImageError, decode_base64, larger_than_a_pixel
 from oq2vl_jax.data.samples.pictures import picture_in_folder, with_pictures
-from oq2vl_jax.data.samples.shards import Sample, printable
+from oq2vl_jax.data.samples.shards import Sample, interleaved, printable
 from oq2vl_jax.errors import UserError
 
 ROWS_AT_ONCE = 64
-IMAGES = ("images", "image", "jpg", "png", "webp")
-CAPTIONS = ("caption", "text", "txt", "captions")
-KEYS = ("id", "key", "__key__", "uid", "index")
+MAX_INDEXED_BYTES = 256 * 2**20
+"""Largest row group, uncompressed, that is read at random while training: every sample may need another one."""
+KEPT_GROUPS = 4
+"""Row groups that stay in memory while samples are read at random."""
 
 
-class Columns(NamedTuple):
-    """Names of the columns that samples are made of; None for one that the file does not have."""
-
-    images: str | None
-    talk: str | None
-    caption: str | None
-    key: str | None
-
-
-def find_columns(path: str, names: list[str]) -> Columns:
-    """Returns the columns of a file. Raises UserError with its columns if they make no sample."""
-
-    def first(candidates: tuple[str, ...]) -> str | None:
-        return next((name for name in candidates if name in names), None)
-
-    columns = Columns(first(IMAGES), first(TALKS), first(CAPTIONS), first(KEYS))
-    if columns.talk is None and (columns.caption is None or columns.images is None):
-        raise UserError(
-            f"{path}: its columns are {', '.join(names)}; expected {', '.join(TALKS[:-1])} or {TALKS[-1]}, or one of "
-            f"{', '.join(CAPTIONS)} beside one of {', '.join(IMAGES)}."
-        )
-    return columns
-
-
-@functools.lru_cache(maxsize=1)
-def describe(path: str) -> Columns:
+@functools.lru_cache(maxsize=64)
+def describe(path: str, told: tuple[str, ...]) -> Columns:
     """Finds the columns of a file and says once how it is read."""
-    columns = find_columns(path, open_parquet(path).schema_arrow.names)
-    text = columns.talk or columns.caption
-    print(f"{path}: pictures from {columns.images or 'none'}, text from {text}", file=sys.stderr)
+    columns = find_columns(path, open_parquet(path).schema_arrow, told)
+    print(f"{path}: pictures from {columns.image or 'none'}, {columns.kind}s from {columns.text}", file=sys.stderr)
     return columns
 
 
 def open_parquet(path: str) -> Any:
     """Opens a file. Raises UserError if it is no parquet file, or if pyarrow is missing."""
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise UserError("parquet files need pyarrow: pip install 'oq2vl-jax[parquet]'.") from error
     try:
         return parquet.ParquetFile(paths.open_input(path))
-    except ArrowInvalid as error:
+    except (ArrowException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: no whole parquet file: {str(error).splitlines()[0]}") from error
 
 
 def split(path: str, samples_per_input: int) -> list[str]:
     """Splits a file into its row groups."""
     del samples_per_input
-    return [f"{path}{paths.RANGE_MARK}{i}-{i}" for i in range(open_parquet(path).num_row_groups)]
+    number = open_parquet(path).num_row_groups
+    if number == 0:
+        raise UserError(f"{path}: holds no rows.")
+    return [f"{path}{paths.RANGE_MARK}{i}-{i}" for i in range(number)]
 
 
-def read(path: str, images: str | None) -> Iterator[Sample]:
+def read(path: str, reading: Reading) -> Iterator[Sample]:
     """Yields the samples of a row group, or of a whole file."""
     file, span = paths.split_range(path)
-    columns, source = describe(file), open_parquet(file)
+    columns, source = describe(file, reading.columns), open_parquet(file)
     groups = [int(span.split("-")[0])] if span else list(range(source.num_row_groups))
-    names = [name for name in columns if name is not None]
+    names = [name for name in (columns.image, columns.text, columns.id) if name is not None]
     for group in groups:
         number = sum(source.metadata.row_group(i).num_rows for i in range(group))
         for batch in batches(source, group, names, file):
             for row in batch.to_pylist():
-                yield sample_of(row, columns, f"{file.rsplit('/', 1)[-1]}#{number}", images)
+                yield sample_of(row, columns, default_key(file, number), reading.images)
                 number += 1
+
+
+def default_key(file: str, number: int) -> str:
+    return f"{file.rsplit('/', 1)[-1]}#{number}"
 
 
 def sample_of(row: dict[str, Any], columns: Columns, default_key: str, images: str | None) -> Sample:
     """Returns the sample of a row. A problem is stored in it, not raised."""
-    key = row.get(columns.key) if columns.key else None
+    key = row.get(columns.id) if columns.id else None
     key = default_key if key is None else printable(str(key))
-    talk, caption, pictures = (row[name] if name else None for name in (columns.talk, columns.caption, columns.images))
+    text, cells = row[columns.text], cells_of(row[columns.image] if columns.image else None)
     sample = Sample(key, [], uid=uid_of_key(key))
-    if talk is not None:
-        sample = sample._replace(conversations=talk)
-    elif isinstance(caption, str):
-        sample = sample._replace(text=caption)
-    else:
+    if text is None:
         return sample._replace(problem="text_missing")
-    cells = cells_of(pictures)
+    if columns.kind == "document":
+        return document_of(sample, text, cells, images)
+    if columns.kind == "caption":
+        if len(cells) != 1:
+            return sample._replace(problem="several_images" if cells else "image_missing")
+        sample = sample._replace(text=text)
+    else:
+        try:
+            sample = sample._replace(conversations=talk_of(text))
+        except (ValueError, RecursionError):
+            return sample._replace(problem="json_invalid")
     return with_pictures(sample, lambda: cells, lambda cell: picture_of(cell, images, key))
+
+
+def document_of(sample: Sample, texts: list[str | None], cells: list[Any], images: str | None) -> Sample:
+    """Returns an interleaved document. Pictures stand where the parallel list of texts has null, or before the text
+    that they name by matched_text_index; pictures of a pixel are left out and noted, as in tars."""
+    placed = place_cells(texts, cells)
+    if placed is None:
+        return sample._replace(problem="image_count_mismatch")
+    texts, cells = placed
+    try:
+        found = [None if cell is None else picture_of(cell, images, sample.key) for cell in cells]
+        kept = [None if one is None else larger_than_a_pixel(one[0]) for one in found]
+    except ImageError as problem:
+        return sample._replace(problem=problem.reason)
+    notes = tuple(note for one in found if one is not None for note in one[1])
+    return interleaved(sample.key, texts, kept, notes)._replace(uid=sample.uid)
+
+
+def place_cells(texts: list[str | None], cells: list[Any]) -> tuple[list[str | None], list[Any]] | None:
+    """Returns parallel lists of texts and picture cells, None in the one where the other has something."""
+    if cells and all(isinstance(cell, dict) and "matched_text_index" in cell for cell in cells):
+        places = [cell["matched_text_index"] for cell in cells]
+        if not all(isinstance(place, int) and 0 <= place < len(texts) for place in places):
+            return None
+        ordered: list[tuple[str | None, Any]] = []
+        for i, text in enumerate(texts):
+            ordered += [(None, cell) for cell, place in zip(cells, places, strict=True) if place == i]
+            ordered.append((text, None))
+        return [text for text, _ in ordered], [cell for _, cell in ordered]
+    if len(cells) == len(texts):
+        return texts, cells
+    if len(cells) == texts.count(None):
+        left = iter(cells)
+        return texts, [next(left) if text is None else None for text in texts]
+    return None
 
 
 def cells_of(value: Any) -> list[Any]:
@@ -117,9 +149,12 @@ def cells_of(value: Any) -> list[Any]:
 
 
 def picture_of(cell: Any, images: str | None, key: str) -> tuple[bytes, list[str]]:
-    """Returns the contents of a picture: bytes, a struct of bytes and path, or a path under --images."""
+    """Returns the contents of a picture: bytes, a struct of bytes and path, base64, or a path under --images."""
     if isinstance(cell, dict):
-        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+        if cell.get("image_base64"):
+            return decode_base64(cell["image_base64"]), []
+        names = (cell.get(name) for name in ("bytes", "path", "image_name"))
+        cell = next((value for value in names if value is not None), None)
     if isinstance(cell, bytes):
         return cell, []
     if isinstance(cell, str) and cell:
@@ -137,8 +172,70 @@ def batches(source: Any, group: int, names: list[str], file: str) -> Iterator[An
         raise UserError(f"{file}: row group {group} cannot be read ({str(error).splitlines()[0]}).") from error
 
 
+def offsets(path: str) -> np.ndarray:
+    """Returns int64 [n, 2]: the row group of each row and its place there. Raises UserError for large row groups."""
+    metadata = open_parquet(path).metadata
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > MAX_INDEXED_BYTES:
+        raise UserError(
+            f"{path}: a row group holds {largest / 2**20:,.0f} MiB, and a sample drawn at random reads a whole one; "
+            "pack the file with oq2vl_jax.data.pack."
+        )
+    numbers = [(i, row) for i, group in enumerate(groups) for row in range(group.num_rows)]
+    return np.array(numbers, np.int64).reshape(-1, 2)
+
+
+def read_one(path: str, group: int, number: int, reading: Reading) -> Sample:
+    columns = describe(path, reading.columns)
+    table, first = group_of(path, group, tuple(name for name in (columns.image, columns.text, columns.id) if name))
+    row = table.slice(number, 1).to_pylist()[0]
+    return sample_of(row, columns, default_key(path, first + number), reading.images)
+
+
+@functools.lru_cache(maxsize=KEPT_GROUPS)
+def group_of(path: str, group: int, names: tuple[str, ...]) -> tuple[Any, int]:
+    """Returns (the rows of a row group, the number of its first row in the file)."""
+    import pyarrow
+
+    source = open_parquet(path)
+    first = sum(source.metadata.row_group(i).num_rows for i in range(group))
+    return pyarrow.Table.from_batches(list(batches(source, group, list(names), path))), first
+
+
+def picture_versions(inputs: list[str], reading: Reading) -> str:
+    """Returns a digest of the pictures of a folder that the inputs name; "" if they hold their pictures."""
+    if reading.images is None or paths.is_remote(reading.images):
+        return ""
+    digest = hashlib.sha256()
+    for path in inputs:
+        file, span = paths.split_range(path)
+        columns, source = describe(file, reading.columns), open_parquet(file)
+        if columns.image is None:
+            continue
+        kind = source.schema_arrow.field(columns.image).type
+        if not is_string(kind.value_type if is_list(kind) else kind):
+            continue
+        groups = [int(span.split("-")[0])] if span else list(range(source.num_row_groups))
+        for group in groups:
+            for batch in batches(source, group, [columns.image], file):
+                for row in batch.to_pylist():
+                    for name in cells_of(row[columns.image]):
+                        try:
+                            version = paths.file_version(paths.join(reading.images, name))
+                        except (OSError, ValueError, TypeError):
+                            version = None  # missing or no name: counted when the row is read
+                        digest.update(json.dumps([name, version]).encode())
+    return digest.hexdigest()
+
+
 FORMAT = Format(
     matches=lambda path: paths.split_range(path)[0].endswith(".parquet"),
     read=read,
     split=split,
+    offsets=offsets,
+    read_one=read_one,
+    version_beside=picture_versions,
+    cuts_long_documents=True,
+    takes_columns=True,
 )
