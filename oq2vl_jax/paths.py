@@ -90,7 +90,10 @@ def file_version(path: str) -> list:
         return [status.st_size, status.st_mtime_ns]
     fs, name = filesystem(path)
     info = fs.info(name)
-    return [info.get("size"), str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created"))]
+    return [
+        info.get("size"),
+        str(info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("mtime") or info.get("created")),
+    ]
 
 
 def list_names(folder: str) -> set[str]:
@@ -183,7 +186,10 @@ def expand_paths(flag: str, pattern: str) -> list[str]:
         names = list(braceexpand(pattern))
     except ValueError as error:  # UnbalancedBracesError of braceexpand
         raise UserError(f"{flag} {pattern!r}: unbalanced braces.") from error
-    matches = {name: _glob(name) for name in names}
+    try:
+        matches = {name: _glob(name) for name in names}
+    except OSError as error:  # no such bucket or data set, no permission, nobody answers
+        raise UserError(f"{flag} {pattern!r}: cannot be listed: {' '.join(str(error).split())[:300]}") from error
     missing = [name for name, files in matches.items() if not files]
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
