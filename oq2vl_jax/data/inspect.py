@@ -1,172 +1,99 @@
-"""python -m oq2vl_jax.data.inspect ROWS...: shows packed rows on one HTML page, with pictures in place.
+"""python -m oq2vl_jax.data.inspect ROWS... or SAMPLES... --tokenizer FOLDER: a page to look at, and figures.
 
-Labelled text (trained on) is black, other text grey; special tokens are shown. ROWS are files of one packed folder
-(rows-NNNNN.array_record), or the folder itself; its tokenizer and settings are read from the same folder.
+ROWS are files of one packed folder (rows-NNNNN.array_record), or the folder: its rows are drawn with pictures in their
+places. SAMPLES are tars, parquet files or instruction files that are not packed yet: how many samples, pictures,
+tokens, sizes and languages, what packing would skip and why, pictures that occur twice, and samples drawn as the model
+will see them. By default the figures are of about 10,000 samples at random.
 """
 
-import html
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tyro
 
-from oq2vl_jax.bounds import Count, Seed, check_bounds, parse
+from oq2vl_jax.bounds import Count, Length, Seed, SmallCount, check_bounds, parse
+from oq2vl_jax.config import Template
 from oq2vl_jax.errors import UserError, run_command
-
-STYLE = """<style>
- .row { border: 1px solid #d9dfe7; border-radius: 6px; padding: 14px 18px; margin: 18px 0; }
- .document { border-left: 3px solid #2f6fb5; padding: 2px 0 2px 14px; margin: 12px 0; white-space: pre-wrap;
- overflow-wrap: anywhere; } .document figure { display: inline-block; vertical-align: middle; margin: 4px 8px 4px 0; }
- .document img { max-height: 130px; max-width: 240px; border-radius: 4px; display: block; }
- .unlabelled { color: #98a2b0; }
- .key { color: #5a6779; font-size: .8rem; white-space: normal; }
-</style>"""
 
 
 @dataclass(frozen=True)
 class InspectCommand:
-    """Shows packed rows on an HTML page."""
+    """Shows packed rows, or samples that are not packed yet, on an HTML page."""
 
     rows: tyro.conf.Positional[tuple[str, ...]]
-    """rows-NNNNN.array_record files of one packed folder, or the folder."""
+    """A packed folder, or its rows-NNNNN.array_record; or tars, parquet and instruction files."""
     out: str = "rows.html"
     num_rows: Count = 8
-    """Rows shown, drawn at random; the statistics count every row of the files."""
+    """Packed rows shown, drawn at random; the statistics count every row of the files."""
     seed: Seed = 0
+    tokenizer: str | None = None
+    """Samples: Hugging Face tokenizer folder."""
+    num_samples: Count = 10_000
+    """Samples: about as many are read, from parts of the files drawn at random."""
+    all: bool = False
+    """Samples: read every one."""
+    shown: Count = 50
+    """Samples: as many are drawn."""
+    images: str | None = None
+    """Samples: folder of the pictures that they name."""
+    columns: tuple[str, ...] = ()
+    """Samples: columns of parquet files, image=jpg text=caption."""
+    num_tokens: Length = 4096
+    """Samples: token budget of a row."""
+    max_images: SmallCount = 28
+    """Samples: image budget of a row."""
+    visual_tokens: Length = 144
+    """Samples: tokens per image."""
+    template: Template = "open_qwen2vl"
+    """Samples: template of conversations."""
+    image_size: SmallCount = 384
+    """Samples: side of the square that pictures are resized to, in pixels."""
+    num_workers: SmallCount = 2
+    """Samples: processes that read them."""
 
 
-def inspect_rows(command: InspectCommand) -> str:
-    """Writes the page and returns a line about the rows. Raises UserError for files that are not packed rows."""
-    from oq2vl_jax import paths
-    from oq2vl_jax.data.text.codec import TextCodec
-    from oq2vl_jax.html import page
-    from oq2vl_jax.jobs import read_settings
+OF_ROWS = ("num_rows",)
+OF_SAMPLES = (
+    "tokenizer", "num_samples", "all", "shown", "images", "columns", "num_tokens", "max_images", "visual_tokens",
+    "template", "image_size", "num_workers",
+)  # fmt: skip
+
+
+def inspect(command: InspectCommand) -> str:
+    """Writes the page and returns what it says first. Raises UserError."""
+    from oq2vl_jax.data.inspection.rows import inspect_rows
 
     check_bounds(command, as_flags=True)
     if not Path(command.out).absolute().parent.is_dir():
         raise UserError(f"--out {command.out}: its folder does not exist.")
-    files = find_files(command.rows)
-    folder = files[0].parent
-    settings = read_settings(str(folder))
-    for name in ("num_tokens", "visual_tokens"):
-        if not isinstance(settings.get(name), int) or settings[name] < 1:
-            raise UserError(
-                f"{folder / 'settings.json'}: {name} is {settings.get(name)!r}; it is not of a packed folder."
-            )
-    codec = TextCodec.load(str(folder / "tokenizer"))
-    source = open_rows(files)
-    if not len(source):
-        raise UserError(f"{files[0]}: holds no rows.")
-    chosen = sorted(random.Random(command.seed).sample(range(len(source)), min(command.num_rows, len(source))))
-    line, body = statistics(source, settings, files)
-    body += [row_html(i, read_row(source, i, files), codec, settings["visual_tokens"]) for i in chosen]
-    lead = f"{line} Shown: {len(chosen)} at random, seed {command.seed}."
-    paths.write_text(command.out, page(f"Packed rows of {folder.name}", lead, [STYLE, *body]))
-    return line
+    is_packed = are_packed(command.rows)
+    unused = [name for name in (OF_SAMPLES if is_packed else OF_ROWS) if getattr(command, name) != default_of(name)]
+    if unused:
+        raise UserError(
+            f"--{unused[0].replace('_', '-')} does not apply to {'packed rows' if is_packed else 'samples'}."
+        )
+    if is_packed:
+        return inspect_rows(command.rows, command.out, command.num_rows, command.seed)
+    from oq2vl_jax.data.inspection.page import inspect_samples
+
+    return inspect_samples(command)
 
 
-def find_files(names: tuple[str, ...]) -> list[Path]:
-    files = [
-        file
+def default_of(name: str) -> object:
+    return getattr(InspectCommand, name)
+
+
+def are_packed(names: tuple[str, ...]) -> bool:
+    """Returns whether the names are a packed folder, rows of one, or nothing that is there."""
+    return all(
+        Path(name).is_dir() or name.endswith(".array_record") or not ("://" in name or "." in Path(name).name)
         for name in names
-        for file in (sorted(Path(name).glob("*.array_record")) if Path(name).is_dir() else [Path(name)])
-    ]
-    missing = [file for file in files if not file.is_file()]
-    if missing or not files:
-        raise UserError(
-            f"{missing[0] if missing else ' '.join(names)}: no packed rows here; expected rows-NNNNN.array_record."
-        )
-    if not (files[0].parent / "settings.json").is_file():
-        raise UserError(
-            f"{files[0].parent}: no settings.json beside the rows; python -m oq2vl_jax.data.pack writes it."
-        )
-    return files
-
-
-def open_rows(files: list[Path]):
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    try:
-        return ArrayRecordDataSource([str(file) for file in files])
-    except Exception as error:  # for a broken file the reader raises its C++ library's error
-        raise UserError(f"{files[0]}: cannot be read as ArrayRecord ({error}); pack it again.") from error
-
-
-def read_row(source, index: int, files: list[Path]):
-    from oq2vl_jax.data.packing.rows import decode_row
-
-    try:
-        row = decode_row(source[index])
-        if not row.lengths or sum(row.lengths) != len(row.tokens) or len(row.keys) != len(row.lengths):
-            raise ValueError("its documents do not add up")
-        return row
-    except Exception as error:  # as in open_rows, or bytes of another format
-        raise UserError(f"{files[0].parent}: row {index} cannot be read ({error}); pack the shards again.") from error
-
-
-def statistics(source, settings: dict, files: list[Path]) -> tuple[str, list[str]]:
-    """Returns a summary line and charts over every row."""
-    from oq2vl_jax.data.packing.packer import LENGTH_BIN, histogram
-    from oq2vl_jax.data.packing.report import numbers
-    from oq2vl_jax.html import bars
-
-    rows = (read_row(source, i, files) for i in range(len(source)))
-    counts = [(len(row.tokens), int(row.is_labelled.sum()), len(row.images), row.lengths) for row in rows]
-    tokens, labelled, images = (sum(int(row[i]) for row in counts) for i in range(3))  # pyright: ignore[reportArgumentType]
-    documents = sum(len(row[3]) for row in counts)
-    fill = tokens / (len(source) * settings["num_tokens"])
-    line = (
-        f"{len(source):,} rows of {settings['num_tokens']:,} tokens, fill {fill:.3f}: {documents:,} documents, "
-        f"{images:,} images, {labelled / tokens:.1%} of the tokens labelled."
     )
-    lengths = (length // LENGTH_BIN * LENGTH_BIN for *_, lengths in counts for length in lengths)
-    charts = [
-        bars("images per row", numbers(histogram(row[2] for row in counts))),
-        bars("documents per row", numbers(histogram(len(row[3]) for row in counts))),
-        bars("tokens per document", numbers(histogram(lengths))),
-    ]
-    return line, [f'<div class="charts">{"".join(charts)}</div>']
-
-
-def row_html(index: int, row, codec, visual_tokens: int) -> str:
-    num_places = int((row.tokens == codec.special.image).sum())
-    if num_places != len(row.images) * visual_tokens:
-        raise UserError(
-            f"row {index}: {len(row.images)} images for {num_places} visual tokens, {visual_tokens} an image."
-        )
-    documents, start, images = [], 0, iter(row.images)
-    for number, length in enumerate(row.lengths):
-        tokens, is_labelled = row.tokens[start : start + length], row.is_labelled[start : start + length]
-        start += length
-        key = f'<div class="key">document {number + 1}: {html.escape(row.keys[number])}, {length} tokens</div>'
-        pieces = "".join(document_pieces(tokens, is_labelled, images, codec, visual_tokens))
-        documents.append(f'<div class="document">{key}{pieces}</div>')
-    return f'<div class="row"><b>row {index}</b>, {len(row.tokens):,} tokens{"".join(documents)}</div>'
-
-
-def document_pieces(
-    tokens: np.ndarray, is_labelled: np.ndarray, images: Iterator[bytes], codec, visual_tokens: int
-) -> Iterator[str]:
-    """Yields HTML: runs of text with the same label, and a picture in place of its visual tokens."""
-    from oq2vl_jax.data.samples.thumbnail import picture
-
-    is_image = tokens == codec.special.image
-    changes = np.flatnonzero((is_image[1:] != is_image[:-1]) | (is_labelled[1:] != is_labelled[:-1])) + 1
-    for run in np.split(np.arange(len(tokens)), changes):
-        if is_image[run[0]]:
-            for _ in range(len(run) // visual_tokens):
-                yield picture(next(images), f"{visual_tokens} visual tokens")
-        else:
-            text = html.escape(codec.decode_exact(tokens[run].tolist()))
-            yield text if is_labelled[run[0]] else f'<span class="unlabelled">{text}</span>'
 
 
 def main() -> None:
     command = parse(InspectCommand, prog="python -m oq2vl_jax.data.inspect")
-    print(inspect_rows(command))
+    print(inspect(command))
     print(f"page: {command.out}")
 
 

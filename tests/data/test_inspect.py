@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from oq2vl_jax.data.inspect import InspectCommand, inspect_rows
+from oq2vl_jax.data.inspect import InspectCommand, inspect
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
@@ -24,7 +24,7 @@ def packed(tmp_path, write_shard, byte_tokenizer_folder):
 
 def test_every_document_and_picture_is_on_the_page(packed, tmp_path):
     folder, manifest = packed
-    line = inspect_rows(InspectCommand((str(folder),), str(tmp_path / "rows.html"), num_rows=99))
+    line = inspect(InspectCommand((str(folder),), str(tmp_path / "rows.html"), num_rows=99))
     page = (tmp_path / "rows.html").read_text()
     assert page.count("<img") == manifest["images"] == 12
     assert page.count('class="document"') == manifest["documents"]
@@ -51,11 +51,11 @@ def test_files_that_are_no_rows_are_explained(packed, tmp_path):
     for damaged in (content, b"\0" * 3000):
         (folder / "rows-00000.array_record").write_bytes(damaged)
         with pytest.raises(UserError, match=r"cannot be read|holds no rows"):
-            inspect_rows(InspectCommand((str(folder),), str(tmp_path / "rows.html")))
+            inspect(InspectCommand((str(folder),), str(tmp_path / "rows.html")))
     with pytest.raises(UserError, match=r"cannot be read|holds no rows"):
-        inspect_rows(InspectCommand((str(folder),), str(tmp_path / "rows.html")))
+        inspect(InspectCommand((str(folder),), str(tmp_path / "rows.html")))
     shutil.copy(folder / "rows-00000.array_record", tmp_path / "alone.array_record")
     with pytest.raises(UserError, match=r"no settings\.json beside the rows"):
-        inspect_rows(InspectCommand((str(tmp_path / "alone.array_record"),), str(tmp_path / "rows.html")))
+        inspect(InspectCommand((str(tmp_path / "alone.array_record"),), str(tmp_path / "rows.html")))
     with pytest.raises(UserError, match="no packed rows here"):
-        inspect_rows(InspectCommand((str(tmp_path / "nothing"),)))
+        inspect(InspectCommand((str(tmp_path / "nothing"),)))

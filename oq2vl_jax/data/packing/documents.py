@@ -33,6 +33,9 @@ class Limits(NamedTuple):
     long_documents: Literal["auto", "skip", "cut"] = "auto"
     """Interleaved documents that do not fit a row: count them out, or cut them; auto cuts those of parquet files."""
 
+    def cuts(self, is_format_cut: bool) -> bool:
+        return self.long_documents == "cut" or (self.long_documents == "auto" and is_format_cut)
+
 
 def read_documents(
     files: Iterable[str],
@@ -50,16 +53,12 @@ def read_documents(
     skipped, notes = Counter(), Counter()
     for file in files:
         format = format_of(file)
-        cuts = limits.long_documents == "cut" or (limits.long_documents == "auto" and format.cuts_long_documents)
+        cuts = limits.cuts(format.cuts_long_documents)
         try:
             for sample in format.read(file, reading):
                 num_samples += 1
                 try:
-                    if cuts and sample.elements is not None:
-                        found, sample_notes = cut_document(sample, codec, limits)
-                    else:
-                        document, sample_notes = make_document(sample, codec, limits)
-                        found = [document]
+                    found, sample_notes = documents_of(sample, codec, limits, cuts)
                 except (SampleError, ImageError) as problem:
                     skipped[problem.reason] += 1
                     continue
@@ -70,6 +69,17 @@ def read_documents(
                 raise
             skipped["shard_cut_off"] += 1
     return documents, {"samples": num_samples, "skipped": dict(skipped), "notes": dict(notes)}
+
+
+def documents_of(sample: Sample, codec: TextCodec, limits: Limits, cuts: bool) -> tuple[list[Document], list[str]]:
+    """Returns the documents of a sample, several only if an interleaved one is cut, and notes on its oddities.
+
+    Raises SampleError or ImageError with the reason.
+    """
+    if cuts and sample.elements is not None:
+        return cut_document(sample, codec, limits)
+    document, notes = make_document(sample, codec, limits)
+    return [document], notes
 
 
 def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Document, list[str]]:

@@ -128,6 +128,9 @@ def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
     for name in splits:
         if config.columns and not formats()[name].takes_columns:
             raise UserError(f"--columns does not apply to {name}; parquet files have columns.")
+    check = formats()[format_name(files[0])].check
+    if check is not None:
+        check(files[0], config.reading)
     split = next(iter(splits.values()))
     unused = "entries_per_task" if split is None else "files_per_task"
     if getattr(config, unused) != getattr(PackConfig, unused):

@@ -53,6 +53,11 @@ def check_image(data: bytes) -> list[str]:
     return notes
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Returns (width, height) in pixels from the header. Raises ImageError."""
+    return _open(data).size
+
+
 def decode_image(data: bytes, size: int, is_exact: bool = True, as_seen: bool = False) -> np.ndarray:
     """Returns uint8 [size, size, 3]. Raises ImageError for images that check_image refuses.
 

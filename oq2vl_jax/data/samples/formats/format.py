@@ -21,6 +21,8 @@ class Format(NamedTuple):
     matches: whether a path, or the file at it, has this format.
     read: (path or an input of `split`, Reading) to its samples, in their order.
     split: (path, samples per input) to inputs that are packed by themselves; None: a file is the smallest input.
+    count: path to the number of its samples; None: only reading them all tells.
+    check: says in a line how the file is read, before work begins. Raises UserError if it cannot be.
     offsets: path to int64 [n, 2], where each sample begins and ends; None: no packing while training.
     read_one: (path, begin, end, Reading) to the sample there.
     version_beside: (inputs, Reading) to a digest of what they name outside of themselves.
@@ -39,4 +41,6 @@ class Format(NamedTuple):
     holds_pictures: bool = True
     cuts_long_documents: bool = False
     takes_columns: bool = False
+    count: Callable[[str], int] | None = None
+    check: Callable[[str, Reading], None] | None = None
     is_fallback: bool = False

@@ -194,4 +194,5 @@ FORMAT = Format(
     read_one,
     lambda inputs, reading: picture_versions(inputs, reading.images),
     holds_pictures=False,
+    count=lambda path: len(entry_offsets(path)),
 )

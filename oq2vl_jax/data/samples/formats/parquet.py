@@ -36,11 +36,14 @@ KEPT_GROUPS = 4
 
 
 @functools.lru_cache(maxsize=64)
-def describe(path: str, told: tuple[str, ...]) -> Columns:
-    """Finds the columns of a file and says once how it is read."""
-    columns = find_columns(path, open_parquet(path).schema_arrow, told)
+def columns_of(path: str, told: tuple[str, ...]) -> Columns:
+    return find_columns(path, open_parquet(path).schema_arrow, told)
+
+
+def check(path: str, reading: Reading) -> None:
+    """Says how a file is read. Raises UserError if its columns make no sample."""
+    columns = columns_of(path, reading.columns)
     print(f"{path}: pictures from {columns.image or 'none'}, {columns.kind}s from {columns.text}", file=sys.stderr)
-    return columns
 
 
 def open_parquet(path: str) -> Any:
@@ -69,7 +72,7 @@ def split(path: str, samples_per_input: int) -> list[str]:
 def read(path: str, reading: Reading) -> Iterator[Sample]:
     """Yields the samples of a row group, or of a whole file."""
     file, span = paths.split_range(path)
-    columns, source = describe(file, reading.columns), open_parquet(file)
+    columns, source = columns_of(file, reading.columns), open_parquet(file)
     groups = [int(span.split("-")[0])] if span else list(range(source.num_row_groups))
     names = [name for name in (columns.image, columns.text, columns.id) if name is not None]
     for group in groups:
@@ -187,7 +190,7 @@ def offsets(path: str) -> np.ndarray:
 
 
 def read_one(path: str, group: int, number: int, reading: Reading) -> Sample:
-    columns = describe(path, reading.columns)
+    columns = columns_of(path, reading.columns)
     table, first = group_of(path, group, tuple(name for name in (columns.image, columns.text, columns.id) if name))
     row = table.slice(number, 1).to_pylist()[0]
     return sample_of(row, columns, default_key(path, first + number), reading.images)
@@ -210,7 +213,7 @@ def picture_versions(inputs: list[str], reading: Reading) -> str:
     digest = hashlib.sha256()
     for path in inputs:
         file, span = paths.split_range(path)
-        columns, source = describe(file, reading.columns), open_parquet(file)
+        columns, source = columns_of(file, reading.columns), open_parquet(file)
         if columns.image is None:
             continue
         kind = source.schema_arrow.field(columns.image).type
@@ -238,4 +241,6 @@ FORMAT = Format(
     version_beside=picture_versions,
     cuts_long_documents=True,
     takes_columns=True,
+    check=check,
+    count=lambda path: open_parquet(path).metadata.num_rows,
 )
