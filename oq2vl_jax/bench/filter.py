@@ -10,7 +10,7 @@ import numpy as np
 from oq2vl_jax.bounds import Count, Seed, Share
 from oq2vl_jax.curate.filter.apply import apply_rules, load_filter
 from oq2vl_jax.curate.filter.pool import read_pool
-from oq2vl_jax.curate.uids import UidSet
+from oq2vl_jax.data.samples.uids import UidSet
 from oq2vl_jax.memory import check_fits, host_bytes
 
 BYTES_PER_ROW = 250

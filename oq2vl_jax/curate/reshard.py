@@ -75,7 +75,7 @@ def reshard(config: ReshardConfig) -> dict | None:
 @functools.lru_cache(maxsize=1)
 def load_uids(path: str):
     """Loads the set once per worker process."""
-    from oq2vl_jax.curate.uids import UidSet
+    from oq2vl_jax.data.samples.uids import UidSet
 
     return UidSet.load(path)
 

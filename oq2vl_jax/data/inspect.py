@@ -6,51 +6,11 @@ tokens, sizes and languages, what packing would skip and why, pictures that occu
 will see them. By default the figures are of about 10,000 samples at random.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from oq2vl_jax.bounds import Count, Length, Seed, SmallCount, check_bounds, parse
-from oq2vl_jax.config import Template
+from oq2vl_jax.bounds import check_bounds, parse
+from oq2vl_jax.data.inspection.options import InspectCommand
 from oq2vl_jax.errors import UserError, run_command
-
-
-@dataclass(frozen=True)
-class InspectCommand:
-    """Shows packed rows, or samples that are not packed yet, on an HTML page."""
-
-    rows: tyro.conf.Positional[tuple[str, ...]]
-    """A packed folder, or its rows-NNNNN.array_record; or tars, parquet and instruction files."""
-    out: str = "rows.html"
-    num_rows: Count = 8
-    """Packed rows shown, drawn at random; the statistics count every row of the files."""
-    seed: Seed = 0
-    tokenizer: str | None = None
-    """Samples: Hugging Face tokenizer folder."""
-    num_samples: Count = 10_000
-    """Samples: about as many are read, from parts of the files drawn at random."""
-    all: bool = False
-    """Samples: read every one."""
-    shown: Count = 50
-    """Samples: as many are drawn."""
-    images: str | None = None
-    """Samples: folder of the pictures that they name."""
-    columns: tuple[str, ...] = ()
-    """Samples: columns of parquet files, image=jpg text=caption."""
-    num_tokens: Length = 4096
-    """Samples: token budget of a row."""
-    max_images: SmallCount = 28
-    """Samples: image budget of a row."""
-    visual_tokens: Length = 144
-    """Samples: tokens per image."""
-    template: Template = "open_qwen2vl"
-    """Samples: template of conversations."""
-    image_size: SmallCount = 384
-    """Samples: side of the square that pictures are resized to, in pixels."""
-    num_workers: SmallCount = 2
-    """Samples: processes that read them."""
-
 
 OF_ROWS = ("num_rows",)
 OF_SAMPLES = (

@@ -1,13 +1,13 @@
 """Defines and checks the options of the eval command; no heavy imports, so that --help is quick."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from oq2vl_jax.bounds import Count, SmallCount, check_bounds
 from oq2vl_jax.config import PromptForm, Template, Weights
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.eval.benchmarks import TASKS
-from oq2vl_jax.paths import check_local
+from oq2vl_jax.paths import check_local, join, read_json
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class EvalConfig:
     batch_size: SmallCount = 32
     limit: Count | None = None
     """Number of items to evaluate per task, evenly spaced; default: all. Recorded in the results."""
+    overlap: str | None = None
+    """Folder of oq2vl_jax.curate.overlap over the training data: the results say what it found, else that it was not
+    checked."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Default: float32 on CPUs, bfloat16 elsewhere."""
 
@@ -59,3 +62,13 @@ def check(config: EvalConfig) -> None:
     if not config.out.strip():
         raise UserError("--out is empty; give a folder.")
     check_local("--out", config.out)
+    if config.overlap is not None:
+        read_overlap(config.overlap)
+
+
+def read_overlap(folder: str) -> dict[str, Any]:
+    """Returns the report of curate.overlap in a folder. Raises UserError."""
+    report = read_json(join(folder, "report.json"))
+    if not isinstance(report, dict) or not isinstance(report.get("benchmarks"), dict):
+        raise UserError(f"--overlap {folder}: report.json is not of oq2vl_jax.curate.overlap.")
+    return report

@@ -16,7 +16,7 @@ from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval.benchmark import Benchmark, Item, Judgement, Prompt, RowError, check_answers
 from oq2vl_jax.eval.benchmarks import find_benchmark
-from oq2vl_jax.eval.eval_config import EvalConfig
+from oq2vl_jax.eval.eval_config import EvalConfig, read_overlap
 from oq2vl_jax.eval.report import task_results, write_mistakes, write_results
 from oq2vl_jax.eval.tables import Table, find_files, read_table, sha256_of
 from oq2vl_jax.generate.generator import Generator, Request
@@ -43,6 +43,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         items = evenly_spaced(read_items(name, files), config.limit)
         benchmark, folder = find_benchmark(name), Path(config.out) / name
         settings = run_settings(config, generator, files)
+        overlap = overlap_of(config.overlap, name, settings["data_sha256"])
         bad_rows = {item.index: item.problem for item in items if item.problem}
         unreadable = {item.index: why for item in items if not item.problem and (why := image_problem(item))}
         unusable = unreadable | bad_rows
@@ -54,11 +55,25 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             for item in items
         ]
         results[name] = task_results(benchmark, items, judgements, settings, unreadable, bad_rows)
+        results[name]["overlap"] = overlap
         write_predictions(folder, items, judgements, predictions, unusable)
         write_mistakes(folder / "mistakes.html", benchmark, items, judgements, predictions, results[name])
         print(summary_line(name, results[name]), flush=True)
     write_results(Path(config.out), results)
     return results
+
+
+def overlap_of(folder: str | None, name: str, data_sha256: str) -> dict[str, Any] | None:
+    """Returns how many pictures of a benchmark are in the training data, as curate.overlap found; None: not checked.
+
+    Raises UserError if it was run over other files of the benchmark.
+    """
+    found = read_overlap(folder)["benchmarks"].get(name) if folder is not None else None
+    if found is None:
+        return None
+    if found["data_sha256"] != data_sha256:
+        raise UserError(f"--overlap {folder}: it was run over other files of {name}; run curate.overlap again.")
+    return {key: found[key] for key in ("pictures", "overlapping", "same_bytes")}
 
 
 def read_items(name: str, files: list[Path]) -> list[Item]:
@@ -257,4 +272,10 @@ def summary_line(name: str, result: dict[str, Any]) -> str:
     notes += [f"{len(result['bad_rows'])} rows that cannot be asked"] if result["bad_rows"] else []
     notes += [f"{len(result['unreadable_images'])} with unreadable images"] if result["unreadable_images"] else []
     notes += [f"limited to {result['num_items']:,} items"] if result["limit"] else []
+    overlap = result.get("overlap")
+    notes.append(
+        f"{overlap['overlapping']:,} of {overlap['pictures']:,} pictures are in the training data"
+        if overlap
+        else "overlap with the training data not checked"
+    )
     return line + "".join(f", {note}" for note in notes)

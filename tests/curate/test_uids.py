@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from oq2vl_jax.curate.uids import UID_DTYPE, UidSet
 from oq2vl_jax.data.samples.ids import parse_uid
+from oq2vl_jax.data.samples.uids import UID_DTYPE, UidSet
 from oq2vl_jax.errors import UserError
 
 

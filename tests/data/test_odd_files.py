@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 
 from oq2vl_jax import paths
 from oq2vl_jax.curate.reshard import ReshardConfig, reshard
-from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.loading.online import SampleSource
 from oq2vl_jax.data.packing.documents import read_documents
 from oq2vl_jax.data.samples import images, tars
@@ -25,6 +24,7 @@ from oq2vl_jax.data.samples.formats import instructions
 from oq2vl_jax.data.samples.ids import mixed, parse_uid, uid_of_key
 from oq2vl_jax.data.samples.images import ImageError, check_image, decode_image
 from oq2vl_jax.data.samples.tars import CutOffError, read_members
+from oq2vl_jax.data.samples.uids import UidSet
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import LIMITS, caption_members, encoded, tar_of
 

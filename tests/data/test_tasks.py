@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from oq2vl_jax.curate.reshard import ReshardConfig, reshard
-from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
+from oq2vl_jax.data.samples.uids import UidSet
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.jobs import Execution
 from tests.data.conftest import png

@@ -1,5 +1,6 @@
 """The whole evaluation: files, checkpoint, results; interrupted at random and continued."""
 
+import dataclasses
 import json
 import random
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.eval import evaluate as evaluation
 from oq2vl_jax.eval.benchmark import Prompt
 from oq2vl_jax.eval.eval_config import EvalConfig, check
-from oq2vl_jax.eval.evaluate import evaluate
+from oq2vl_jax.eval.evaluate import evaluate, summary_line
 from oq2vl_jax.eval.report import bootstrap_interval
 from oq2vl_jax.generate.generator import Generator, Request
 from tests.eval import benchmark_files as files
@@ -154,3 +155,22 @@ def test_the_interval_is_that_of_the_binomial():
     scores = pl.Series([1.0] * 700 + [0.0] * 300).to_numpy()
     low, high = bootstrap_interval(scores)
     assert (low, high) == pytest.approx((0.7 - 0.0284, 0.7 + 0.0284), abs=0.003)
+
+
+def test_results_say_whether_training_pictures_were_compared(checkpoint, data, tmp_path):
+    """What curate.overlap found is in the results; of other files of the benchmark it is refused."""
+    config = EvalConfig(checkpoint, "pope", str(data), str(tmp_path / "out"), batch_size=4, limit=4)
+    result = evaluate(config)["pope"]
+    assert result["overlap"] is None
+    assert "overlap with the training data not checked" in summary_line("pope", result)
+    (tmp_path / "overlap").mkdir()
+    found = {"data_sha256": result["data_sha256"], "pictures": 9, "overlapping": 2, "same_bytes": 1}
+    file = tmp_path / "overlap" / "report.json"
+    file.write_text(json.dumps({"benchmarks": {"pope": found}}))
+    checked = dataclasses.replace(config, overlap=str(tmp_path / "overlap"))
+    result = evaluate(checked)["pope"]
+    assert result["overlap"] == {"pictures": 9, "overlapping": 2, "same_bytes": 1}
+    assert "2 of 9 pictures are in the training data" in summary_line("pope", result)
+    file.write_text(json.dumps({"benchmarks": {"pope": found | {"data_sha256": "0"}}}))
+    with pytest.raises(UserError, match="run over other files of pope"):
+        evaluate(checked)

@@ -13,8 +13,8 @@ from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.curate.filter.expression import Expression, Leaf, evaluate, leaves, parse
 from oq2vl_jax.curate.filter.pool import Pool
 from oq2vl_jax.curate.filter.rules import Basic, Rule, make_rule
-from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.samples.ids import mixed
+from oq2vl_jax.data.samples.uids import UidSet
 from oq2vl_jax.errors import UserError
 
 

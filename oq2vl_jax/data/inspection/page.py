@@ -3,11 +3,11 @@
 import html
 import io
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from oq2vl_jax import paths
+from oq2vl_jax.data.inspection.options import InspectCommand
 from oq2vl_jax.data.inspection.rows import STYLE, document_pieces
 from oq2vl_jax.data.inspection.survey import Survey, Total, survey
 from oq2vl_jax.data.packing.documents import Limits
@@ -18,14 +18,11 @@ from oq2vl_jax.data.text.document import Document
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.html import bars, page, table
 
-if TYPE_CHECKING:
-    from oq2vl_jax.data.inspect import InspectCommand
-
 NUM_BINS, NUM_LANGUAGES = 40, 15
 SHARES = (5, 50, 95)
 
 
-def inspect_samples(command: "InspectCommand") -> str:
+def inspect_samples(command: InspectCommand) -> str:
     """Writes the page of some data sets and returns its first line. Raises UserError."""
     if command.tokenizer is None:
         raise UserError(f"{command.rows[0]}: samples that are not packed yet need --tokenizer.")
@@ -138,7 +135,7 @@ def tables(found: Survey) -> list[str]:
     return body
 
 
-def sample_html(document: Document, codec: TextCodec, command: "InspectCommand") -> str:
+def sample_html(document: Document, codec: TextCodec, command: InspectCommand) -> str:
     images = iter([as_seen(image, command.image_size) for image in document.images])
     pieces = "".join(document_pieces(document.tokens, document.is_labelled, images, codec, command.visual_tokens))
     head = (

@@ -24,6 +24,8 @@ from oq2vl_jax.data.samples.images import ImageError, image_size
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.data.text.document import Document
+from oq2vl_jax.data.text.language import language_model
+from oq2vl_jax.errors import UserError
 
 ENTRIES_PER_PART = 500
 FEWEST_PARTS = 16
@@ -190,9 +192,6 @@ def count_out(found: Survey, reason: str, key: str) -> None:
 @functools.lru_cache(maxsize=1)
 def language_of() -> Callable[[str], str] | None:
     """Returns the function from a text to its most likely language; None without the extra filter."""
-    from oq2vl_jax.curate.filter.pool import language_model
-    from oq2vl_jax.errors import UserError
-
     try:
         model = language_model()
     except UserError:

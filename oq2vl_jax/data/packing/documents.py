@@ -1,7 +1,7 @@
 """Reads the documents of input files; samples that cannot be used are counted by reason, and oddities are noted."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 from oq2vl_jax.data.samples.chats import with_turns
@@ -43,11 +43,12 @@ def read_documents(
     limits: Limits,
     broken_shards: Literal["stop", "keep"],
     reading: Reading = NOTHING_BESIDE,
+    left_out: Callable[[str | None], str | None] = lambda uid: None,
 ) -> tuple[list[Document], dict]:
     """Returns documents in the order of the files, and {"samples", "skipped": {reason: count}, "notes": {note: count}}.
 
-    samples = documents + skipped, except for shard_cut_off, which counts files whose end is missing, and for
-    extra_part, the documents that come of cutting.
+    left_out: (id of a sample) to the reason why it is not wanted, or None. samples = documents + skipped, except for
+    shard_cut_off, which counts files whose end is missing, and for extra_part, the documents that come of cutting.
     """
     documents, num_samples = [], 0
     skipped, notes = Counter(), Counter()
@@ -57,6 +58,9 @@ def read_documents(
         try:
             for sample in format.read(file, reading):
                 num_samples += 1
+                if not sample.problem and (reason := left_out(sample.uid)) is not None:
+                    skipped[reason] += 1
+                    continue
                 try:
                     found, sample_notes = documents_of(sample, codec, limits, cuts)
                 except (SampleError, ImageError) as problem:

@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,7 @@ from oq2vl_jax.jobs import Execution, Job, counted, make_tasks, read_settings, r
 
 if TYPE_CHECKING:
     from oq2vl_jax.data.samples.formats.format import Reading
+    from oq2vl_jax.data.samples.uids import UidSet
 
 LENGTH_BIN = 64
 """Width of the bins of the length histogram, in tokens."""
@@ -51,6 +53,10 @@ class PackConfig:
     long_documents: Literal["auto", "skip", "cut"] = "auto"
     """Interleaved documents that are longer than a row. skip: counted out, and so are those of more than 9 pictures, as
     in the published code. cut: between their parts. auto: cut in parquet files, skip elsewhere."""
+    uids: str | None = None
+    """Set of ids (curate.filter): samples that are not in it are left out, and counted."""
+    without_uids: str | None = None
+    """Set of ids (curate.overlap): samples that are in it are left out, and counted."""
     entries_per_task: Count = 2000
     """Entries of an instruction file packed together into one file of rows."""
     unmarked_images: Literal["first", "skip"] = "first"
@@ -69,6 +75,9 @@ class PackConfig:
         named = {name: getattr(self, name) for name in names}
         named |= {"unmarked_images": "skip"} if self.unmarked_images == "skip" else {}
         named |= {"columns": sorted(self.columns)} if self.columns else {}
+        for name in ("uids", "without_uids"):
+            path = getattr(self, name)
+            named |= {name: load_uids(path).sha256()} if path else {}
         named |= {"long_documents": self.long_documents} if self.long_documents != "auto" else {}
         return {"format": FORMAT_VERSION} | named | ({"images_folder": self.images} if self.images else {})
 
@@ -175,6 +184,29 @@ def save_tokenizer(config: PackConfig) -> dict:
     }
 
 
+@functools.lru_cache(maxsize=2)
+def load_uids(path: str) -> "UidSet":
+    """Loads a set of ids once per worker process."""
+    from oq2vl_jax.data.samples.uids import UidSet
+
+    return UidSet.load(path)
+
+
+def selection_of(config: PackConfig) -> Callable[[str | None], str | None]:
+    """Returns the function from a sample's id to the reason why it is left out by --uids or --without-uids, or None."""
+    from oq2vl_jax.data.samples.ids import parse_uid
+
+    wanted, unwanted = (load_uids(path) if path else None for path in (config.uids, config.without_uids))
+
+    def reason(text: str | None) -> str | None:
+        uid = parse_uid(text)
+        if wanted is not None and (uid is None or not wanted.count(*uid)):
+            return "not_in_uids"
+        return "in_without_uids" if unwanted is not None and uid is not None and unwanted.count(*uid) else None
+
+    return reason
+
+
 @functools.lru_cache(maxsize=1)
 def load_codec(folder: str, tokenizer_sha256: str):
     """Loads the saved tokenizer once per worker process; the hash makes it reload a folder that was rewritten."""
@@ -196,7 +228,7 @@ def pack_files(config: PackConfig, tokenizer_sha256: str, files: tuple[str, ...]
     limits = Limits(config.template, config.num_tokens, config.max_images, config.visual_tokens,
         config.unmarked_images, config.long_documents)  # fmt: skip
     codec = load_codec(paths.join(config.out, "tokenizer"), tokenizer_sha256)
-    documents, counts = read_documents(files, codec, limits, config.broken_shards, config.reading)
+    documents, counts = read_documents(files, codec, limits, config.broken_shards, config.reading, selection_of(config))
     tokens = [len(document.tokens) for document in documents]
     images = [len(document.images) for document in documents]
     rows = pack_rows(tokens, images, config.num_tokens, config.max_images)

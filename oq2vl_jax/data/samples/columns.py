@@ -16,7 +16,7 @@ Kind = Literal["caption", "conversation", "document"]
 IMAGES = ("images", "image", "jpg", "png", "webp", "image_info")
 TEXTS = (*TALKS, "text_list")
 CAPTIONS = ("caption", "text", "txt", "captions")
-KEYS = ("id", "key", "__key__", "uid", "index")
+KEYS = ("uid", "key", "id", "__key__", "index")
 ROLES = {
     "image": "image",
     "images": "image",

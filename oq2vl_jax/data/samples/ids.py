@@ -1,8 +1,9 @@
-"""Parses ids of samples (32 hex digits, as in DataComp) and makes them from numeric keys."""
+"""Parses ids of samples (32 hex digits, as in DataComp) and makes them from keys."""
 
 import re
 
 import numpy as np
+import xxhash
 
 HEX_DIGITS = "[0-9a-fA-F]{32}"
 
@@ -20,6 +21,13 @@ def uid_of_key(key: str) -> str | None:
     if not re.fullmatch("[0-9]{1,18}", key):
         return None
     return f"{int(mixed(np.array([int(key)], np.uint64))[0]):016x}{int(key):016x}"
+
+
+def uid_of_text(key: str) -> str:
+    """Returns the id of a key of any form: the key itself if it is one, uid_of_key's, or a 128-bit digest."""
+    if re.fullmatch(HEX_DIGITS, key):
+        return key.lower()
+    return uid_of_key(key) or xxhash.xxh3_128_hexdigest(key.encode("utf-8", "surrogatepass"))
 
 
 def mixed(x: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from oq2vl_jax import paths
 from oq2vl_jax.data.samples.chats import TALKS, picture_of_url
 from oq2vl_jax.data.samples.formats.format import Format, Reading
-from oq2vl_jax.data.samples.ids import uid_of_key
+from oq2vl_jax.data.samples.ids import uid_of_text
 from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.pictures import picture_in_folder, with_pictures
 from oq2vl_jax.data.samples.shards import Sample, printable
@@ -135,7 +135,7 @@ def parse_entry(entry: bytes, images: str | None) -> Sample:
     if talk is None:
         return Sample("?", [], problem="conversation_invalid")
     key = printable(str(value.get("id", "?")))
-    sample = Sample(key, [], conversations=talk, uid=uid_of_key(key))
+    sample = Sample(key, [], conversations=talk, uid=uid_of_text(key))
     return with_pictures(sample, lambda: names_in(value), lambda name: picture_of(name, images, key))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from oq2vl_jax import paths
 from oq2vl_jax.data.samples.columns import Columns, find_columns, is_list, is_string, talk_of
 from oq2vl_jax.data.samples.formats.format import Format, Reading
-from oq2vl_jax.data.samples.ids import uid_of_key
+from oq2vl_jax.data.samples.ids import uid_of_text
 from oq2vl_jax.data.samples.images import ImageError, decode_base64, larger_than_a_pixel
 from oq2vl_jax.data.samples.pictures import picture_in_folder, with_pictures
 from oq2vl_jax.data.samples.shards import Sample, interleaved, printable
@@ -92,7 +92,7 @@ def sample_of(row: dict[str, Any], columns: Columns, default_key: str, images: s
     key = row.get(columns.id) if columns.id else None
     key = default_key if key is None else printable(str(key))
     text, cells = row[columns.text], cells_of(row[columns.image] if columns.image else None)
-    sample = Sample(key, [], uid=uid_of_key(key))
+    sample = Sample(key, [], uid=uid_of_text(key))
     if text is None:
         return sample._replace(problem="text_missing")
     if columns.kind == "document":
