@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import DataConfig, OnlineConfig, TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.data.loading.loader import make_loader
+from oq2vl_jax.data.loading.mixture import short_names
 from oq2vl_jax.data.packing.packed import PackedRows, check_files
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.samples.thumbnail import picture
@@ -54,11 +55,21 @@ class HeldOut:
             lambda model, batch: total_loss(model, batch, config, mesh, compute), in_shardings=shardings
         )
 
-    def loss(self, model: OpenQwen2VL) -> float:
-        """Returns nats per labelled token over held_out.num_batches global batches."""
+    def losses(self, model: OpenQwen2VL) -> dict[str, float]:
+        """Returns held_out_loss, and held_out_loss/NAME of each source if there are several."""
+        found = {"held_out_loss": self.loss(model)}
+        sources = self._data.sources
+        if len(sources) > 1:
+            for name, source in zip(short_names(sources), sources, strict=True):
+                found[f"held_out_loss/{name}"] = self.loss(model, (source,))
+        return found
+
+    def loss(self, model: OpenQwen2VL, sources: tuple[str, ...] | None = None) -> float:
+        """Returns nats per labelled token over held_out.num_batches global batches, of some sources or of all."""
         config = self._config
+        data = self._data if sources is None else dataclasses.replace(self._data, sources=sources)
         loader = make_loader(
-            self._data, config.model, config.global_batch_size, SAMPLE_SEED, jax.process_index(), jax.process_count()
+            data, config.model, config.global_batch_size, SAMPLE_SEED, jax.process_index(), jax.process_count()
         )
         total, num_labelled = 0.0, 0
         try:

@@ -12,6 +12,7 @@ import numpy as np
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
+from oq2vl_jax.data.loading.mixture import SourceCounts
 from oq2vl_jax.devices import Device, device_of_kind
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import write_text
@@ -179,8 +180,10 @@ class StepReporter:
         trackers: list[RunTracker] | None = None,
         is_quiet: bool = False,
         num_skipped: int = 0,
+        sources: SourceCounts | None = None,
     ):
-        """num_skipped: steps of the run that were spikes (config.skip_spikes), before start_step."""
+        """num_skipped: steps of the run that were spikes (config.skip_spikes), before start_step. sources: counts rows
+        and epochs of each source of a mixture."""
         self._log = MetricsLog(run_dir, start_step, config.log_every)
         self._progress = Progress(config.num_steps, start_step, is_quiet)
         self._trackers, self._is_quiet = trackers or [], is_quiet
@@ -192,6 +195,7 @@ class StepReporter:
         self._num_steps, self._log_every = config.num_steps, config.log_every
         self._record, self._num_skipped = self._log.last, num_skipped
         self._skipped: dict[str, Any] = {}
+        self._sources, self._rows_per_step = sources, config.global_batch_size
 
     def finish(self, step: int, numbers: dict[str, float], counts: BatchCounts) -> None:
         """numbers: of the step, as in StepMetrics."""
@@ -207,6 +211,8 @@ class StepReporter:
         self._record = {"step": step, **numbers}
         if step % self._log_every == 0 or step == self._num_steps:
             self._record |= self._throughput.report()
+            if self._sources is not None:
+                self._record |= self._sources.up_to(step * self._rows_per_step)
             self._write(self._record)
             self._progress.log(self._record)
 
@@ -235,6 +241,11 @@ class StepReporter:
     def close(self, parameters_sha256: str | None = None) -> None:
         """Closes the bar, the log and the trackers; the digest of a finished run becomes its last record."""
         self._progress.close()
+        if self._sources is not None and not self._is_quiet and "step" in self._record:
+            counts = self._sources.up_to(self._record["step"] * self._rows_per_step)
+            parts = (f"{name} {counts[f'rows/{name}']:,.0f} ({counts[f'epochs/{name}']:.2f} epochs)"
+                     for name in self._sources.names)  # fmt: skip
+            print(f"rows by source: {', '.join(parts)}", flush=True)
         if parameters_sha256:
             self._log.write(
                 {**self._record, **self._skipped, "step": self._num_steps, "parameters_sha256": parameters_sha256}

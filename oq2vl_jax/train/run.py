@@ -21,6 +21,7 @@ from oq2vl_jax import own_code
 from oq2vl_jax.checkpoint import find_checkpoint, load_optimizer, load_weights, open_checkpoint
 from oq2vl_jax.config import OptimizerConfig, TrainConfig
 from oq2vl_jax.config_files import flatten, to_json, with_value
+from oq2vl_jax.data.loading.mixture import SourceCounts
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import write_text
@@ -175,13 +176,15 @@ def make_reporter(config: TrainConfig, run_dir: Path, state: TrainState) -> Step
         log_dir = run_dir / "processes" / str(jax.process_index())
         log_dir.mkdir(parents=True, exist_ok=True)
     num_skipped = int(state.spikes.num_skipped) if state.spikes is not None else 0
-    return StepReporter(log_dir, start_step, config, jax.process_count(), trackers, not is_first, num_skipped)
+    is_mixture = config.data.kind == "packed" and len(config.data.sources) > 1
+    sources = SourceCounts(config.data) if is_mixture and is_first else None
+    return StepReporter(log_dir, start_step, config, jax.process_count(), trackers, not is_first, num_skipped, sources)
 
 
 def report_held_out(held_out: HeldOut, state: TrainState, config: TrainConfig, reporter: StepReporter) -> None:
     """Reports the held-out loss. Runs before the checkpoint of the same step, so that none lacks its held-out loss."""
     start, step = time.monotonic(), int(state.step)
-    numbers = {"held_out_loss": held_out.loss(state.model)}
+    numbers = held_out.losses(state.model)
     if state.ema is not None:
         numbers["held_out_loss_ema"] = held_out.loss(averaged_model(state, config))
     samples = held_out.samples(state.model) if jax.process_count() == 1 else []  # generation runs in one process only

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import grain
 import numpy as np
 import pytest
 
 from oq2vl_jax.config import DataConfig, DecoderConfig, ModelConfig, VisionConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.data.loading.loader import make_loader, row_arrays
+from oq2vl_jax.data.loading.mixture import SourceCounts, mix, short_names
+from oq2vl_jax.data.packing.packed import PackedRows
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row, encode_row
 from oq2vl_jax.errors import UserError
@@ -150,6 +153,35 @@ def test_the_mixture_follows_its_weights(packed):
     batches = take(make_loader(data_config(packed, weights=(3.0, 1.0)), MODEL, 4, seed=0), 20)
     from_a = sum((row == ord("a")).any() for batch in batches for row in batch.tokens)
     assert from_a == 60
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (5.0, 1.0, 1.0), (0.123, 0.877), (1.0, 1.0, 1.0, 1.0), ()])
+def test_any_thousand_rows_hold_the_weights_that_were_asked_for(weights):
+    number = len(weights) or 3
+    marks = [grain.MapDataset.source([i]).repeat() for i in range(number)]
+    mixed = mix(marks, data_config([""] * number, weights=weights))
+    drawn = np.array([mixed[i] for i in range(5000)])
+    shares = np.array(weights or [1.0] * number) / (sum(weights) or number)
+    for i, share in enumerate(shares):
+        within = np.convolve(drawn == i, np.ones(1000), "valid")
+        assert abs(within - 1000 * share).max() <= 2  # measured 1.0
+
+
+def test_rows_and_epochs_are_counted_as_the_loader_gives_them(packed):
+    config = data_config(packed, weights=(2.0, 1.0))
+    counts, loader = SourceCounts(config), make_loader(config, MODEL, 4, seed=0)
+    batches = take(loader, 12)
+    for step in (3, 12, 5):
+        from_a = sum((row == ord("a")).any() for batch in batches[:step] for row in batch.tokens)
+        found = counts.up_to(4 * step)
+        assert [found[f"rows/{name}"] for name in counts.names] == [from_a, 4 * step - from_a]
+        assert found[f"epochs/{counts.names[0]}"] == from_a / len(PackedRows(packed[0]))
+
+
+def test_sources_have_short_names():
+    assert short_names(("a/x", "a/y/")) == ["x", "y"]
+    assert short_names(("a/x", "b/x")) == ["a/x", "b/x"]
+    assert short_names(("a/x", "a/x")) == ["x#0", "x#1"]
 
 
 def test_sources_that_do_not_fit_are_explained_together(packed):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from oq2vl_jax.config import DataConfig, HeldOutConfig, OnlineConfig, OptimizerConfig, ScheduleConfig
+from oq2vl_jax.data.packing.packed import PackedRows
 from oq2vl_jax.data.packing.packer import PackConfig, pack_shards
 from oq2vl_jax.data.packing.rows import PackedRow
 from oq2vl_jax.errors import UserError
@@ -89,6 +90,33 @@ def test_held_out_rows_change_nothing_and_is_logged_and_shown(online, held_out, 
     assert "data:image/jpeg;base64" in page
     assert "That." in page
     assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_a_mixture_logs_rows_epochs_and_held_out_loss_by_source(
+    online, held_out, tmp_path, write_shard, byte_tokenizer_folder, capsys
+):
+    tar = write_shard(tmp_path / "other.tar", [conversation_sample(i, f"<image>\nWhy {i}?", "So.") for i in range(30)])
+    other = str(tmp_path / "other")
+    pack_shards(PackConfig(tar, other, byte_tokenizer_folder, 256, 4, 4, "chatml", execution=Execution(1)))
+    sources = (held_out, other)
+    data = dataclasses.replace(online.data, kind="packed", sources=sources, weights=(3.0, 1.0), online=OnlineConfig())
+    config = dataclasses.replace(
+        online, run_dir=str(tmp_path / "run"), data=data,
+        held_out=HeldOutConfig(sources, every_num_steps=6, num_batches=1, num_samples=0),
+    )  # fmt: skip
+    run(config, stop_at_step=2)
+    run(config)
+    logged = records(tmp_path / "run")
+    by_step = {r["step"]: r for r in logged if "rows/held" in r}
+    assert sorted(by_step) == [1, 2, 3, 4, 5, 6]
+    num_rows = 6 * config.global_batch_size
+    assert by_step[6]["rows/held"] + by_step[6]["rows/other"] == num_rows
+    assert by_step[6]["rows/held"] == round(0.75 * num_rows)
+    assert by_step[6]["epochs/other"] == by_step[6]["rows/other"] / len(PackedRows(other))
+    held = [r for r in logged if "held_out_loss" in r][-1]
+    assert {"held_out_loss/held", "held_out_loss/other"} < set(held)
+    assert held["held_out_loss/held"] != held["held_out_loss/other"]
+    assert "rows by source: held" in capsys.readouterr().out
 
 
 def test_the_held_out_loss_does_not_depend_on_the_pieces_it_is_computed_in(online, held_out):

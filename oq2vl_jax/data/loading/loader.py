@@ -15,6 +15,7 @@ import numpy as np
 
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.loading.batch import IGNORE, NUM_PREFETCHED_BATCHES, Batch
+from oq2vl_jax.data.loading.mixture import mix
 from oq2vl_jax.data.packing.packed import PackedRows, read_manifest
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.samples.images import ImageError, decode_image
@@ -40,7 +41,7 @@ def make_loader(
     for i, path in enumerate(data.sources):
         rows: Any = PackedRows(path)
         sources.append(grain.MapDataset.source(rows).seed(seed + i).shuffle().repeat())
-    mixed = grain.MapDataset.mix(sources, weights=list(data.weights) or None) if len(sources) > 1 else sources[0]
+    mixed = mix(sources, data)
     pad_id = manifests[data.sources[0]]["pad_id"]
     workers = None
     if data.num_workers:
