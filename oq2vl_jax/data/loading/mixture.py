@@ -40,7 +40,7 @@ class SourceCounts:
 
 
 def short_names(paths: tuple[str, ...]) -> list[str]:
-    """Returns the last folder of each path, with as many before it as tell the paths apart, and numbers for equal ones."""
+    """Returns the last folder of each path, with those before it that tell it apart, or a number if paths are equal."""
     parts = [os.path.normpath(path).split(os.sep) for path in paths]
     depth = 1
     while depth < max(map(len, parts)) and len({tuple(part[-depth:]) for part in parts}) < len(
