@@ -29,6 +29,8 @@ from oq2vl_jax.data.samples.shards import Sample, interleaved, printable
 from oq2vl_jax.errors import UserError
 
 ROWS_AT_ONCE = 64
+STREAM_BYTES = 2**20
+"""A column is read in blocks of so many bytes; otherwise pyarrow reads a column of a row group whole."""
 MAX_INDEXED_BYTES = 256 * 2**20
 """Largest row group, uncompressed, that is read at random while training: every sample may need another one."""
 KEPT_GROUPS = 4
@@ -53,7 +55,7 @@ def open_parquet(path: str) -> Any:
     except ImportError as error:
         raise UserError("parquet files need pyarrow: pip install 'oq2vl-jax[parquet]'.") from error
     try:
-        return parquet.ParquetFile(paths.open_input(path))
+        return parquet.ParquetFile(paths.open_input(path), buffer_size=STREAM_BYTES)
     except (ArrowException, ValueError) as error:
         if isinstance(error, UserError):
             raise
