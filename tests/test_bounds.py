@@ -23,6 +23,7 @@ COMMANDS = {
     "oq2vl_jax.data.pack": ("PackConfig", ["--shards", "none", "--out", "x", "--tokenizer", "none"]),
     "oq2vl_jax.curate.reshard": ("ReshardConfig", ["--shards", "none", "--out", "x", "--uids", "none"]),
     "oq2vl_jax.curate.score": ("ScoreConfig", ["--shards", "none", "--out", "x", "--model", "clip"]),
+    "oq2vl_jax.curate.overlap": ("OverlapConfig", ["none", "--tasks", "x", "--out", "x"]),
     "oq2vl_jax.data.inspect": ("InspectCommand", ["none"]),
     "oq2vl_jax.curate.filter.run": ("FilterCommand", ["none", "--metadata", "none", "--out", "x"]),
     "oq2vl_jax.demo.report": ("ReportConfig", ["--run-dir", "x", "--out", "x"]),
@@ -40,7 +41,7 @@ COMMANDS = {
 }  # fmt: skip
 ZERO_MEANS = {
     "seed", "top_k", "rank", "num_pictures", "kernels", "warmup_steps", "process_id", "image_token_id", "port",
-    "num_samples", "num_workers",
+    "num_samples", "num_workers", "max_distance",
 }  # fmt: skip
 
 

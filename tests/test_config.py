@@ -25,6 +25,7 @@ COMMANDS = (
     "oq2vl_jax.curate.score",
     "oq2vl_jax.curate.filter",
     "oq2vl_jax.curate.reshard",
+    "oq2vl_jax.curate.overlap",
     "oq2vl_jax.data.inspect",
     "oq2vl_jax.bench",
     "oq2vl_jax.generate",

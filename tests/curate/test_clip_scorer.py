@@ -112,6 +112,21 @@ def test_the_command_writes_a_parquet_per_tar_and_counts_the_rest(clip, tmp_path
     assert frame["clip_score"][0] == pl.read_parquet(tmp_path / "out" / "00000001.parquet")["clip_score"][0]
 
 
+def test_parquet_is_scored_as_tars_are(clip, tmp_path, write_shard):
+    images, texts = [png(40, 30, seed=i) for i in range(9)], [f"the cat {'a' * i}" for i in range(9)]
+    write_shard(tmp_path / "0.tar", [caption_sample(i, text=texts[i], image=images[i]) for i in range(9)])
+    pl.DataFrame({"key": [f"{i:06d}" for i in range(9)], "image": images, "caption": texts}).write_parquet(
+        tmp_path / "0.parquet", row_group_size=4
+    )
+    frames = []
+    for name in ("0.tar", "0.parquet"):
+        out = str(tmp_path / f"out-{name}")
+        score_shards(ScoreConfig(str(tmp_path / name), out, "clip", clip[2], 8, execution=Execution(1)))
+        frames.append(pl.read_parquet(f"{out}/00000000.parquet"))
+    assert frames[0]["clip_score"].n_unique() > 1
+    assert frames[0].drop("key").equals(frames[1].drop("key"))
+
+
 def test_another_checkpoint_is_explained(clip, tmp_path, write_shard):
     shard = write_shard(tmp_path / "0.tar", [caption_sample(0)])
     with pytest.raises(UserError, match="no such folder"):
