@@ -9,6 +9,7 @@ import glob
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -30,8 +31,8 @@ RANGE_MARK = "#bytes="
 
 def split_range(path: str) -> tuple[str, str]:
     """Splits an input into (file, "START-STOP"); the range is empty for a whole file."""
-    file, _, span = path.partition(RANGE_MARK)
-    return file, span
+    match = re.fullmatch(f"(.*){re.escape(RANGE_MARK)}(\\d+-\\d+)", path, re.DOTALL)
+    return (match[1], match[2]) if match else (path, "")
 
 
 def is_remote(path: str) -> bool:

@@ -70,30 +70,29 @@ class Index:
     """The fingerprints of some pictures, searched by another one's."""
 
     def __init__(self, fingerprints: list[Fingerprint]):
-        self._exact = {one.exact: i for i, one in reversed(list(enumerate(fingerprints)))}
+        self._exact = np.array([one.exact for one in fingerprints], np.uint64)
         self._near = np.array([bits for one in fingerprints for bits in one.near], np.uint64)
         self._owners = np.array([i for i, one in enumerate(fingerprints) for _ in one.near], np.int64)
 
-    def find(self, wanted: Fingerprint, max_distance: int) -> Match | None:
-        """Returns the picture with the same bytes, else the nearest within max_distance bits, else None."""
-        if wanted.exact in self._exact:
-            return Match(self._exact[wanted.exact], -1)
-        if not wanted.near or not len(self._near):
-            return None
-        distances = np.bitwise_count(self._near ^ np.uint64(wanted.near[0]))
-        nearest = int(distances.argmin())
-        if distances[nearest] > max_distance:
-            return None
-        return Match(int(self._owners[nearest]), int(distances[nearest]))
+    def find(self, wanted: Fingerprint, max_distance: int) -> list[Match]:
+        """Returns the pictures with the same bytes and those within max_distance bits, the nearest first.
+
+        Benchmarks share pictures, so there may be several.
+        """
+        found = dict.fromkeys(np.flatnonzero(self._exact == np.uint64(wanted.exact)).tolist(), -1)
+        if wanted.near and len(self._near):
+            distances = np.bitwise_count(self._near ^ np.uint64(wanted.near[0]))
+            for i in np.flatnonzero(distances <= max_distance):
+                owner, distance = int(self._owners[i]), int(distances[i])
+                found[owner] = min(found.get(owner, distance), distance)
+        return sorted((Match(*one) for one in found.items()), key=lambda match: (match.distance, match.position))
 
     def save(self, file: io.BufferedIOBase) -> None:
-        exact = np.array([[key & (2**64 - 1), position] for key, position in self._exact.items()], np.uint64)
-        np.savez(file, exact=exact.reshape(-1, 2), near=self._near, owners=self._owners)
+        np.savez(file, exact=self._exact, near=self._near, owners=self._owners)
 
     @staticmethod
     def load(path: str) -> "Index":
         index: Any = Index([])
         with np.load(path, allow_pickle=False) as saved:
-            index._exact = {int(key): int(position) for key, position in saved["exact"]}
-            index._near, index._owners = saved["near"], saved["owners"]
+            index._exact, index._near, index._owners = saved["exact"], saved["near"], saved["owners"]
         return index

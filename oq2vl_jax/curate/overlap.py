@@ -63,12 +63,14 @@ def find_overlap(config: OverlapConfig) -> dict | None:
     check_has_imagehash("oq2vl_jax.curate.overlap")
     paths.check_out(config.out)
     files = [file for source in config.sources for file in paths.expand_paths("SOURCE", source)]
+    check_sources(config, files)
     pictures = benchmark_pictures(config)
     paths.make_folder(config.out)
     settings = {
         "max_distance": config.max_distance,
         "benchmarks": {name: digest for name, (digest, _) in pictures.items()},
         **({"columns": sorted(config.columns)} if config.columns else {}),
+        **({"images_folder": config.images} if config.images else {}),
     }
     save_index(config.out, pictures)
     splits = [format_of(file).split for file in files]
@@ -77,7 +79,7 @@ def find_overlap(config: OverlapConfig) -> dict | None:
     job = Job(
         out=config.out, name="matches-", suffix=".jsonl", settings=settings,
         work=functools.partial(match_file, config), progress="{matched} of {pictures} pictures overlap",
-        broken_shards=config.broken_shards,
+        broken_shards=config.broken_shards, version_beside=functools.partial(version_beside, config),
     )  # fmt: skip
     reports = run_job(job, make_tasks(inputs), config.execution)
     if reports is None:
@@ -85,6 +87,33 @@ def find_overlap(config: OverlapConfig) -> dict | None:
     report = settings | summed(config, reports, pictures)
     write_manifest(job, report)
     return report
+
+
+def check_sources(config: OverlapConfig, files: list[str]) -> None:
+    """Raises UserError for files that cannot be read so, or whose samples would share ids."""
+    from oq2vl_jax.data.samples.formats import format_of
+    from oq2vl_jax.data.samples.ids import check_distinct
+
+    if config.columns and not all(format_of(file).takes_columns for file in files):
+        raise UserError("--columns does not apply to every source; parquet files have columns.")
+    for format in {format_of(file): file for file in reversed(files)}.items():
+        if format[0].check is not None:
+            format[0].check(format[1], reading_of(config))
+    check_distinct([file for file in files if format_of(file).takes_columns])
+
+
+def reading_of(config: OverlapConfig) -> Any:
+    from oq2vl_jax.data.samples.formats.format import Reading
+
+    return Reading(config.images, config.columns)
+
+
+def version_beside(config: OverlapConfig, inputs: tuple[str, ...]) -> str:
+    """Returns a digest of the pictures that an input names outside of itself; "" if it names none."""
+    from oq2vl_jax.data.samples.formats import format_of
+
+    version = format_of(inputs[0]).version_beside
+    return version(list(inputs), reading_of(config)) if version is not None else ""
 
 
 def benchmark_pictures(config: OverlapConfig) -> dict[str, tuple[str, list[tuple[str, bytes]]]]:
@@ -139,29 +168,28 @@ def load_index(out: str) -> tuple[Any, list[list[str]]]:
 def match_file(config: OverlapConfig, files: tuple[str, ...], target: Path) -> dict:
     """Writes a line for each training picture of an input that overlaps; returns the report."""
     from oq2vl_jax.curate.fingerprints import fingerprint
+    from oq2vl_jax.data.samples.chats import with_turns
     from oq2vl_jax.data.samples.formats import format_of
-    from oq2vl_jax.data.samples.formats.format import Reading
     from oq2vl_jax.data.samples.tars import CutOffError
 
     index, owners = load_index(config.out)
     counts, skipped, lines = Counter(), Counter(), []
     try:
-        for sample in format_of(files[0]).read(files[0], Reading(config.images, config.columns)):
+        for sample in format_of(files[0]).read(files[0], reading_of(config)):
             counts["samples"] += 1
             if sample.problem:
                 skipped[sample.problem] += 1
-            for number, image in enumerate(sample.images):
+            for number, image in enumerate(with_turns(sample).images):  # with those that a message holds
                 counts["pictures"] += 1
-                match = index.find(fingerprint(image), config.max_distance)
-                if match is None:
-                    continue
-                counts["matched"] += 1
-                task, item = owners[match.position]
-                lines.append(
-                    {"key": sample.key, "uid": sample.uid, "picture": number, "task": task, "item": item,
-                     "distance": match.distance, "position": match.position,
-                     "thumbnail": thumbnail(image) if len(lines) < SHOWN else None}
-                )  # fmt: skip
+                matches = index.find(fingerprint(image), config.max_distance)
+                counts["matched"] += bool(matches)
+                for match in matches:
+                    task, item = owners[match.position]
+                    lines.append(
+                        {"key": sample.key, "uid": sample.uid, "picture": number, "task": task, "item": item,
+                         "distance": match.distance, "position": match.position,
+                         "thumbnail": thumbnail(image) if len(lines) < SHOWN else None}
+                    )  # fmt: skip
     except CutOffError:
         if config.broken_shards == "stop":
             raise
@@ -170,13 +198,16 @@ def match_file(config: OverlapConfig, files: tuple[str, ...], target: Path) -> d
     return {name: counts[name] for name in ("samples", "pictures", "matched")} | {"skipped": dict(skipped)}
 
 
-def thumbnail(data: bytes) -> str:
-    """Returns a small JPEG in base64, for the page."""
+def thumbnail(data: bytes) -> str | None:
+    """Returns a small JPEG in base64, for the page; None for a picture that does not decode."""
     import base64
 
-    from oq2vl_jax.data.samples.images import open_rgb
+    from oq2vl_jax.data.samples.images import ImageError, open_rgb
 
-    image, buffer = open_rgb(data), io.BytesIO()
+    try:
+        image, buffer = open_rgb(data), io.BytesIO()
+    except ImageError:
+        return None
     image.thumbnail(THUMBNAIL)
     image.save(buffer, "JPEG", quality=80)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -15,7 +15,8 @@ from oq2vl_jax.errors import UserError, run_command
 OF_ROWS = ("num_rows",)
 OF_SAMPLES = (
     "tokenizer", "num_samples", "all", "shown", "images", "columns", "num_tokens", "max_images", "visual_tokens",
-    "template", "image_size", "num_workers",
+    "template", "unmarked_images", "long_documents",
+    "image_size", "num_workers",
 )  # fmt: skip
 
 
@@ -44,7 +45,14 @@ def default_of(name: str) -> object:
 
 
 def are_packed(names: tuple[str, ...]) -> bool:
-    """Returns whether the names are a packed folder, rows of one, or nothing that is there."""
+    """Returns whether the names are a packed folder, rows of one, or nothing that is there. Raises UserError for a
+    folder of other files."""
+    if not names:
+        raise UserError("name a packed folder, or files of samples.")
+    for name in names:
+        folder = Path(name)
+        if folder.is_dir() and not (folder / "settings.json").is_file() and not list(folder.glob("*.array_record")):
+            raise UserError(f"{name}: no packed rows here; for samples name the files, such as '{name}/*.parquet'.")
     return all(
         Path(name).is_dir() or name.endswith(".array_record") or not ("://" in name or "." in Path(name).name)
         for name in names

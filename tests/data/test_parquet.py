@@ -132,7 +132,7 @@ def test_captions_and_cells_that_cannot_be_used(tmp_path, byte_tokenizer_folder)
     assert manifest["skipped"] == {
         "image_is_a_url": 1, "image_missing": 2, "image_undecodable": 1, "text_missing": 1,
     }  # fmt: skip
-    assert decode_row(PackedRows(str(tmp_path / "packed"))[0]).keys == ["data.parquet#0"]
+    assert decode_row(PackedRows(str(tmp_path / "packed"))[0]).keys == [f"{tmp_path.name}/data.parquet#0"]
 
 
 def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, byte_tokenizer_folder):

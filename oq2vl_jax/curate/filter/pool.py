@@ -11,18 +11,16 @@ import numpy as np
 from oq2vl_jax import paths
 from oq2vl_jax.curate.filter.expression import Leaf
 from oq2vl_jax.curate.filter.rules import Rule
-from oq2vl_jax.data.samples.columns import IMAGES
-from oq2vl_jax.data.samples.ids import mixed, uid_of_text
+from oq2vl_jax.data.samples.columns import IMAGES, KEYS
+from oq2vl_jax.data.samples.ids import check_distinct, key_of_row, mixed, uid_of_text
 from oq2vl_jax.data.samples.parquet import reading_parquet
 from oq2vl_jax.data.samples.uids import UidSet
 from oq2vl_jax.data.text.language import language_model
 from oq2vl_jax.errors import UserError, hint
 
 FILES_PER_BATCH = 64
-KEYS = ("key", "id", "__key__", "index")
-"""Columns that name a sample, the first that a file has; uid comes before them."""
 COLUMN_OF_ROWS = "row of its file"
-"""Temporary column with FILE#ROW, the key of a sample that no column names, as in samples/formats/parquet.py."""
+"""Temporary column with the key of a row that no column names (ids.key_of_row)."""
 TEXT = "text for the language rule"
 """Temporary column with the texts for the language rules; no file has a column of this name."""
 COLUMN_NAMES = {
@@ -54,12 +52,15 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     """Reads the columns that the rules need. Raises UserError for missing columns and files that are not parquet."""
     import polars as pl
 
-    names = list(schema_of(metadata[0]))
+    schema = schema_of(metadata[0])
+    names = list(schema)
+    if named_by(schema) is None:
+        check_distinct(metadata)
     score_columns = sorted({rule.column for rule in rules if rule.column})
     from_scores = [column for column in score_columns if column not in names]
     needed = sorted({column for rule in rules if not rule.column for column in rule.columns})
     present = {column: present_name(column, names, metadata[0]) for column in needed}
-    selected = id_columns(names, metadata[0])
+    selected = id_columns(schema, metadata[0])
     kinds = score_kinds(metadata[0], score_columns)
     selected += [pl.col(column).cast(kind, strict=False) for column, kind in kinds.items()]
     tests = [rule for rule in rules if not rule.column and not rule.uids]
@@ -71,7 +72,7 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
         selected.append(pl.col(present["text"]).alias(TEXT))
     frames = []
     for batch in batches(metadata):
-        frame = collect(scan(batch, names).select(selected), batch)
+        frame = collect(scan(batch, schema).select(selected), batch)
         for i, rule in languages:
             frame = frame.with_columns(is_language(frame[TEXT], rule.leaf.arguments).alias(f"rule {i}"))
         frames.append(frame.drop(TEXT, strict=False))
@@ -93,48 +94,57 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
     return Pool(high, low, is_valid, keeps, values, conflicts)
 
 
-def id_columns(names: list[str], file: str) -> list[Any]:
+def id_columns(schema: dict[str, Any], file: str) -> list[Any]:
     """Returns the expressions high, low and is_hex: from the column uid, else from a column of KEYS, else from the
     row's number in its file (COLUMN_OF_ROWS), each as the readers of samples make them."""
     import polars as pl
 
-    if "uid" in names:
+    key = named_by(schema)
+    if key == "uid":
         uid = pl.col("uid").cast(pl.String)
         is_hex = (uid.str.len_bytes() == 32) & ~uid.str.contains("+", literal=True)
         return [hex_half(uid, 0).alias("high"), hex_half(uid, 16).alias("low"), is_hex.alias("is_hex")]
-    key = next((name for name in KEYS if name in names), None)
     if key is None:
-        if not set(names) & set(IMAGES):
-            present_name("uid", names, file)  # raises: it is neither metadata nor a data set
+        if not set(schema) & set(IMAGES):
+            present_name("uid", list(schema), file)  # raises: it is neither metadata nor a data set
         return ids_of_texts(pl.col(COLUMN_OF_ROWS))
-    if key != "key":
-        return ids_of_texts(pl.col(key).cast(pl.String))
-    number = pl.col("key").cast(pl.String).str.to_integer(dtype=pl.UInt64, strict=False)
+    text = pl.col(key).cast(pl.String)
+    number = pl.when(text.str.contains("^[0-9]{1,18}$")).then(text).str.to_integer(dtype=pl.UInt64, strict=False)
     high = number.map_batches(lambda keys: pl.Series(mixed(keys.fill_null(0).to_numpy())), return_dtype=pl.UInt64)
-    return [high.alias("high"), number.alias("low"), number.is_not_null().alias("is_hex")]
+    others = ids_of_texts(pl.when(number.is_null()).then(text))  # img2dataset's keys are numbers, and the fast way
+    return [
+        pl.when(number.is_null()).then(others[0]).otherwise(high).alias("high"),
+        pl.coalesce(number, others[1]).alias("low"),
+        text.is_not_null().alias("is_hex"),
+    ]
 
 
-def scan(files: list[str], names: list[str]) -> Any:
+def named_by(schema: dict[str, Any]) -> str | None:
+    """Returns the column that names a file's samples, as data/samples/columns.py chooses it."""
+    import polars as pl
+
+    kinds = (pl.String, pl.Categorical, pl.Enum)
+    return next(
+        (name for name in KEYS if name in schema and (schema[name].is_integer() or isinstance(schema[name], kinds))),
+        None,
+    )
+
+
+def scan(files: list[str], schema: dict[str, Any]) -> Any:
     """Scans files of the same columns; rows that no column names get COLUMN_OF_ROWS."""
     import polars as pl
 
-    frame = pl.scan_parquet(files, missing_columns="raise", extra_columns="ignore")
-    if is_named(names):
-        return frame
+    if named_by(schema) is not None:
+        return pl.scan_parquet(files, missing_columns="raise", extra_columns="ignore")
+    number = pl.col("number in its file")
     return pl.concat(
         [
             pl.scan_parquet(file, row_index_name="number in its file").with_columns(
-                pl.concat_str(
-                    pl.lit(f"{file.rsplit('/', 1)[-1]}#"), pl.col("number in its file").cast(pl.String)
-                ).alias(COLUMN_OF_ROWS)
+                pl.concat_str(pl.lit(key_of_row(file)), number.cast(pl.String)).alias(COLUMN_OF_ROWS)
             )
             for file in files
         ]
     )
-
-
-def is_named(names: list[str]) -> bool:
-    return bool({"uid", *KEYS} & set(names))
 
 
 def ids_of_texts(keys: Any) -> list[Any]:
@@ -214,12 +224,12 @@ def read_scores(
     }
     missing, conflicts = set(columns), dict.fromkeys(columns, 0)
     for batch in batches(files):
-        names = list(schema_of(batch[0]))
-        present = [column for column in columns if column in names]
+        schema = schema_of(batch[0])
+        present = [column for column in columns if column in schema]
         missing -= set(present)
         if not present:
             continue
-        selected = id_columns(names, batch[0])[:2]
+        selected = id_columns(schema, batch[0])[:2]
         selected += [pl.col(column).cast(kinds[column], strict=False) for column in present]
         lazy = pl.scan_parquet(batch, missing_columns="insert", extra_columns="ignore").select(selected)
         frame = collect(lazy.drop_nulls(["high", "low"]), batch).sort("high", "low", maintain_order=True)

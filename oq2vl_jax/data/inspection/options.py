@@ -1,6 +1,7 @@
 """The options of inspect; no heavy imports, so that --help is quick."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -38,6 +39,10 @@ class InspectCommand:
     """Samples: tokens per image."""
     template: Template = "open_qwen2vl"
     """Samples: template of conversations."""
+    unmarked_images: Literal["first", "skip"] = "first"
+    """Samples: as --unmarked-images of oq2vl_jax.data.pack."""
+    long_documents: Literal["auto", "skip", "cut"] = "auto"
+    """Samples: as --long-documents of oq2vl_jax.data.pack."""
     image_size: SmallCount = 384
     """Samples: side of the square that pictures are resized to, in pixels."""
     num_workers: SmallCount = 2

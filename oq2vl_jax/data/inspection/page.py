@@ -11,6 +11,7 @@ from oq2vl_jax.data.inspection.options import InspectCommand
 from oq2vl_jax.data.inspection.rows import STYLE, document_pieces
 from oq2vl_jax.data.inspection.survey import Survey, Total, survey
 from oq2vl_jax.data.packing.documents import Limits
+from oq2vl_jax.data.samples.formats import format_of
 from oq2vl_jax.data.samples.formats.format import Reading
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.text.codec import TextCodec
@@ -27,7 +28,12 @@ def inspect_samples(command: InspectCommand) -> str:
     if command.tokenizer is None:
         raise UserError(f"{command.rows[0]}: samples that are not packed yet need --tokenizer.")
     files = [file for name in command.rows for file in paths.expand_paths("SAMPLES", name)]
-    limits = Limits(command.template, command.num_tokens, command.max_images, command.visual_tokens)
+    if command.columns and not all(format_of(file).takes_columns for file in files):
+        raise UserError("--columns does not apply to every file; parquet files have columns.")
+    limits = Limits(
+        command.template, command.num_tokens, command.max_images, command.visual_tokens, command.unmarked_images,
+        command.long_documents,
+    )  # fmt: skip
     codec = TextCodec.load(command.tokenizer)
     found, total = survey(
         files, command.tokenizer, limits, Reading(command.images, command.columns),
@@ -48,7 +54,7 @@ def summary(found: Survey, total: Total, limits: Limits) -> str:
     """Returns the line that the command prints."""
     skipped = sum(found.skipped.values()) / found.samples
     return (
-        f"{'' if total.is_exact else 'about '}{total.samples:,} samples in all, {found.samples:,} read: "
+        f"{total.how}{total.samples:,} samples in all, {found.samples:,} read: "
         f"{mean_pictures(found):.2f} pictures and {median(found.tokens):,.0f} tokens a sample (mean, median), "
         f"{skipped:.1%} would be skipped, {duplicate_share(found):.1%} of the pictures occurred before."
         + (f" Packed: at least {num_rows(found, total, limits):,} rows of {limits.num_tokens:,} tokens." if found.tokens
@@ -79,7 +85,7 @@ def num_rows(found: Survey, total: Total, limits: Limits) -> int:
 
 def figures(found: Survey, total: Total, limits: Limits) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
-        ("samples in all" + ("" if total.is_exact else ", estimated"), total.samples),
+        (f"samples in all{', ' if total.how else ''}{total.how}".rstrip(), total.samples),
         ("samples read", found.samples),
         ("would be skipped", f"{sum(found.skipped.values()) / found.samples:.2%}"),
         ("pictures a sample, mean", mean_pictures(found)),

@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import xxhash
 
 from oq2vl_jax.data.packing.documents import MAX_CHARACTERS_PER_TOKEN, Limits, documents_of, num_characters
+from oq2vl_jax.data.samples.chats import with_turns
 from oq2vl_jax.data.samples.formats import format_of
 from oq2vl_jax.data.samples.formats.format import Reading
 from oq2vl_jax.data.samples.images import ImageError, image_size
@@ -40,6 +41,9 @@ class Survey:
     """What was counted, of the samples that were read."""
 
     samples: int = 0
+    whole_parts: int = 0
+    """Parts that were read to their end, and their samples."""
+    whole_samples: int = 0
     skipped: Counter = field(default_factory=Counter)
     keys: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> some keys of samples that are skipped for it."""
@@ -56,6 +60,8 @@ class Survey:
 
     def add(self, other: "Survey") -> None:
         self.samples += other.samples
+        self.whole_parts += other.whole_parts
+        self.whole_samples += other.whole_samples
         for name in ("skipped", "notes", "languages", "pictures", "hashes"):
             getattr(self, name).update(getattr(other, name))
         for reason, keys in other.keys.items():
@@ -77,10 +83,10 @@ class Part(NamedTuple):
 
 
 class Total(NamedTuple):
-    """Samples of the files. is_exact False: estimated from those that were read."""
+    """Samples of the files: known, "about" (from the parts that were read whole), or "at least" (none was)."""
 
     samples: int
-    is_exact: bool
+    how: Literal["", "about ", "at least "]
 
 
 def survey(
@@ -106,9 +112,12 @@ def survey(
     found.shown = rng.sample(found.shown, min(shown, len(found.shown)))
     counts = [format_of(file).count for file in files]
     if all(count is not None for count in counts):
-        return found, Total(sum(count(file) for count, file in zip(counts, files, strict=True) if count), True)
-    is_whole = num_read == len(paths) and num_samples is None
-    return found, Total(found.samples if is_whole else round(found.samples / num_read * len(paths)), is_whole)
+        return found, Total(sum(count(file) for count, file in zip(counts, files, strict=True) if count), "")
+    if found.whole_parts == len(paths):
+        return found, Total(found.samples, "")
+    if not found.whole_parts:
+        return found, Total(found.samples + len(paths) - num_read, "at least ")
+    return found, Total(round(found.whole_samples / found.whole_parts * len(paths)), "about ")
 
 
 def parts_of(file: str) -> list[str]:
@@ -141,8 +150,9 @@ def survey_part(part: Part) -> Survey:
     cuts = part.limits.cuts(format.cuts_long_documents)
     for sample in itertools.islice(format.read(part.path, part.reading), part.most):
         found.samples += 1
-        found.pictures[len(sample.images)] += 1
-        for image in sample.images:
+        images = with_turns(sample).images  # with those that a message holds
+        found.pictures[len(images)] += 1
+        for image in images:
             found.hashes[xxhash.xxh3_64_intdigest(image)] += 1
             try:
                 found.sizes.append(image_size(image))
@@ -164,15 +174,18 @@ def survey_part(part: Part) -> Survey:
             found.shown.append(documents[0])
         elif (place := rng.randrange(found.samples)) < part.shown:  # a reservoir
             found.shown[place] = documents[0]
+    if part.most is None or found.samples < part.most:
+        found.whole_parts, found.whole_samples = 1, found.samples
     return found
 
 
 def checked_documents(sample: Sample, codec: TextCodec, limits: Limits, cuts: bool) -> tuple[list[Document], list[str]]:
     """Returns the documents of a sample, also of one that is longer than a row, so that its length is known."""
-    if num_characters(sample) > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens:
-        raise SampleError("text_too_long")
     if cuts and sample.elements is not None:
         return documents_of(sample, codec, limits, cuts)
+    turned = with_turns(sample) if limits.template != "plain" else sample
+    if num_characters(turned) > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens:
+        raise SampleError("text_too_long")
     return documents_of(sample, codec, limits._replace(num_tokens=UNLIMITED, max_images=UNLIMITED), cuts)
 
 
@@ -198,7 +211,8 @@ def language_of() -> Callable[[str], str] | None:
         return None
 
     def language(text: str) -> str:
-        labels, _ = model.predict(text.replace("\n", " ")[:LANGUAGE_CHARACTERS])
+        line = text.replace("\n", " ")[:LANGUAGE_CHARACTERS].encode("utf-8", "replace").decode()
+        labels, _ = model.predict(line)
         return labels[0].removeprefix("__label__") if labels else "?"
 
     return language
@@ -210,8 +224,6 @@ def text_of(sample: Sample) -> str:
         return sample.text.strip()
     if sample.elements is not None:
         return " ".join(text for text in sample.elements if text).strip()
-    from oq2vl_jax.data.samples.chats import with_turns
-
     turns = with_turns(sample).conversations
     values = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     return " ".join(text.replace("<image>", "") for text in values if isinstance(text, str)).strip()

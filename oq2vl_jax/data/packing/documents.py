@@ -88,10 +88,10 @@ def documents_of(sample: Sample, codec: TextCodec, limits: Limits, cuts: bool) -
 
 def make_document(sample: Sample, codec: TextCodec, limits: Limits) -> tuple[Document, list[str]]:
     """Returns the document of a sample and notes on its oddities. Raises SampleError or ImageError with the reason."""
-    if num_characters(sample) > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens:
-        raise SampleError("text_too_long")
     if limits.template != "plain":  # conversations need a template, which codec.document says
         sample = with_turns(sample, limits.unmarked_images == "first")
+    if num_characters(sample) > MAX_CHARACTERS_PER_TOKEN * limits.num_tokens:
+        raise SampleError("text_too_long")
     document = codec.document(sample, limits.template, limits.visual_tokens)
     if sample.elements is not None and not 1 <= len(document.images) <= MAX_INTERLEAVED_IMAGES:
         raise SampleError("too_many_images" if document.images else "image_missing")

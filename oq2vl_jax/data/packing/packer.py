@@ -130,6 +130,7 @@ def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
     """Returns (inputs, inputs per task): files, or parts of files. Raises UserError for a format that is split
     beside another."""
     from oq2vl_jax.data.samples.formats import format_name, formats
+    from oq2vl_jax.data.samples.ids import check_distinct
 
     splits = {name: formats()[name].split for name in dict.fromkeys(map(format_name, files))}
     if len(splits) > 1 and any(split is not None for split in splits.values()):
@@ -147,6 +148,8 @@ def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:
             f"--{unused.replace('_', '-')} does not apply to {next(iter(splits))}, which are packed "
             f"{'by files: --files-per-task' if split is None else 'by entries: --entries-per-task'}."
         )
+    if (config.uids or config.without_uids) and formats()[format_name(files[0])].takes_columns:
+        check_distinct(files)
     if split is None:
         return files, config.files_per_task
     return [part for file in files for part in split(file, config.entries_per_task)], 1

@@ -127,10 +127,10 @@ class _Pictures:
 
 
 def picture_of_url(url: Any) -> bytes:
-    """Returns the picture of a data URL. Raises ChatError for any other, which would have to be fetched."""
+    """Returns the picture of a data URL. Raises ImageError for any other, which would have to be fetched."""
     if not isinstance(url, str) or not url.startswith("data:") or ";base64," not in url:
-        raise ChatError("image_is_a_url")
+        raise ImageError("image_is_a_url", "it would have to be fetched")
     picture = embedded_image(url.split(";base64,", 1)[1])
     if picture is None:
-        raise ChatError("image_too_small")
+        raise ImageError("image_too_small", "width or height is 1")
     return picture

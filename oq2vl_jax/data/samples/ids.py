@@ -1,9 +1,12 @@
 """Parses ids of samples (32 hex digits, as in DataComp) and makes them from keys."""
 
+import os
 import re
 
 import numpy as np
 import xxhash
+
+from oq2vl_jax.errors import UserError
 
 HEX_DIGITS = "[0-9a-fA-F]{32}"
 
@@ -21,6 +24,25 @@ def uid_of_key(key: str) -> str | None:
     if not re.fullmatch("[0-9]{1,18}", key):
         return None
     return f"{int(mixed(np.array([int(key)], np.uint64))[0]):016x}{int(key):016x}"
+
+
+def key_of_row(file: str, number: int | str = "") -> str:
+    """Returns the key of a row that no column names: the folder and the name of its file, and its number there."""
+    path = file if "://" in file else os.path.abspath(file)
+    name = "/".join(path.rsplit("/", 2)[-2:])
+    return f"{name.encode('utf-8', 'backslashreplace').decode()}#{number}"
+
+
+def check_distinct(files: list[str]) -> None:
+    """Raises UserError if rows of two files would have the same key."""
+    seen: dict[str, str] = {}
+    for file in files:
+        other = seen.setdefault(key_of_row(file), file)
+        if other != file:
+            raise UserError(
+                f"{other} and {file}: no column names their rows, and folder and name are the same, so ids would be "
+                "too; take one at a time."
+            )
 
 
 def uid_of_text(key: str) -> str:

@@ -10,6 +10,9 @@ from oq2vl_jax.data.samples.images import ImageError
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.errors import UserError
 
+MAX_SHOWN = 120
+"""Characters of a name in a message; a cell can hold anything."""
+
 
 def with_pictures(
     sample: Sample, cells: Callable[[], Iterable[Any]], read: Callable[[Any], tuple[bytes, list[str]]]
@@ -33,7 +36,9 @@ def picture_in_folder(name: str, folder: str | None, key: str) -> tuple[bytes, l
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise ImageError("image_outside_folder", name)
     if folder is None:
-        raise UserError(f"entry {key} names the image {name!r}; give the folder of the images with --images.")
+        raise UserError(
+            f"entry {key} names the image {name[:MAX_SHOWN]!r}; give the folder of the images with --images."
+        )
     try:
         with paths.open_input(paths.join(folder, name)) as file:
             return file.read(), ["image_linked_from_outside"] if leads_outside(folder, name) else []

@@ -134,8 +134,9 @@ def parse_entry(entry: bytes, images: str | None) -> Sample:
     talk = next((value[name] for name in TALKS if name in value), None) if isinstance(value, dict) else None
     if talk is None:
         return Sample("?", [], problem="conversation_invalid")
-    key = printable(str(value.get("id", "?")))
-    sample = Sample(key, [], conversations=talk, uid=uid_of_text(key))
+    name = value.get("id")
+    key = "?" if name is None else printable(str(name))
+    sample = Sample(key, [], conversations=talk, uid=None if name is None else uid_of_text(key))
     return with_pictures(sample, lambda: names_in(value), lambda name: picture_of(name, images, key))
 
 

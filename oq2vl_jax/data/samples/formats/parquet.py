@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from oq2vl_jax import paths
-from oq2vl_jax.data.samples.columns import Columns, find_columns, is_list, is_string, talk_of
+from oq2vl_jax.data.samples.chats import picture_of_url
+from oq2vl_jax.data.samples.columns import Columns, find_columns, talk_of
 from oq2vl_jax.data.samples.formats.format import Format, Reading
-from oq2vl_jax.data.samples.ids import uid_of_text
+from oq2vl_jax.data.samples.ids import key_of_row, parse_uid, uid_of_text
 from oq2vl_jax.data.samples.images import ImageError, decode_base64, larger_than_a_pixel
 from oq2vl_jax.data.samples.pictures import picture_in_folder, with_pictures
 from oq2vl_jax.data.samples.shards import Sample, interleaved, printable
@@ -56,7 +57,7 @@ def open_parquet(path: str) -> Any:
         raise UserError("parquet files need pyarrow: pip install 'oq2vl-jax[parquet]'.") from error
     try:
         return parquet.ParquetFile(paths.open_input(path), buffer_size=STREAM_BYTES)
-    except (ArrowException, ValueError) as error:
+    except (ArrowException, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: no whole parquet file: {str(error).splitlines()[0]}") from error
@@ -80,21 +81,33 @@ def read(path: str, reading: Reading) -> Iterator[Sample]:
     for group in groups:
         number = sum(source.metadata.row_group(i).num_rows for i in range(group))
         for batch in batches(source, group, names, file):
-            for row in batch.to_pylist():
-                yield sample_of(row, columns, default_key(file, number), reading.images)
+            for row in rows_of(batch):
+                yield sample_of(row, columns, key_of_row(file, number), reading.images)
                 number += 1
 
 
-def default_key(file: str, number: int) -> str:
-    return f"{file.rsplit('/', 1)[-1]}#{number}"
+def rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """Yields the rows of a batch; None for one whose text is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for i in range(batch.num_rows):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield None
 
 
-def sample_of(row: dict[str, Any], columns: Columns, default_key: str, images: str | None) -> Sample:
+def sample_of(row: dict[str, Any] | None, columns: Columns, default_key: str, images: str | None) -> Sample:
     """Returns the sample of a row. A problem is stored in it, not raised."""
-    key = row.get(columns.id) if columns.id else None
-    key = default_key if key is None else printable(str(key))
+    if row is None:
+        return Sample(default_key, [], problem="text_not_utf8")
+    name = row.get(columns.id) if columns.id else default_key
+    key = default_key if name is None else printable(str(name))
     text, cells = row[columns.text], cells_of(row[columns.image] if columns.image else None)
-    sample = Sample(key, [], uid=uid_of_text(key))
+    sample = Sample(key, [], uid=uid_of_cell(name, columns.id))
     if text is None:
         return sample._replace(problem="text_missing")
     if columns.kind == "document":
@@ -109,6 +122,15 @@ def sample_of(row: dict[str, Any], columns: Columns, default_key: str, images: s
         except (ValueError, RecursionError):
             return sample._replace(problem="json_invalid")
     return with_pictures(sample, lambda: cells, lambda cell: picture_of(cell, images, key))
+
+
+def uid_of_cell(name: Any, column: str | None) -> str | None:
+    """Returns the id of a sample by the cell that names it, as curate/filter/pool.py reads it: a column uid holds ids,
+    other columns names of any form."""
+    if name is None:
+        return None
+    text = str(name)
+    return (text.lower() if parse_uid(text) else None) if column == "uid" else uid_of_text(text)
 
 
 def document_of(sample: Sample, texts: list[str | None], cells: list[Any], images: str | None) -> Sample:
@@ -133,9 +155,12 @@ def place_cells(texts: list[str | None], cells: list[Any]) -> tuple[list[str | N
         places = [cell["matched_text_index"] for cell in cells]
         if not all(isinstance(place, int) and 0 <= place < len(texts) for place in places):
             return None
+        before: dict[int, list[Any]] = {}
+        for cell, place in zip(cells, places, strict=True):
+            before.setdefault(place, []).append(cell)
         ordered: list[tuple[str | None, Any]] = []
         for i, text in enumerate(texts):
-            ordered += [(None, cell) for cell, place in zip(cells, places, strict=True) if place == i]
+            ordered += [(None, cell) for cell in before.get(i, ())]
             ordered.append((text, None))
         return [text for text, _ in ordered], [cell for _, cell in ordered]
     if len(cells) == len(texts):
@@ -162,6 +187,8 @@ def picture_of(cell: Any, images: str | None, key: str) -> tuple[bytes, list[str
         cell = next((value for value in names if value is not None), None)
     if isinstance(cell, bytes):
         return cell, []
+    if isinstance(cell, str) and cell.startswith("data:"):
+        return picture_of_url(cell), []
     if isinstance(cell, str) and cell:
         return picture_in_folder(cell, images, key)
     raise ImageError("image_missing" if cell is None else "image_invalid", f"a picture is {type(cell).__name__}")
@@ -194,8 +221,8 @@ def offsets(path: str) -> np.ndarray:
 def read_one(path: str, group: int, number: int, reading: Reading) -> Sample:
     columns = columns_of(path, reading.columns)
     table, first = group_of(path, group, tuple(name for name in (columns.image, columns.text, columns.id) if name))
-    row = table.slice(number, 1).to_pylist()[0]
-    return sample_of(row, columns, default_key(path, first + number), reading.images)
+    row = next(rows_of(table.slice(number, 1)))
+    return sample_of(row, columns, key_of_row(path, first + number), reading.images)
 
 
 @functools.lru_cache(maxsize=KEPT_GROUPS)
@@ -213,25 +240,42 @@ def picture_versions(inputs: list[str], reading: Reading) -> str:
     if reading.images is None or paths.is_remote(reading.images):
         return ""
     digest = hashlib.sha256()
-    for path in inputs:
-        file, span = paths.split_range(path)
-        columns, source = columns_of(file, reading.columns), open_parquet(file)
-        if columns.image is None:
-            continue
-        kind = source.schema_arrow.field(columns.image).type
-        if not is_string(kind.value_type if is_list(kind) else kind):
-            continue
-        groups = [int(span.split("-")[0])] if span else list(range(source.num_row_groups))
-        for group in groups:
-            for batch in batches(source, group, [columns.image], file):
-                for row in batch.to_pylist():
-                    for name in cells_of(row[columns.image]):
-                        try:
-                            version = paths.file_version(paths.join(reading.images, name))
-                        except (OSError, ValueError, TypeError):
-                            version = None  # missing or no name: counted when the row is read
-                        digest.update(json.dumps([name, version]).encode())
+    for name in (name for path in inputs for name in picture_names(path, reading)):
+        try:
+            version = paths.file_version(paths.join(reading.images, name))
+        except (OSError, ValueError):  # missing or no name: counted when the row is read
+            version = None
+        digest.update(json.dumps([name, version]).encode())
     return digest.hexdigest()
+
+
+def bytes_alone() -> tuple[Any, ...]:
+    """Returns the types of columns that hold pictures and name none."""
+    import pyarrow as pa
+
+    kinds = pa.binary(), pa.large_binary()
+    return *kinds, *map(pa.list_, kinds), *map(pa.large_list, kinds)
+
+
+def picture_names(path: str, reading: Reading) -> Iterator[str]:
+    """Yields the names of the pictures of an input, without reading bytes of pictures."""
+    file, span = paths.split_range(path)
+    columns, source = columns_of(file, reading.columns), open_parquet(file)
+    if columns.image is None:
+        return
+    leaves = [source.schema.column(i).path for i in range(len(source.schema))]
+    leaves = [leaf for leaf in leaves if leaf.split(".")[0] == columns.image]
+    if len(leaves) > 1:
+        leaves = [leaf for leaf in leaves if leaf.rsplit(".", 1)[-1] in ("path", "image_name")]
+    groups = [int(span.split("-")[0])] if span else list(range(source.num_row_groups))
+    if not leaves or source.schema_arrow.field(columns.image).type in bytes_alone():
+        return
+    for group in groups:
+        for batch in batches(source, group, leaves, file):
+            for row in filter(None, rows_of(batch)):
+                for cell in cells_of(row[columns.image]):
+                    names = cell.values() if isinstance(cell, dict) else [cell]
+                    yield from (name for name in names if isinstance(name, str))
 
 
 FORMAT = Format(
