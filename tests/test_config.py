@@ -26,6 +26,7 @@ COMMANDS = (
     "oq2vl_jax.curate.filter",
     "oq2vl_jax.curate.reshard",
     "oq2vl_jax.curate.overlap",
+    "oq2vl_jax.compare",
     "oq2vl_jax.data.inspect",
     "oq2vl_jax.bench",
     "oq2vl_jax.generate",

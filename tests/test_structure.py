@@ -32,6 +32,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "oq2vl_jax.curate": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.sharding",
                          "oq2vl_jax.checkpoint", "oq2vl_jax.generate", "oq2vl_jax.eval"),
     "oq2vl_jax.eval": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.generate"),
+    "oq2vl_jax.lab": (),
+    "oq2vl_jax.compare": ("oq2vl_jax.lab",),
     "oq2vl_jax.serve": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.generate"),
 }  # fmt: skip
 """What each room may import besides itself and the floor. A new room is refused until it is named here."""

@@ -237,6 +237,7 @@ def write_predictions(
         record = {
             "index": item.index, "question": item.question, "choices": item.choices, "answer": item.answer,
             "reply": predictions[item.index], "parsed": judgement.parsed, "score": judgement.score,
+            "pictures": hashlib.sha256(b"".join(item.images)).hexdigest()[:16],
         }  # fmt: skip
         if item.index in unusable:
             record["row_problem" if item.problem else "image_problem"] = unusable[item.index]

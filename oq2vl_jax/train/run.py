@@ -38,6 +38,7 @@ from oq2vl_jax.train.checks import (
     model_of,
     row_bytes,
 )
+from oq2vl_jax.train.environment import record_environment
 from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
@@ -106,7 +107,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
         check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
         held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
         state = start_state(config, mesh, checkpointer, data)
-        write_config(config, run_dir)
+        write_config(config, run_dir, int(state.step))
         train_step = compile_train_step(config, mesh, compute)
         start_step, saved_step = int(state.step), checkpointer.latest_step()
         last_step = min(config.num_steps, stop_at_step or config.num_steps)
@@ -206,9 +207,10 @@ def finite_numbers(step: int, metrics: StepMetrics, counts: BatchCounts, saved_s
     return step, numbers, counts
 
 
-def write_config(config: TrainConfig, run_dir: Path) -> None:
+def write_config(config: TrainConfig, run_dir: Path, step: int) -> None:
     if is_first_process():
         write_text(str(run_dir / "config.json"), to_json(config))
+        record_environment(run_dir, step)
 
 
 def start_state(config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData) -> TrainState:

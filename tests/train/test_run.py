@@ -1,6 +1,7 @@
 """Whole runs of configs/tiny.py: resuming, killing, and what mistakes say."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -48,6 +49,8 @@ def test_a_run_directory_and_its_checkpoint_hold_what_is_needed(tiny_config):
     run(config)
     run_dir = Path(config.run_dir)
     assert json.loads((run_dir / "config.json").read_text())["num_steps"] == 2
+    (environment,) = json.loads((run_dir / "environment.json").read_text())
+    assert (environment["from_step"], environment["versions"]["jax"]) == (0, importlib.metadata.version("jax"))
     record = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
     assert set(record) == {
         "step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "fill",
