@@ -58,7 +58,7 @@ def find_overlap(config: OverlapConfig) -> dict | None:
     """Writes the files of --out and returns the report; None while other ranks have tasks left. Raises UserError."""
     from oq2vl_jax import paths
     from oq2vl_jax.curate.fingerprints import check_has_imagehash
-    from oq2vl_jax.data.samples.formats import format_of
+    from oq2vl_jax.data.samples.formats import parts_of
 
     check_has_imagehash("oq2vl_jax.curate.overlap")
     paths.check_out(config.out)
@@ -73,13 +73,11 @@ def find_overlap(config: OverlapConfig) -> dict | None:
         **({"images_folder": config.images} if config.images else {}),
     }
     save_index(config.out, pictures)
-    splits = [format_of(file).split for file in files]
-    inputs = [part for file, split in zip(files, splits, strict=True)
-              for part in ([file] if split is None else split(file, config.entries_per_task))]  # fmt: skip
+    inputs = [part for file in files for part in parts_of(file, config.entries_per_task)]
     job = Job(
         out=config.out, name="matches-", suffix=".jsonl", settings=settings,
         work=functools.partial(match_file, config), progress="{matched} of {pictures} pictures overlap",
-        broken_shards=config.broken_shards, version_beside=functools.partial(version_beside, config),
+        broken_shards=config.broken_shards, version_beside=functools.partial(version_of_pictures, config),
     )  # fmt: skip
     reports = run_job(job, make_tasks(inputs), config.execution)
     if reports is None:
@@ -108,12 +106,10 @@ def reading_of(config: OverlapConfig) -> Any:
     return Reading(config.images, config.columns)
 
 
-def version_beside(config: OverlapConfig, inputs: tuple[str, ...]) -> str:
-    """Returns a digest of the pictures that an input names outside of itself; "" if it names none."""
-    from oq2vl_jax.data.samples.formats import format_of
+def version_of_pictures(config: OverlapConfig, inputs: tuple[str, ...]) -> str:
+    from oq2vl_jax.data.samples.formats import version_beside
 
-    version = format_of(inputs[0]).version_beside
-    return version(list(inputs), reading_of(config)) if version is not None else ""
+    return version_beside(inputs, reading_of(config))
 
 
 def benchmark_pictures(config: OverlapConfig) -> dict[str, tuple[str, list[tuple[str, bytes]]]]:

@@ -11,6 +11,14 @@ from pathlib import Path
 COMMIT = "a" * 40
 
 
+def entries_of(folder: Path) -> list[dict]:
+    return [
+        {"type": "file", "path": file.name, "size": file.stat().st_size,
+         "oid": hashlib.sha1(file.read_bytes()).hexdigest()}
+        for file in sorted(folder.iterdir())
+    ]  # fmt: skip
+
+
 @contextlib.contextmanager
 def hub(folder: Path, name: str):
     """Serves the files of a folder as the data set `name`; yields (the endpoint, the requests so far)."""
@@ -33,17 +41,10 @@ def hub(folder: Path, name: str):
         def answer_json(self, value, status=200):
             self.answer(status, json.dumps(value).encode(), [("Content-Type", "application/json")])
 
-        def entries(self):
-            return [
-                {"type": "file", "path": file.name, "size": file.stat().st_size,
-                 "oid": hashlib.sha1(file.read_bytes()).hexdigest()}
-                for file in sorted(folder.iterdir())
-            ]  # fmt: skip
-
         def do_POST(self):
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             asked.append(self.path)
-            self.answer_json(self.entries())
+            self.answer_json(entries_of(folder))
 
         def do_HEAD(self):
             self.do_GET()
@@ -52,7 +53,7 @@ def hub(folder: Path, name: str):
             asked.append(self.path)
             path = self.path.split("?")[0]
             if f"/api/datasets/{name}/tree/" in path:
-                return self.answer_json(self.entries())
+                return self.answer_json(entries_of(folder))
             if path.startswith(f"/api/datasets/{name}"):
                 return self.answer_json({"id": name, "sha": COMMIT, "siblings": [], "private": False})
             file = folder / path.rsplit("/", 1)[-1]

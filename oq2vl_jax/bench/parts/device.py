@@ -1,6 +1,5 @@
 """Part a: identifies the device and measures its peak rates with matrix products and a copy, on random data."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -9,6 +8,7 @@ from typing import Any
 
 from oq2vl_jax.bench.parts.setting import GIB, Setting, median_seconds, prediction
 from oq2vl_jax.devices import device_of_kind
+from oq2vl_jax.train.environment import version
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "tokenizers")
 DRIVER_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory", "memory.total")
@@ -31,13 +31,6 @@ def probe() -> dict[str, Any]:
         "host": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def driver() -> dict[str, str] | None:

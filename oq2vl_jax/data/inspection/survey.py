@@ -19,7 +19,7 @@ import xxhash
 
 from oq2vl_jax.data.packing.documents import MAX_CHARACTERS_PER_TOKEN, Limits, documents_of, num_characters
 from oq2vl_jax.data.samples.chats import with_turns
-from oq2vl_jax.data.samples.formats import format_of
+from oq2vl_jax.data.samples.formats import format_of, parts_of
 from oq2vl_jax.data.samples.formats.format import Reading
 from oq2vl_jax.data.samples.images import ImageError, image_size
 from oq2vl_jax.data.samples.shards import Sample
@@ -98,7 +98,7 @@ def survey(
     check = format_of(files[0]).check
     if check is not None:
         check(files[0], reading)
-    paths = [part for file in files for part in parts_of(file)]
+    paths = [part for file in files for part in parts_of(file, ENTRIES_PER_PART)]
     rng.shuffle(paths)
     most = None if num_samples is None else max(1, math.ceil(num_samples / min(len(paths), FEWEST_PARTS)))
     per_part = max(2, math.ceil(2 * shown / min(len(paths), FEWEST_PARTS)))
@@ -118,11 +118,6 @@ def survey(
     if not found.whole_parts:
         return found, Total(found.samples + len(paths) - num_read, "at least ")
     return found, Total(round(found.whole_samples / found.whole_parts * len(paths)), "about ")
-
-
-def parts_of(file: str) -> list[str]:
-    split = format_of(file).split
-    return [file] if split is None else split(file, ENTRIES_PER_PART)
 
 
 def in_processes(parts: Iterator[Part], num_workers: int) -> Iterator[Survey]:

@@ -119,11 +119,9 @@ def pack_shards(config: PackConfig) -> dict | None:
 
 
 def version_of_pictures(reading: "Reading", inputs: tuple[str, ...]) -> str:
-    """Returns a digest of the files that the inputs of a task name outside of themselves; "" if they name none."""
-    from oq2vl_jax.data.samples.formats import format_of
+    from oq2vl_jax.data.samples.formats import version_beside
 
-    version_beside = format_of(inputs[0]).version_beside
-    return version_beside(list(inputs), reading) if version_beside is not None else ""
+    return version_beside(inputs, reading)
 
 
 def list_inputs(config: PackConfig, files: list[str]) -> tuple[list[str], int]:

@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from oq2vl_jax.data.samples.formats.format import Format, Reading
@@ -25,6 +25,18 @@ def format_name(path: str) -> str:
 
 def format_of(path: str) -> Format:
     return formats()[format_name(path)]
+
+
+def parts_of(path: str, samples_per_part: int) -> list[str]:
+    """Returns the inputs that a file is read by: parts of it, or the file itself."""
+    split = format_of(path).split
+    return [path] if split is None else split(path, samples_per_part)
+
+
+def version_beside(inputs: Sequence[str], reading: Reading) -> str:
+    """Returns a digest of the files that inputs of one format name outside of themselves; "" if they name none."""
+    version = format_of(inputs[0]).version_beside
+    return version(list(inputs), reading) if version is not None else ""
 
 
 def read_whole_samples(path: str) -> Iterator[Sample]:
