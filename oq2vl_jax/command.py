@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": ("oq2vl_jax.data.inspect", "packed rows, or samples, as a page to look at"),
     "score": ("oq2vl_jax.curate.score", "captioned tars to parquet files of scores"),
     "filter": ("oq2vl_jax.curate.filter", "metadata and scores to a set of sample ids"),
+    "ablate": ("oq2vl_jax.ablate", "arms x seeds of a definition, with a verdict"),
     "compare": ("oq2vl_jax.compare", "two runs, or groups of runs of several seeds"),
     "overlap": ("oq2vl_jax.curate.overlap", "training pictures that are a benchmark's"),
     "reshard": ("oq2vl_jax.curate.reshard", "the samples of such a set, from tars to new tars"),

@@ -68,9 +68,8 @@ def shipped_folder() -> Path:
 
 
 def shipped_names() -> list[str]:
-    """Returns the names of shipped configurations, such as tiny and ablations/row_scope."""
-    folder = shipped_folder()
-    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.py"))
+    """Returns the names of shipped configurations, such as tiny. Definitions of ablations are no configurations."""
+    return sorted(file.stem for file in shipped_folder().glob("*.py"))
 
 
 def shipped_config(name: str) -> Path | None:
@@ -143,19 +142,29 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 
 def with_changes(config: TrainConfig, changes: Iterable[str], where: str) -> TrainConfig:
     """Returns a copy with values replaced, each given as KEY=VALUE, and checked together. Raises UserError."""
-    values = dataclasses.asdict(config)
+    values: dict[str, Any] = {}
     for change in changes:
         key, is_assignment, text = change.partition("=")
+        if not is_assignment:
+            raise UserError(f"{where}: {change!r} is no KEY=VALUE, such as optimizer.kind=muon.")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+    return with_values(config, values, where)
+
+
+def with_values(config: TrainConfig, changes: dict[str, Any], where: str) -> TrainConfig:
+    """Returns a copy with values replaced, by dotted keys as in flatten, and checked together. Raises UserError."""
+    values = dataclasses.asdict(config)
+    for key, value in changes.items():
         *sections, name = key.split(".")
         section = values
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
-        if not is_assignment or not isinstance(section, dict):
-            raise UserError(f"{where}: {change!r} is no KEY=VALUE, such as optimizer.kind=muon.")
-        try:
-            section[name] = json.loads(text)
-        except ValueError:
-            section[name] = text
+        if not isinstance(section, dict):
+            raise UserError(f"{where}: unknown key {key!r}{hint(key, flatten(config))}.")
+        section[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # pyright: ignore
     return from_dict(TrainConfig, values, where=where)
 
 

@@ -235,20 +235,9 @@ def execute_locally(function: Callable[[Task], dict], tasks: list[Task], num_wor
 
 def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], execution: Execution) -> Iterator[dict]:
     """Runs the tasks on Ray. Workers change to this process's folder, so that relative paths mean the same."""
-    address = execution.ray_address
-    try:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-    except ImportError as error:
-        raise UserError("--executor ray needs the extra: pip install 'oq2vl-jax[ray]'.") from error
-    if not ray.is_initialized():
-        try:
-            check_is_listening(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except OSError as error:  # includes ConnectionError
-            raise UserError(
-                f"--ray-address {address}: no Ray cluster is running there; start one, or pass local."
-            ) from error
+    ray = connect_to_ray(execution.ray_address)
+    from ray.exceptions import RayError, RayTaskError
+
     remote = ray.remote(num_cpus=1, num_gpus=execution.gpus_per_task)(call_in_folder)
     window = RAY_TASKS_IN_FLIGHT * max(1, int(ray.cluster_resources().get("CPU", 1)))
     running = [remote.remote(os.getcwd(), function, task) for task in tasks[:window]]
@@ -264,6 +253,23 @@ def execute_on_ray(function: Callable[[Task], dict], tasks: list[Task], executio
         if i + window < len(tasks):
             running.append(remote.remote(os.getcwd(), function, tasks[i + window]))
         yield result
+
+
+def connect_to_ray(address: str) -> Any:
+    """Returns the package ray, connected to a cluster. Raises UserError."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray needs the extra: pip install 'oq2vl-jax[ray]'.") from error
+    if not ray.is_initialized():
+        try:
+            check_is_listening(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except OSError as error:  # includes ConnectionError
+            raise UserError(
+                f"--ray-address {address}: no Ray cluster is running there; start one, or pass local."
+            ) from error
+    return ray
 
 
 def check_is_listening(address: str) -> None:

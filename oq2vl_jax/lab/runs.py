@@ -56,6 +56,17 @@ def read_run(folder: str) -> Run:
     return Run(folder, flat(config), numbers, records[-1]["step"])
 
 
+def has_ended(folder: Path) -> bool:
+    """Returns whether a run directory is of a finished run."""
+    file = folder / "metrics.jsonl"
+    return file.exists() and any("parameters_sha256" in record for record in read_records(file))
+
+
+def last_values(folder: Path) -> dict[str, Any]:
+    """Returns the last value of every name in metrics.jsonl."""
+    return {name: value for record in read_records(folder / "metrics.jsonl") for name, value in record.items()}
+
+
 def read_records(file: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text().splitlines()]

@@ -228,7 +228,8 @@ def power(effect: float, spread: float, num_seeds: int, alpha: float = ALPHA) ->
         return float(effect != 0)
     critical = stats.t.ppf(1 - alpha / 2, num_seeds - 1)
     shift = abs(effect) / spread * num_seeds**0.5
-    return float(stats.nct.sf(critical, num_seeds - 1, shift) + stats.nct.cdf(-critical, num_seeds - 1, shift))
+    found = float(stats.nct.sf(critical, num_seeds - 1, shift) + stats.nct.cdf(-critical, num_seeds - 1, shift))
+    return 1.0 if np.isnan(found) else found  # scipy has no number for a shift far beyond the critical value
 
 
 def detectable_effect(spread: float, num_seeds: int, share: float = 0.8, alpha: float = ALPHA) -> float | None:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,23 +17,14 @@ from oq2vl_jax.devices import Device, device_of_kind
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import write_text
 from oq2vl_jax.train.flops import Work, model_flops
+from oq2vl_jax.train.totals import BatchCounts, Totals
 from oq2vl_jax.train.trackers import RunTracker, Sampled
-
-
-class BatchCounts(NamedTuple):
-    """Contents of a batch without padding, its token slots, and the seconds that the loop waited for it."""
-
-    tokens: int
-    images: int
-    slots: int
-    wait_seconds: float
-    model_flops: float
 
 
 def count_batch(batch: Batch, config: TrainConfig, wait_seconds: float) -> BatchCounts:
     work = work_of(batch, config)
     flops = model_flops(config, work).total
-    return BatchCounts(int(work.tokens), int(work.images), batch.tokens.size, wait_seconds, flops)
+    return BatchCounts(int(work.tokens), int(work.labelled), int(work.images), batch.tokens.size, wait_seconds, flops)
 
 
 def work_of(batch: Batch, config: TrainConfig) -> Work:
@@ -46,6 +37,18 @@ def work_of(batch: Batch, config: TrainConfig) -> Work:
         pairs=int((batch.positions[is_real].astype(np.int64) + 1).sum()),
         labelled=int(np.count_nonzero(batch.labels != IGNORE)),
     )
+
+
+def mean_step(config: TrainConfig, num_steps: int = 16) -> tuple[float, float]:
+    """Returns the mean real tokens and model FLOPs of the first steps of a run over packed data."""
+    from oq2vl_jax.train.open_data import open_data
+
+    data = open_data(config, Path(config.run_dir))
+    try:
+        counts = [count_batch(batch, config, 0.0) for batch, _ in zip(data.loader, range(num_steps), strict=False)]
+    finally:
+        data.loader.close()
+    return sum(one.tokens for one in counts) / num_steps, sum(one.model_flops for one in counts) / num_steps
 
 
 class Throughput:
@@ -70,16 +73,16 @@ class Throughput:
 
     def report(self) -> dict[str, float]:
         seconds = time.monotonic() - self._start
-        tokens, images, slots, wait_seconds, flops = (sum(values) for values in zip(*self._counts, strict=True))
+        total = BatchCounts(*(sum(values) for values in zip(*self._counts, strict=True)))
         self._reset()
-        per_device = flops / seconds / self._num_local_devices
+        per_device = total.model_flops / seconds / self._num_local_devices
         utilisation = {"mfu": per_device / self._device.peak_flops} if self._device else {}
         return utilisation | {
             "model_tflops_per_device": per_device / 1e12,
-            "tokens_per_second": tokens * self._num_processes / seconds,
-            "images_per_second": images * self._num_processes / seconds,
-            "fill": tokens / slots,
-            "data_wait_seconds": wait_seconds,
+            "tokens_per_second": total.tokens * self._num_processes / seconds,
+            "images_per_second": total.images * self._num_processes / seconds,
+            "fill": total.tokens / total.slots,
+            "data_wait_seconds": total.wait_seconds,
         }
 
 
@@ -181,9 +184,10 @@ class StepReporter:
         is_quiet: bool = False,
         num_skipped: int = 0,
         sources: SourceCounts | None = None,
+        totals: Totals | None = None,
     ):
         """num_skipped: steps of the run that were spikes (config.skip_spikes), before start_step. sources: counts rows
-        and epochs of each source of a mixture."""
+        and epochs of each source of a mixture. totals: of the run up to start_step; None: it begins."""
         self._log = MetricsLog(run_dir, start_step, config.log_every)
         self._progress = Progress(config.num_steps, start_step, is_quiet)
         self._trackers, self._is_quiet = trackers or [], is_quiet
@@ -196,6 +200,7 @@ class StepReporter:
         self._record, self._num_skipped = self._log.last, num_skipped
         self._skipped: dict[str, Any] = {}
         self._sources, self._rows_per_step = sources, config.global_batch_size
+        self._totals = totals or Totals(num_processes, {})
 
     def finish(self, step: int, numbers: dict[str, float], counts: BatchCounts) -> None:
         """numbers: of the step, as in StepMetrics."""
@@ -207,10 +212,11 @@ class StepReporter:
             )  # fmt: skip
         self._num_skipped = num_skipped
         self._throughput.add(counts)
+        self._totals.add(counts)
         self._progress.advance(step, numbers["loss"])
         self._record = {"step": step, **numbers}
         if step % self._log_every == 0 or step == self._num_steps:
-            self._record |= self._throughput.report()
+            self._record |= self._throughput.report() | self._totals.record()
             if self._sources is not None:
                 self._record |= self._sources.up_to(step * self._rows_per_step)
             self._write(self._record)
@@ -221,6 +227,7 @@ class StepReporter:
     ) -> None:
         """Reports the held-out loss and the samples of a step; `seconds` do not count as training time."""
         self._throughput.pause(seconds)
+        self._totals.pause(seconds)
         self._write({"step": step, **numbers})
         for tracker in self._trackers:
             tracker.log_samples(step, samples, page)

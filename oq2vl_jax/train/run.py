@@ -24,6 +24,7 @@ from oq2vl_jax.config_files import flatten, to_json, with_value
 from oq2vl_jax.data.loading.mixture import SourceCounts
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.lock import run_lock
 from oq2vl_jax.paths import write_text
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
@@ -41,10 +42,9 @@ from oq2vl_jax.train.checks import (
 from oq2vl_jax.train.environment import record_environment
 from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.loss import Loss
-from oq2vl_jax.train.metrics import BatchCounts, StepReporter, count_batch
+from oq2vl_jax.train.metrics import StepReporter, count_batch
 from oq2vl_jax.train.open_data import OpenData, open_data
 from oq2vl_jax.train.parts import split_trainable
-from oq2vl_jax.train.run_lock import run_lock
 from oq2vl_jax.train.schedule import Schedule
 from oq2vl_jax.train.step import (
     StepMetrics,
@@ -55,6 +55,7 @@ from oq2vl_jax.train.step import (
     shapes_with,
     state_shardings,
 )
+from oq2vl_jax.train.totals import BatchCounts, Totals
 from oq2vl_jax.train.trackers import open_trackers
 from oq2vl_jax.trees import merge_parts, named_arrays, split_parts
 
@@ -106,12 +107,12 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     with closed_on_failure(checkpointer, data.loader):
         check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
         held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
-        state = start_state(config, mesh, checkpointer, data)
+        state, totals = start_state(config, mesh, checkpointer, data)
         write_config(config, run_dir, int(state.step))
         train_step = compile_train_step(config, mesh, compute)
         start_step, saved_step = int(state.step), checkpointer.latest_step()
         last_step = min(config.num_steps, stop_at_step or config.num_steps)
-        reporter = make_reporter(config, run_dir, state)
+        reporter = make_reporter(config, run_dir, state, totals)
     batches, digest = iter(data.loader), None
     try:
         pending = None  # the running step: its numbers are read one step later, so that the device never waits
@@ -135,7 +136,9 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
             if is_held_out_due and held_out is not None:
                 report_held_out(held_out, state, config, reporter)
             if is_saved:
-                loader_state = {"position": data.loader.get_state(), "data": data.identity}
+                loader_state = {
+                    "position": data.loader.get_state(), "data": data.identity, "totals": totals.state()
+                }  # fmt: skip
                 checkpointer.save(state, loader_state, config, data.tokenizer)
                 saved_step = step
             if is_last:
@@ -168,7 +171,7 @@ def closed_on_failure(*opened: Any):
         raise
 
 
-def make_reporter(config: TrainConfig, run_dir: Path, state: TrainState) -> StepReporter:
+def make_reporter(config: TrainConfig, run_dir: Path, state: TrainState, totals: Totals) -> StepReporter:
     """The first process reports for all; each of the others logs its own metrics.jsonl, with its own waiting times."""
     log_dir, trackers, is_first, start_step = run_dir, [], is_first_process(), int(state.step)
     if is_first:
@@ -179,7 +182,9 @@ def make_reporter(config: TrainConfig, run_dir: Path, state: TrainState) -> Step
     num_skipped = int(state.spikes.num_skipped) if state.spikes is not None else 0
     is_mixture = config.data.kind == "packed" and len(config.data.sources) > 1
     sources = SourceCounts(config.data) if is_mixture and is_first else None
-    return StepReporter(log_dir, start_step, config, jax.process_count(), trackers, not is_first, num_skipped, sources)
+    return StepReporter(
+        log_dir, start_step, config, jax.process_count(), trackers, not is_first, num_skipped, sources, totals
+    )
 
 
 def report_held_out(held_out: HeldOut, state: TrainState, config: TrainConfig, reporter: StepReporter) -> None:
@@ -213,7 +218,9 @@ def write_config(config: TrainConfig, run_dir: Path, step: int) -> None:
         record_environment(run_dir, step)
 
 
-def start_state(config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData) -> TrainState:
+def start_state(
+    config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData
+) -> tuple[TrainState, Totals]:
     """Restores the run's newest checkpoint and sets the loader to it. Else starts afresh, or from init_from."""
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
@@ -227,9 +234,11 @@ def start_state(config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, dat
         data.loader.set_state(loader_state["position"])
         if is_first_process():
             print(f"resuming from step {step}")
-        return state
+        return state, Totals(jax.process_count(), loader_state.get("totals"))
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
-    return state if config.init_from is None else started_from(config.init_from, state, config, shardings, data)
+    if config.init_from is not None:
+        state = started_from(config.init_from, state, config, shardings, data)
+    return state, Totals(jax.process_count(), {})
 
 
 def started_from(

@@ -36,6 +36,9 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        labels = [config["tracker_group"], *config["tracker_tags"]]
+        if any(labels):  # it knows neither groups nor tags
+            self._writer.add_text("labels", ", ".join(filter(None, labels)), start_step)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -61,6 +64,8 @@ class WeightsAndBiases:
             resume="allow",
             dir=str(run_dir),
             config=config,
+            group=config["tracker_group"],
+            tags=list(config["tracker_tags"]),
         )
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -79,7 +84,13 @@ class Trackio:
         import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio = trackio
-        trackio.init(project=PROJECT, name=f"{run_dir.name}-{run_identity(run_dir)}", resume="allow", config=config)
+        trackio.init(
+            project=PROJECT,
+            name="-".join([*(config["tracker_tags"] or (run_dir.name,)), run_identity(run_dir)]),
+            group=config["tracker_group"],  # it knows no tags: they are in the name
+            resume="allow",
+            config=config,
+        )
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._trackio.log(numbers, step=step)

@@ -11,11 +11,11 @@ import time
 
 import pytest
 
+from oq2vl_jax import lock as lock_module
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.train import run_lock as lock_module
-from oq2vl_jax.train.run_lock import FILE, run_lock
+from oq2vl_jax.lock import FILE, run_lock
 
-HOLDER = "import sys, time; from pathlib import Path; from oq2vl_jax.train.run_lock import run_lock\n" \
+HOLDER = "import sys, time; from pathlib import Path; from oq2vl_jax.lock import run_lock\n" \
          "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_of_many_at_once_one_has_it(tmp_path):
         try:
             lock_module.take_lock(tmp_path / FILE, f"token{i}")
             outcomes.append(i)
-        except UserError:
+        except lock_module.HeldError:
             pass
 
     threads = [threading.Thread(target=compete, args=(i,)) for i in range(8)]

@@ -1,9 +1,9 @@
-"""Allows one training per run directory: RUN_DIR/lock.json names its owner while it runs.
+"""Locks with a heartbeat: one owner at a time of a run directory (RUN_DIR/lock.json), or of a cell of an ablation.
 
     {"host": "node7", "pid": 4711, "token": "9f0c.."}     its modification time is the owner's heartbeat
 
-A second training raises UserError. It takes over the lock of a dead owner: one whose process has gone (checked on the
-same host only), or one that has missed HEARTBEATS_MISSED heartbeats.
+A lock of a dead owner is taken over: one whose process has gone (checked on the same host only), or one that has missed
+HEARTBEATS_MISSED heartbeats.
 """
 
 import contextlib
@@ -25,11 +25,33 @@ HEARTBEATS_MISSED = 12
 """Large, because a network file system may show a heartbeat late."""
 
 
+class HeldError(Exception):
+    """Somebody alive holds the lock. age: seconds since the last sign of life."""
+
+    def __init__(self, owner: dict[str, Any], age: float):
+        super().__init__(f"held by process {owner['pid']} on {owner['host']}")
+        self.owner, self.age = owner, age
+
+
 @contextlib.contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Holds the lock of a run directory. Raises UserError if another training holds it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    file, token = run_dir / FILE, uuid.uuid4().hex
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(run_dir / FILE))
+        except HeldError as error:
+            raise UserError(
+                f"run_dir {run_dir} is trained by process {error.owner['pid']} on {error.owner['host']}, whose last "
+                f"sign of life is {error.age:.0f} s old; wait for it, end it, or choose another --run-dir."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def file_lock(file: Path) -> Iterator[None]:
+    """Holds a lock, a file in a folder that exists. Raises HeldError if another process does."""
+    token = uuid.uuid4().hex
     take_lock(file, token)
     ended = threading.Event()
 
@@ -52,7 +74,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 def take_lock(file: Path, token: str) -> None:
     """Creates the lock, after removing a dead owner's. If two processes try at once, one finds the other's lock."""
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token})
-    prepared = file.with_name(f"{FILE}.{token}")
+    prepared = file.with_name(f"{file.name}.{token}")
     prepared.write_text(content)
     try:
         while True:
@@ -63,10 +85,7 @@ def take_lock(file: Path, token: str) -> None:
                 owner = read_owner(file)
                 age = age_of(file)
                 if owner is not None and age is not None and is_alive(owner, age):
-                    raise UserError(
-                        f"run_dir {file.parent} is trained by process {owner['pid']} on {owner['host']}, whose last "
-                        f"sign of life is {age:.0f} s old; wait for it, end it, or choose another --run-dir."
-                    ) from None
+                    raise HeldError(owner, age) from None
                 remove_lock(file, owner, prepared.with_suffix(".dead"))
     finally:
         prepared.unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""The definition of an ablation: a question, arms, seeds, and what decides. configs/ablations/NAME.py binds `ablation`.
+
+ablation = Ablation(
+    question="Is Muon better than AdamW?",
+    stages={"captions": "emoji"},
+    arms={"adamw": {}, "muon": {"captions.optimizer.kind": "muon"}},
+    baseline="adamw",
+    tasks=(Task("emoji", data="emoji/data/test"),),
+    smallest_effect=0.05,
+)
+"""
+
+import re
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from oq2vl_jax.bounds import Count, CountOrZero, Positive, check_bounds
+from oq2vl_jax.config_files import is_of_type, shipped_folder
+from oq2vl_jax.errors import UserError, hint
+
+Match = Literal["steps", "tokens", "flops"]
+LOSSES = ("held_out_loss", "held_out_loss_ema", "loss")
+SCORES = ("accuracy", "log_probability")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+AGAIN, ROUNDING = "again", "rounding"
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation of the last stage, by oq2vl_jax.eval."""
+
+    name: str
+    data: str
+    """Folder with the benchmark's files."""
+    method: Literal["generate", "options"] = "options"
+    profile: Literal["official", "open_qwen2vl"] = "official"
+    weights: Literal["model", "ema"] = "model"
+    limit: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    question: str
+    """One sentence, which the report answers."""
+    stages: dict[str, str]
+    """Name: configuration, in their order; a stage starts from the weights of the one before."""
+    arms: dict[str, dict[str, Any]]
+    """Name: {"STAGE.KEY": value}; {} changes nothing. Keys are those of oq2vl_jax.train; "*.KEY" is of every stage."""
+    baseline: str = "baseline"
+    """The arm that others are compared with."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    match: Match = "steps"
+    """What a stage of an arm may spend: as many steps, real tokens or model FLOPs as that of the baseline. num_steps
+    follow from it; an arm that sets STAGE.num_steps keeps it."""
+    tasks: tuple[Task, ...] = ()
+    primary: str | None = None
+    """Metric that decides: held_out_loss (of the last stage; loss is that of its last step), TASK:accuracy, or
+    TASK:log_probability (of the right answer, far less noisy). None: that of the first task, without tasks
+    held_out_loss."""
+    smallest_effect: Positive = field()
+    """Smallest difference of the primary metric that would matter, stated before the first run."""
+    prepare: tuple[str, ...] = ()
+    """Commands that make the data of the arms, such as "python -m oq2vl_jax.data.pack ..". They run once, in order."""
+    tune: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """STAGE.KEY: factors tried for baseline and arms alike, on seeds of their own; the best by mean is judged."""
+    tune_seeds: tuple[int, ...] = (101, 102)
+    floor_seeds: CountOrZero = 1
+    """Seeds on which the baseline runs again (difference 0 on a CPU) and with other rows_per_device (rounding)."""
+
+    @property
+    def metric(self) -> str:
+        if self.primary is not None:
+            return self.primary
+        return f"{self.tasks[0].name}:log_probability" if self.tasks else "held_out_loss"
+
+    @property
+    def is_lower_better(self) -> bool:
+        return self.metric in LOSSES
+
+
+def load_ablation(path: str) -> Ablation:
+    """Reads a definition, given by path or by its name in configs/ablations. Raises UserError."""
+    folder = shipped_folder() / "ablations"
+    names = sorted(file.stem for file in folder.glob("*.py"))
+    file = folder / f"{path}.py" if path in names and not Path(path).is_file() else Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such definition{hint(path, names)}; there are {', '.join(names)}.")
+    try:
+        ablation = runpy.run_path(str(file)).get("ablation")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # a definition is the researcher's own code
+        raise UserError(f"{path}: {type(error).__name__}: {error}.") from error
+    if not isinstance(ablation, Ablation):
+        raise UserError(f"{path}: must bind `ablation = Ablation(...)`, found {type(ablation).__name__}.")
+    problems = problems_of(ablation)
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}.")
+    return ablation
+
+
+def problems_of(ablation: Ablation) -> list[str]:
+    """Returns what is wrong with a definition, apart from the configurations of its stages."""
+    try:
+        check_bounds(ablation)
+    except UserError as error:
+        return [str(error).rstrip(".")]
+    problems = [] if ablation.stages else ["stages is empty"]
+    for kind, names in (("stage", ablation.stages), ("arm", ablation.arms)):
+        problems += [f"{kind} {name!r}: a name is letters, digits and _ . + -" for name in names if not is_name(name)]
+    if ablation.baseline not in ablation.arms:
+        near = hint(ablation.baseline, ablation.arms)
+        problems.append(f"baseline = {ablation.baseline!r} is no arm{near}; there are {', '.join(ablation.arms)}")
+    elif len(ablation.arms) < 2:
+        problems.append("arms: give the baseline and another")
+    for name, seeds in (("seeds", ablation.seeds), ("tune_seeds", ablation.tune_seeds)):
+        problems += [f"{name}: {seed!r} is no seed" for seed in seeds if not is_of_type(int, seed) or seed < 0]
+        problems += [f"{name}: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
+    if not ablation.seeds:
+        problems.append("seeds is empty")
+    if ablation.tune and set(ablation.seeds) & set(ablation.tune_seeds):
+        problems.append("tune_seeds: seeds that tune must not judge; give others than seeds")
+    if len({task.name for task in ablation.tasks}) < len(ablation.tasks):
+        problems.append("tasks: one is given twice")
+    return problems + problems_of_tasks(ablation)
+
+
+def problems_of_tasks(ablation: Ablation) -> list[str]:
+    from oq2vl_jax.eval.benchmarks import TASKS
+
+    problems = []
+    if ablation.match not in ("steps", "tokens", "flops"):
+        problems.append(f"match = {ablation.match!r}; there are steps, tokens, flops")
+    for task in ablation.tasks:
+        if task.name not in TASKS:
+            problems.append(f"tasks: no benchmark {task.name!r}{hint(task.name, TASKS)}; there are {', '.join(TASKS)}")
+    name, _, score = ablation.metric.partition(":")
+    known = [*LOSSES, *(f"{task.name}:{score}" for task in ablation.tasks for score in SCORES)]
+    if ablation.metric not in known:
+        problems.append(f"primary = {ablation.metric!r}{hint(ablation.metric, known)}; there are {', '.join(known)}")
+    task = next((task for task in ablation.tasks if task.name == name), None)
+    if task is not None and score == "log_probability" and task.method != "options":
+        problems.append(f"primary = {ablation.metric!r} needs method options of the task, not {task.method}")
+    return problems
+
+
+def is_name(name: Any) -> bool:
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
