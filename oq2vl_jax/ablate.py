@@ -92,7 +92,7 @@ def run(command: RunCommand) -> int:
     """Runs what is left of an ablation, then prints the answers. Returns 1 if a cell failed. Raises UserError."""
     from oq2vl_jax.lab.definition import load_ablation
     from oq2vl_jax.lab.executors import Crew, run_workers
-    from oq2vl_jax.lab.plan import make_plan, read_plan, registered
+    from oq2vl_jax.lab.plan import check_definition, make_plan, registered
     from oq2vl_jax.lab.results import collect
     from oq2vl_jax.lab.reuse import reopen_failed, take_over
     from oq2vl_jax.lab.worker import prepare
@@ -103,8 +103,8 @@ def run(command: RunCommand) -> int:
     if command.rank >= command.world_size:
         raise UserError(f"--rank = {command.rank} is not below --world-size = {command.world_size}.")
     Path(command.out).mkdir(parents=True, exist_ok=True)
-    if read_plan(command.out) is None:
-        make_plan(ablation, command.definition)  # finds mistakes before anything is prepared
+    check_definition(ablation, command.out)
+    make_plan(ablation, command.definition)  # finds mistakes before anything is prepared
     prepare(ablation.prepare, command.out)
     planned = make_plan(ablation, command.definition)
     check_data(planned)
@@ -121,7 +121,7 @@ def run(command: RunCommand) -> int:
 def report(command: ReportCommand) -> None:
     """Writes the report of the cells that have ended. Raises UserError."""
     from oq2vl_jax.lab.definition import load_ablation
-    from oq2vl_jax.lab.plan import read_plan
+    from oq2vl_jax.lab.plan import check_definition, read_plan
     from oq2vl_jax.lab.results import collect
 
     ablation = load_ablation(command.definition)
@@ -129,8 +129,7 @@ def report(command: ReportCommand) -> None:
     planned = read_plan(command.out)
     if planned is None:
         raise UserError(f"--out {command.out}: no plan.json; {PROG} run writes it.")
-    if planned.ablation.question != ablation.question or list(planned.arms) != list(ablation.arms):
-        raise UserError(f"--out {command.out} is of another ablation: {planned.ablation.question!r}.")
+    check_definition(ablation, command.out)
     write_report(collect(planned, command.out), command)
 
 

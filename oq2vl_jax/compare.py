@@ -68,7 +68,7 @@ def compare(command: CompareCommand) -> dict[str, Any]:
             if of_baseline.questions != of_arm.questions:
                 raise UserError(f"{task}: baseline and arm were asked other questions, or in another order.")
             means = of_baseline.scores.mean(1), of_arm.scores.mean(1)
-            is_crossed = are_pairs and len(means[0]) == len(means[1])
+            is_crossed = len(means[0]) == len(means[1])  # pairs or not: the questions are the same
             found = crossed(of_arm.scores, of_baseline.scores, of_arm.clusters) if is_crossed else welch(*means[::-1])
             row = row_of(f"{task}: accuracy", *means, found, command.smallest_effect, is_lower_better=False)
             if len(means[0]) == len(means[1]) == 1:

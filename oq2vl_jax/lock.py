@@ -57,8 +57,9 @@ def file_lock(file: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
-            if (read_owner(file) or {}).get("token") == token:
-                os.utime(file)
+            with contextlib.suppress(OSError):  # a network file system that is away for a moment
+                if (read_owner(file) or {}).get("token") == token:
+                    os.utime(file)
 
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
     thread.start()
@@ -73,7 +74,8 @@ def file_lock(file: Path) -> Iterator[None]:
 
 def take_lock(file: Path, token: str) -> None:
     """Creates the lock, after removing a dead owner's. If two processes try at once, one finds the other's lock."""
-    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": token})
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()), "token": token}
+    content = json.dumps(owner)
     prepared = file.with_name(f"{file.name}.{token}")
     prepared.write_text(content)
     try:
@@ -113,6 +115,14 @@ def read_owner(file: Path) -> dict[str, Any] | None:
     return owner if is_right else None
 
 
+def started(pid: int) -> str | None:
+    """Returns when a process of this machine started, in ticks since it booted; None where that is not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
 def age_of(file: Path) -> float | None:
     """Returns the seconds since the last heartbeat; None if the lock has gone."""
     try:
@@ -132,4 +142,6 @@ def is_alive(owner: dict[str, Any], age: float) -> bool:
         return False
     except PermissionError:
         return True
+    if owner.get("started") is not None and owner["started"] == started(owner["pid"]):
+        return True  # the same process, however long it slept
     return age < HEARTBEATS_MISSED * HEARTBEAT_SECONDS  # else another process now has the pid

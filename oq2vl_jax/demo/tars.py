@@ -33,6 +33,8 @@ def write_shards(folder: Path, samples: Iterable[dict] | Iterator[dict], samples
     from webdataset.writer import ShardWriter
 
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("[0-9]*.tar"), *folder.glob("[0-9]*.parquet")):  # of another seed or size
+        old.unlink()
     with ShardWriter(str(folder / "%05d.tar"), maxcount=samples_per_shard, mtime=0, verbose=0) as writer:
         for sample in samples:
             writer.write(sample)

@@ -130,6 +130,13 @@ def all_cells(plan: Plan, out: str) -> list[Cell]:
     return [*tuning, *judged_cells(plan, out)]
 
 
+def started_from(folder: Path, stage: str, before: str) -> str:
+    """Returns the run that a stage starts from, by the name that it had when the stage began: whoever goes on may see
+    the folder under another name."""
+    file = folder / stage / "config.json"
+    return read_json(str(file))["init_from"] if file.is_file() else str(folder / before)
+
+
 def stage_config(cell: Cell, stage: str, out: str) -> TrainConfig:
     """Returns the configuration that a stage of a cell runs with."""
     names = list(cell.stages)
@@ -138,5 +145,5 @@ def stage_config(cell: Cell, stage: str, out: str) -> TrainConfig:
     if config.trackers:
         labels = (cell.arm, f"seed-{cell.seed}", stage)
         config = dataclasses.replace(config, tracker_group=Path(out).absolute().name, tracker_tags=labels)
-    init_from = config.init_from if before is None else str(run_folder(out, cell) / before)
+    init_from = config.init_from if before is None else started_from(run_folder(out, cell), stage, before)
     return dataclasses.replace(config, seed=cell.seed, run_dir=str(run_folder(out, cell) / stage), init_from=init_from)

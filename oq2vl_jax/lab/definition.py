@@ -10,13 +10,16 @@ ablation = Ablation(
 )
 """
 
+import dataclasses
 import re
 import runpy
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from oq2vl_jax.bounds import Count, CountOrZero, Positive, check_bounds
+from oq2vl_jax.bounds import INT32_MAX, Count, CountOrZero, Positive, check_bounds
 from oq2vl_jax.config_files import is_of_type, shipped_folder
 from oq2vl_jax.errors import UserError, hint
 
@@ -25,6 +28,10 @@ LOSSES = ("held_out_loss", "held_out_loss_ema", "loss")
 SCORES = ("accuracy", "log_probability")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 AGAIN, ROUNDING = "again", "rounding"
+TUPLES = ("seeds", "tune_seeds", "tasks", "prepare")
+"""Fields that may be given as lists."""
+TAKEN = ("cell", "child")
+"""Files beside the folders of the stages."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,10 @@ def load_ablation(path: str) -> Ablation:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a definition is the researcher's own code
         raise UserError(f"{path}: {type(error).__name__}: {error}.") from error
+    if isinstance(ablation, Ablation):
+        lists = {name: tuple(getattr(ablation, name)) for name in TUPLES
+                 if isinstance(getattr(ablation, name), list | range)}  # fmt: skip
+        ablation = dataclasses.replace(ablation, **lists)
     if not isinstance(ablation, Ablation):
         raise UserError(f"{path}: must bind `ablation = Ablation(...)`, found {type(ablation).__name__}.")
     problems = problems_of(ablation)
@@ -103,6 +114,9 @@ def load_ablation(path: str) -> Ablation:
 
 def problems_of(ablation: Ablation) -> list[str]:
     """Returns what is wrong with a definition, apart from the configurations of its stages."""
+    problems = problems_of_types(ablation)
+    if problems:
+        return problems
     try:
         check_bounds(ablation)
     except UserError as error:
@@ -116,15 +130,64 @@ def problems_of(ablation: Ablation) -> list[str]:
     elif len(ablation.arms) < 2:
         problems.append("arms: give the baseline and another")
     for name, seeds in (("seeds", ablation.seeds), ("tune_seeds", ablation.tune_seeds)):
-        problems += [f"{name}: {seed!r} is no seed" for seed in seeds if not is_of_type(int, seed) or seed < 0]
+        problems += [f"{name}: {seed!r} is no seed" for seed in seeds if not is_seed(seed)]
         problems += [f"{name}: {seed} is given twice" for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]
+    problems += [f"stage {name!r}: choose another name" for name in ablation.stages if name in TAKEN or "." in name]
     if not ablation.seeds:
         problems.append("seeds is empty")
+    if ablation.tune and not ablation.tune_seeds:
+        problems.append("tune_seeds is empty")
+    problems += [f"tune: {key} has no factors" for key, factors in ablation.tune.items() if not factors]
     if ablation.tune and set(ablation.seeds) & set(ablation.tune_seeds):
         problems.append("tune_seeds: seeds that tune must not judge; give others than seeds")
     if len({task.name for task in ablation.tasks}) < len(ablation.tasks):
         problems.append("tasks: one is given twice")
     return problems + problems_of_tasks(ablation)
+
+
+def problems_of_types(ablation: Ablation) -> list[str]:
+    """Returns fields that hold something else than their type says."""
+    numbers = (int, float)
+    wanted = {
+        "question": (is_text(ablation.question), "a sentence"),
+        "stages": (is_table(ablation.stages, is_text), 'a dict of names and configurations, {"captions": "emoji"}'),
+        "arms": (is_table(ablation.arms, lambda arm: isinstance(arm, dict) and all(map(is_text, arm))),
+                 'a dict of names and changes, {"muon": {"captions.optimizer.kind": "muon"}}'),
+        "baseline": (is_text(ablation.baseline), "the name of an arm"),
+        "seeds": (isinstance(ablation.seeds, tuple), "a tuple, (1, 2, 3)"),
+        "tune_seeds": (isinstance(ablation.tune_seeds, tuple), "a tuple, (101, 102)"),
+        "prepare": (is_tuple(ablation.prepare, is_command), 'a tuple of commands, ("python -m ..",)'),
+        "tasks": (is_tuple(ablation.tasks, lambda task: isinstance(task, Task)), 'a tuple, (Task("emoji", data="."),)'),
+        "tune": (is_table(ablation.tune, lambda factors: is_tuple(factors, lambda x: isinstance(x, numbers))),
+                 'a dict of keys and factors, {"captions.optimizer.learning_rate": (0.5, 1.0, 2.0)}'),
+        "smallest_effect": (isinstance(ablation.smallest_effect, numbers), "a number"),
+        "floor_seeds": (is_of_type(int, ablation.floor_seeds), "a number of seeds"),
+    }  # fmt: skip
+    return [f"{name}: expected {what}, got {getattr(ablation, name)!r}" for name, (is_right, what) in wanted.items()
+            if not is_right]  # fmt: skip
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_table(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(is_text(key) and is_right(item) for key, item in value.items())
+
+
+def is_tuple(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and all(map(is_right, value))
+
+
+def is_command(value: Any) -> bool:
+    try:
+        return is_text(value) and bool(shlex.split(value))
+    except ValueError:  # a quotation that does not end
+        return False
+
+
+def is_seed(value: Any) -> bool:
+    return is_of_type(int, value) and 0 <= value <= INT32_MAX
 
 
 def problems_of_tasks(ablation: Ablation) -> list[str]:

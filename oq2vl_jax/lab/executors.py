@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.lab.child import end_with_parent
 from oq2vl_jax.lab.plan import Plan, read_plan
-from oq2vl_jax.lab.worker import StoppedError, Worker, work
+from oq2vl_jax.lab.worker import StoppedError, Worker, stop_on_sigterm, work
 
 STOPPED = 128 + signal.SIGTERM
+GOES_ON = "stopped by SIGTERM; the same command goes on."
 
 
 class Crew(NamedTuple):
@@ -38,7 +40,7 @@ def run_workers(plan: Plan, crew: Crew) -> None:
         try:
             work(plan, Worker(crew.out, crew.rank, crew.world_size, say))
         except StoppedError:
-            raise UserError("stopped by SIGTERM; the same command goes on.") from None
+            raise UserError(GOES_ON) from None
     else:
         run_locally(crew)
 
@@ -50,6 +52,8 @@ def say(line: str) -> None:
 def work_alone(folder: str, out: str, rank: int, world_size: int) -> None:
     """Runs a worker in a process of its own. folder: the caller's, in which relative paths mean the same."""
     os.chdir(folder)
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()
     plan = read_plan(out)
     assert plan is not None
     try:
@@ -78,11 +82,16 @@ def run_locally(crew: Crew) -> None:
     for worker in workers:
         worker.start()
     try:
-        for worker in workers:
-            worker.join()
-    except BaseException:
+        with stop_on_sigterm():
+            for worker in workers:
+                worker.join()
+    except BaseException as error:
         for worker in workers:
             worker.terminate()
+        for worker in workers:
+            worker.join()
+        if isinstance(error, StoppedError):
+            raise UserError(GOES_ON) from None
         raise
     codes = [worker.exitcode for worker in workers]
     if all(codes):

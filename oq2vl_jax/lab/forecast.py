@@ -17,6 +17,7 @@ class Measured(NamedTuple):
 
     spread: float | None = None
     where: str = ""
+    question_error: float = 0.0
     flops_per_second: float | None = None
 
 
@@ -31,23 +32,23 @@ def measured(ablation: Ablation, out: str | None) -> Measured:
     seconds = sum(one.seconds for one in results.done)
     flops = sum(v for one in results.done for name, v in one.numbers.items() if name.endswith(":total_model_flops"))
     speed = flops / seconds if seconds else None
-    spread, where = spread_of(results, full_name(plan, ablation.metric))
-    return Measured(spread, where, speed)
+    return noise_of(results, full_name(plan, ablation.metric))._replace(flops_per_second=speed)
 
 
-def spread_of(results: Results, metric: str) -> tuple[float | None, str]:
-    """Returns the spread of paired differences; without two arms that of the baseline's seeds, times the root of 2."""
-    spreads = [
-        found[metric].difference.spread
-        for found in results.comparisons.values()
-        if metric in found and found[metric].difference.spread
-    ]
-    if spreads:
-        return float(np.sqrt(np.mean(np.square(np.array(spreads, float))))), "pairs of seeds"
+def noise_of(results: Results, metric: str) -> Measured:
+    """Returns the noise of paired differences; without two arms that of the baseline's seeds, times the root of 2."""
+    found = [one[metric].difference for one in results.comparisons.values() if metric in one]
+    found = [one for one in found if one.spread]
+    if found:
+        spread, of_questions = (
+            float(np.sqrt(np.mean(np.square([getattr(one, name) for one in found]))))
+            for name in ("spread", "question_error")
+        )
+        return Measured(spread, "pairs of seeds, and the questions" if of_questions else "pairs of seeds", of_questions)
     baseline = [one.numbers[metric] for one in results.of_arm(results.plan.ablation.baseline) if metric in one.numbers]
     if len(baseline) > 1:
-        return float(np.std(baseline, ddof=1) * np.sqrt(2)), "the baseline's seeds, as if not paired"
-    return None, ""
+        return Measured(float(np.std(baseline, ddof=1) * np.sqrt(2)), "the baseline's seeds, as if not paired")
+    return Measured()
 
 
 def as_text(plan: Plan, known: Measured) -> str:
@@ -74,7 +75,7 @@ def as_text(plan: Plan, known: Measured) -> str:
     lines += ["", f"{len(plan.arms)} arms x {number} seeds, matched by {ablation.match}: {cells} cells that judge, "
               f"{total:.3g} model FLOPs{hours(total, known)}"]  # fmt: skip
     lines.append(f"decided by {ablation.metric}; smallest effect that matters: {ablation.smallest_effect:g}")
-    effect = detectable_effect(known.spread, number) if known.spread else None
+    effect = detectable_effect(known.spread, number, question_error=known.question_error) if known.spread else None
     if effect is not None:
         lines.append(f"{number} seeds find an effect of {effect:.3g} in 80 % of all cases (noise: {known.where})")
     else:

@@ -1,16 +1,18 @@
 """What an ablation will run: every arm's configurations, resolved and matched. DIR/plan.json keeps it, written before
 the first run and never changed: the pre-registration."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from oq2vl_jax import paths
-from oq2vl_jax.config import OPERATIONAL, ROLE, TrainConfig
+from oq2vl_jax.config import OPERATIONAL, PARTS, ROLE, TrainConfig
 from oq2vl_jax.config_files import flatten, from_dict, load_config, names_of_role, with_values
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.lab.definition import Ablation, Task
@@ -55,8 +57,11 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
+    """data: digests of the packed folders and of the tasks' files that are there."""
+
     ablation: Ablation
     arms: dict[str, Arm]
+    data: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def baseline(self) -> Arm:
@@ -85,6 +90,7 @@ def make_plan(ablation: Ablation, where: str) -> Plan:
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}.")
     check_tune(ablation, resolved, where)
+    check_primary(ablation, resolved, where)
     work = {name: {stage: step_work(config) for stage, config in stages.items()} for name, stages in resolved.items()}
     arms = {}
     for name, stages in resolved.items():
@@ -94,7 +100,53 @@ def make_plan(ablation: Ablation, where: str) -> Plan:
         }
         matched = {stage: dataclasses.replace(stages[stage], num_steps=steps[stage]) for stage in stages}
         arms[name] = Arm(name, ablation.arms[name], matched, work[name])
-    return Plan(ablation, arms)
+    for factors in candidates(ablation):
+        for arm in arms.values():
+            tuned(arm, factors)
+    return Plan(ablation, arms, data_of(ablation, arms))
+
+
+def check_primary(ablation: Ablation, resolved: dict[str, dict[str, TrainConfig]], where: str) -> None:
+    """Raises UserError if the last stage of an arm will not have the loss that decides, or another loss than others."""
+    last = list(ablation.stages)[-1]
+    configs = {name: stages[last] for name, stages in resolved.items()}
+    without = [name for name, config in configs.items() if not config.held_out.sources]
+    if ablation.metric.startswith("held_out_loss") and without:
+        raise UserError(
+            f"{where}: primary = {ablation.metric}, but {last} of {', '.join(without)} has no held_out.sources; set "
+            "them, or another primary."
+        )
+    if ablation.metric == "held_out_loss_ema" and any(config.ema.decay is None for config in configs.values()):
+        raise UserError(f"{where}: primary = {ablation.metric}, but ema.decay is not set in every arm.")
+    if ":" in ablation.metric:
+        return
+    for field in ("loss", "held_out") if ablation.metric == "loss" else ("held_out",):
+        base = getattr(configs[ablation.baseline], field)
+        others = [name for name, config in configs.items() if getattr(config, field) != base]
+        if others:
+            raise UserError(
+                f"{where}: primary = {ablation.metric} means something else in {', '.join(others)}, whose {last}."
+                f"{field} is another; choose a metric that all arms share."
+            )
+
+
+def data_of(ablation: Ablation, arms: dict[str, Arm]) -> dict[str, str]:
+    from oq2vl_jax.data.packing.packed import fingerprint
+    from oq2vl_jax.eval.benchmarks import find_benchmark
+    from oq2vl_jax.eval.tables import find_files, sha256_of
+
+    configs = [config for arm in arms.values() for config in arm.stages.values()]
+    packed = [source for config in configs if config.data.kind == "packed" for source in config.data.sources]
+    packed += [source for config in configs for source in config.held_out.sources]
+    found = {
+        source: fingerprint((source,)) for source in dict.fromkeys(packed) if Path(source, "manifest.json").is_file()
+    }
+    for task in ablation.tasks:
+        try:
+            found[task.name] = sha256_of(find_files(task.data, task.name, find_benchmark(task.name).files))
+        except UserError:  # not there yet
+            continue
+    return found
 
 
 def load_stages(ablation: Ablation, where: str) -> dict[str, TrainConfig]:
@@ -122,9 +174,24 @@ def changed_stages(base: dict[str, TrainConfig], changes: dict[str, Any], where:
         for one in base if stage == EVERY_STAGE else (stage,):
             by_stage[one][name] = value
     stages = {stage: with_values(config, by_stage[stage], f"{where}, {stage}") for stage, config in base.items()}
+    names = list(stages)
     for stage, config in stages.items():
-        check_can_run(config, f"{where}, {stage}")
+        started = config if stage == names[0] else dataclasses.replace(config, init_from="the stage before")
+        check_can_run(started, f"{where}, {stage}")
+    for before, stage in itertools.pairwise(names):
+        check_same_model(stages[before], stages[stage], f"{where}: {before} and {stage}")
     return stages
+
+
+def check_same_model(before: TrainConfig, after: TrainConfig, where: str) -> None:
+    """Raises UserError if a stage cannot start from the weights of the one before."""
+    if set(after.init_parts) != set(PARTS):
+        return  # some parts are drawn anew, and may be others
+    free = {"num_visual_tokens"}
+    a, b = ({k: v for k, v in flatten(config.model).items() if k not in free} for config in (before, after))
+    differing = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    if differing:
+        raise UserError(f"{where}: have other models (model.{', model.'.join(differing)}); change both, as *.model...")
 
 
 def check_can_run(config: TrainConfig, where: str) -> None:
@@ -202,17 +269,22 @@ def rounding_stages(arm: Arm) -> dict[str, TrainConfig]:
     }
 
 
+def definition_json(ablation: Ablation) -> dict[str, Any]:
+    definition = {field.name: getattr(ablation, field.name) for field in dataclasses.fields(ablation)}
+    definition["primary"] = ablation.metric
+    definition["tasks"] = [dataclasses.asdict(task) for task in ablation.tasks]
+    return json.loads(json.dumps(definition))
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
-    definition = {field.name: getattr(plan.ablation, field.name) for field in dataclasses.fields(plan.ablation)}
-    definition["primary"] = plan.ablation.metric
-    definition["tasks"] = [dataclasses.asdict(task) for task in plan.ablation.tasks]
+    definition = definition_json(plan.ablation)
     arms = {
         name: {"hash": arm.hash, "changes": arm.changes,
                "stages": {stage: dataclasses.asdict(config) for stage, config in arm.stages.items()},
                "work": {stage: work._asdict() for stage, work in arm.work.items()}}
         for name, arm in plan.arms.items()
     }  # fmt: skip
-    return json.loads(json.dumps({"definition": definition, "arms": arms}))
+    return json.loads(json.dumps({"definition": definition, "arms": arms, "data": plan.data}))
 
 
 def from_json(saved: dict[str, Any], where: str) -> Plan:
@@ -233,7 +305,7 @@ def from_json(saved: dict[str, Any], where: str) -> Plan:
         }  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: is no plan of oq2vl_jax.ablate, or damaged ({error!r}).") from error
-    return Plan(ablation, arms)
+    return Plan(ablation, arms, saved.get("data", {}))
 
 
 def read_plan(out: str) -> Plan | None:
@@ -246,15 +318,32 @@ def registered(plan: Plan, out: str) -> Plan:
     """Returns the plan of the folder, which becomes this one if it has none. Raises UserError if they differ."""
     saved = read_plan(out)
     if saved is None:
-        paths.write_text(paths.join(out, PLAN), json.dumps(as_json(plan), indent=1) + "\n")
-        return plan
-    differing = differences(as_json(saved), as_json(plan))
+        partial = Path(out, f"{PLAN}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(as_json(plan), indent=1) + "\n")
+        try:
+            with contextlib.suppress(FileExistsError):  # another worker was faster, and may have another definition
+                os.link(partial, Path(out, PLAN))
+        finally:
+            partial.unlink()
+        saved = read_plan(out)
+        assert saved is not None
+    refuse(out, differences(as_json(saved), as_json(plan)))
+    return saved
+
+
+def check_definition(ablation: Ablation, out: str) -> None:
+    """Raises UserError if a folder was planned with another definition."""
+    saved = read_plan(out)
+    if saved is not None:
+        refuse(out, differences(definition_json(saved.ablation), definition_json(ablation)))
+
+
+def refuse(out: str, differing: list[str]) -> None:
     if differing:
         raise UserError(
             f"--out {out} was planned with another {', '.join(differing[:4])}{' ..' * (len(differing) > 4)}; plans are "
             "not changed: choose another folder (--reuse takes over what did not change)."
         )
-    return saved
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:

@@ -3,9 +3,13 @@
 It holds nothing that depends on when or how often the cells were started; how long they took is in report.html.
 """
 
+import os
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
+from oq2vl_jax.lab.cells import OF_BASELINE
+from oq2vl_jax.lab.definition import ROUNDING
 from oq2vl_jax.lab.results import Comparison, Results, changes_of, environments, full_name, is_judged, speed_up_of
 
 METRIC_FORMAT = "{:.4f}"
@@ -58,11 +62,13 @@ def than(word: str, baseline: str) -> str:
 
 def why_none(results: Results, arm: str) -> str:
     names = {arm, results.plan.ablation.baseline}
-    failed = [cell for cell in results.failed if cell.split(" seed ")[0] in names]
+    failed = [cell for cell in results.failed if cell.split(" seed ")[0].removesuffix(" (tuning)") in names]
     if failed:
         return f"{len(failed)} of its cells or the baseline's failed"
     number = len(results.plan.ablation.seeds)
     done = min(len(results.of_arm(name)) for name in names)
+    if done == number:
+        return "incomplete: a check of the baseline is missing"
     return f"incomplete: {done} of {number} seeds are done"
 
 
@@ -120,9 +126,9 @@ def notes_on_table(results: Results) -> str:
     how = {found.difference.how for of_arm in results.comparisons.values() for found in of_arm.values()}
     words = {
         "paired": "Differences are paired by seed (same initial weights, same rows): Student's t.",
-        "crossed": "Differences of scores are paired by seed; seeds and questions both vary, questions of one picture "
-                   "together (analysis of variance of crossed random effects).",
-        "welch": "Where the rows differ, seeds are not paired: Welch's t.",
+        "crossed": "In scores seeds and questions both vary, questions of one picture together (analysis of variance "
+                   "of crossed random effects).",
+        "welch": "Where the rows differ, losses of equal seeds are no pairs: Welch's t.",
         "questions": "One seed: the questions alone vary, and the seeds were not sampled.",
     }  # fmt: skip
     said = " ".join(text for key, text in words.items() if key in how)
@@ -174,14 +180,20 @@ def checks(results: Results) -> list[str]:
             f"Rounding alone (other rows_per_device) moves the mean of {len(ablation.seeds)} seeds by about "
             f"{results.floor:.3g}; an effect below it is none."
         )
+    unmeasured = [cell for cell in results.failed if cell.startswith(f"{OF_BASELINE}{ROUNDING}")]
+    if unmeasured or not ablation.floor_seeds:
+        lines.append("What rounding alone does was not measured.")
     metric = full_name(plan, ablation.metric)
     for arm in other_arms(results):
         found = results.comparisons[arm].get(metric)
         if found is not None and found.difference.spread:
             from oq2vl_jax.lab.statistics import detectable_effect
 
-            effect = detectable_effect(found.difference.spread, len(ablation.seeds))
-            lines.append(f"{arm}: {len(ablation.seeds)} seeds find an effect of {effect:.3g} in 80 % of all cases.")
+            one, number = found.difference, found.difference.num_seeds
+            effect = detectable_effect(
+                one.spread or 0.0, number, question_error=one.question_error, degrees=one.degrees
+            )
+            lines.append(f"{arm}: {number} seeds find an effect of {effect:.3g} in about 80 % of all cases.")
         saved = speed_up_of(results, arm) if is_judged(results, arm) else None
         if saved is not None:
             lines.append(f"{arm}: {speed_up_text(*saved)}.")
@@ -190,7 +202,7 @@ def checks(results: Results) -> list[str]:
         lines.append(f"Tuned alike for all arms on seeds {', '.join(map(str, ablation.tune_seeds))}: {tried}.")
     varied = {name: values for name, values in environments(results).items() if len(values) > 1}
     lines += [f"Cells ran with different {name}: {', '.join(map(short, values))}." for name, values in varied.items()]
-    return lines or ["Nothing was checked: floor_seeds is 0."]
+    return lines
 
 
 def speed_up_text(loss: str, percent: float) -> str:
@@ -202,11 +214,9 @@ def speed_up_text(loss: str, percent: float) -> str:
 
 
 def commands(file: str, out: str) -> Iterable[str]:
-    return [
-        f"python -m oq2vl_jax.ablate plan {file}",
-        f"python -m oq2vl_jax.ablate run {file} --out {out}",
-        f"python -m oq2vl_jax.ablate report {file} --out {out}",
-    ]
+    words = ["python", "-m", "oq2vl_jax.ablate"]
+    where = ["--out", os.path.normpath(out)]
+    return [shlex.join([*words, "plan", file]), *(shlex.join([*words, one, file, *where]) for one in ("run", "report"))]
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

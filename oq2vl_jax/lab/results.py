@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from oq2vl_jax.lab.cells import Cell, judged_cells, results_folder, run_folder, status_of, tuning_cells
+from oq2vl_jax.lab.cells import OF_BASELINE, Cell, judged_cells, results_folder, run_folder, status_of, tuning_cells
 from oq2vl_jax.lab.definition import AGAIN, LOSSES, ROUNDING, SCORES
 from oq2vl_jax.lab.plan import Plan
 from oq2vl_jax.lab.runs import (
@@ -23,10 +24,15 @@ from oq2vl_jax.lab.runs import (
     read_run,
 )
 from oq2vl_jax.lab.statistics import Difference, Verdict, crossed, paired, speed_up, verdicts, welch
+from oq2vl_jax.paths import read_json
 
 DETERMINISTIC = (*LOSSES, "held_out_loss/", "total_tokens", "total_labelled_tokens", "total_images",
                  "total_model_flops")  # fmt: skip
 """Names of metrics.jsonl (or their beginnings) that do not depend on the machine's speed."""
+
+
+SAME = 1e-9
+"""Two sums of the same numbers, up to rounding."""
 
 
 class Scores(NamedTuple):
@@ -95,6 +101,14 @@ def collect(plan: Plan, out: str) -> Results:
     return results._replace(comparisons=compare_all(results))
 
 
+def unusable(plan: Plan, out: str, cell: Cell) -> str | None:
+    """Returns what is wrong with the numbers of a cell that has run, or None."""
+    numbers = read_cell(plan, out, cell).numbers
+    wrong = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    metric = full_name(plan, plan.ablation.metric)
+    return "; ".join(wrong) or (None if metric in numbers else f"there is no {metric} to judge by")
+
+
 def read_cell(plan: Plan, out: str, cell: Cell) -> CellResult:
     numbers: dict[str, float] = {}
     seconds, digest, runs = 0.0, "", []
@@ -107,14 +121,17 @@ def read_cell(plan: Plan, out: str, cell: Cell) -> CellResult:
         runs.append(read_run(str(folder)))
     scores: dict[str, Scores] = {}
     predictions = read_predictions(str(results_folder(out, cell)))
+    totals = read_json(str(results_folder(out, cell) / "results.json")) if plan.ablation.tasks else {}
     for task in plan.ablation.tasks:
-        records = predictions[task.name]
-        clusters = [str(record.get("pictures", index)) for index, record in records.items()]
         for score, field in zip(SCORES, ("score", "log_probability"), strict=True):
-            if all(field in record for record in records.values()):
-                values = np.array([record[field] for record in records.values()], float)
-                scores[f"{task.name}:{score}"] = Scores(list(records), values, clusters)
-                numbers[f"{task.name}:{score}"] = float(values.mean())
+            asked = {index: record for index, record in predictions[task.name].items() if field in record}
+            if score not in totals[task.name]:
+                continue
+            name, values = f"{task.name}:{score}", np.array([record[field] for record in asked.values()], float)
+            numbers[name] = totals[task.name][score]
+            if abs(values.mean() - numbers[name]) < SAME:  # else it is a mean over groups of questions
+                clusters = [str(record.get("pictures", index)) for index, record in asked.items()]
+                scores[name] = Scores(list(asked), values, clusters)
     return CellResult(cell, numbers, scores, digest, seconds, runs, results_folder(out, cell))
 
 
@@ -149,16 +166,20 @@ def compare_all(results: Results) -> dict[str, dict[str, Comparison]]:
         judged = {arm: one for arm, one in found.items() if is_judged(results, arm)}
         words = {}
         if is_primary and judged:
-            words = verdicts(judged, plan.ablation.smallest_effect, is_lower_better(metric), results.floor)
+            words = verdicts(
+                judged, plan.ablation.smallest_effect, is_lower_better(metric), results.floor, num_arms=len(arms)
+            )
         for arm in found:
             compared[arm][metric] = Comparison(metric, means[arm], found[arm], words.get(arm))
     return compared
 
 
 def is_judged(results: Results, arm: str) -> bool:
-    """Returns whether every seed of an arm and of the baseline is done: no stopping by looks, none left out."""
+    """Returns whether every seed of an arm and of the baseline is done, and the checks of the baseline have ended: no
+    stopping by looks, none left out."""
     number = len(results.plan.ablation.seeds)
-    return all(len(results.of_arm(name)) == number for name in (arm, results.plan.ablation.baseline))
+    are_checked = not any(cell.startswith(OF_BASELINE) for cell in results.missing)
+    return are_checked and all(len(results.of_arm(name)) == number for name in (arm, results.plan.ablation.baseline))
 
 
 def common_seeds(results: Results, arm: str, metric: str) -> list[tuple[CellResult, CellResult]]:
@@ -175,13 +196,11 @@ def difference(pairs: list[tuple[CellResult, CellResult]], metric: str) -> tuple
     """Returns ((mean of the baseline, of the arm), their difference)."""
     arm, baseline = ([one.numbers[metric] for one in side] for side in zip(*pairs, strict=True))
     means = float(np.mean(baseline)), float(np.mean(arm))
-    if not all(have_same_rows(*pair) for pair in pairs):
-        return means, welch(arm, baseline)
     scores = [(a.scores[metric], b.scores[metric]) for a, b in pairs if metric in a.scores and metric in b.scores]
-    if len(scores) < len(pairs) or any(a.questions != scores[0][0].questions for pair in scores for a in pair):
-        return means, paired(arm, baseline)
-    values = [np.stack([pair[side].values for pair in scores]) for side in (0, 1)]
-    return means, crossed(values[0], values[1], scores[0][0].clusters)
+    if len(scores) == len(pairs) and all(one.questions == scores[0][0].questions for pair in scores for one in pair):
+        values = [np.stack([pair[side].values for pair in scores]) for side in (0, 1)]
+        return means, crossed(values[0], values[1], scores[0][0].clusters)
+    return means, paired(arm, baseline) if all(have_same_rows(*pair) for pair in pairs) else welch(arm, baseline)
 
 
 def have_same_rows(a: CellResult, b: CellResult) -> bool:

@@ -1,6 +1,8 @@
 """Takes over finished cells of other ablations, and opens failed ones again."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,20 @@ def take_over(plan: Plan, out: str, others: tuple[str, ...]) -> None:
         theirs = read_plan(other)
         if theirs is None:
             raise UserError(f"--reuse {other}: no plan.json; it is no folder of an ablation.")
-        if Path(other).resolve() == Path(out).resolve() or theirs.ablation.tasks != plan.ablation.tasks:
+        if Path(other).resolve() == Path(out).resolve():
+            continue
+        differing = {name for name, digest in plan.data.items() if theirs.data.get(name, digest) != digest}
+        if theirs.ablation.tasks != plan.ablation.tasks or differing:
+            what = f"other data ({', '.join(sorted(differing))})" if differing else "other tasks"
+            print(f"--reuse {other}: nothing is taken over, it has {what}", flush=True)
             continue
         found = {identity(cell): cell for cell in all_cells(theirs, other) if is_done(other, cell)}
         for cell in all_cells(plan, out):
             source = found.get(identity(cell))
             if source is not None and not run_folder(out, cell).exists():
-                link(run_folder(other, source), run_folder(out, cell))
                 if plan.ablation.tasks:
                     link(results_folder(other, source), results_folder(out, cell))
+                link(run_folder(other, source), run_folder(out, cell))  # last: it makes the cell done
                 print(f"{cell}: taken from {other}", flush=True)
 
 
@@ -54,10 +61,13 @@ def identity(cell: Cell) -> str:
 
 def link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(source.resolve(), target_is_directory=True)
+    if target.is_symlink() and not target.exists():
+        raise UserError(f"{target}: leads to {os.readlink(target)}, which is gone; remove the link, or bring it back.")
+    with contextlib.suppress(FileExistsError):  # another worker was faster
+        target.symlink_to(source.resolve(), target_is_directory=True)
 
 
 def reopen_failed(plan: Plan, out: str) -> None:
     for cell in all_cells(plan, out):
         if status_of(out, cell)["status"] == "failed":
-            (run_folder(out, cell) / CELL).unlink()
+            (run_folder(out, cell) / CELL).unlink(missing_ok=True)

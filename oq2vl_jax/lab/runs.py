@@ -68,8 +68,10 @@ def last_values(folder: Path) -> dict[str, Any]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
+    """Returns the records of a JSON-lines file, without a last line that a kill cut off. Raises UserError."""
+    text = file.read_text()
     try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except ValueError as error:
         raise UserError(f"{file}: a line is no JSON.") from error
 

@@ -48,6 +48,8 @@ class Difference(NamedTuple):
     spread: float | None = None
     sign_flip_p: float | None = None
     correlation: float | None = None
+    question_error: float = 0.0
+    """Part of `error` that more seeds do not lower: that of the questions."""
 
 
 class Verdict(NamedTuple):
@@ -117,7 +119,10 @@ def crossed(arm: ArrayLike, baseline: ArrayLike, clusters: Sequence[object] | No
     degrees = total**2 / below if below > 0 else float(num_seeds - 1)
     low, high, p = t_interval(mean, error, degrees)
     over_seeds = paired(np.asarray(arm, float).mean(1), np.asarray(baseline, float).mean(1))
-    return over_seeds._replace(how="crossed", low=low, high=high, p=p, error=error, degrees=degrees)
+    of_questions = max(0.0, error**2 - (over_seeds.spread or 0.0) ** 2 / num_seeds) ** 0.5
+    return over_seeds._replace(
+        how="crossed", low=low, high=high, p=p, error=error, degrees=degrees, question_error=of_questions
+    )
 
 
 def grouped(scores: np.ndarray, clusters: Sequence[object] | None) -> np.ndarray:
@@ -174,16 +179,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdicts(
-    differences: dict[str, Difference], smallest_effect: float, is_lower_better: bool, floor: float = 0.0
+    differences: dict[str, Difference],
+    smallest_effect: float,
+    is_lower_better: bool,
+    floor: float = 0.0,
+    num_arms: int | None = None,
 ) -> dict[str, Verdict]:
-    """Returns the verdict of each arm. floor: the effect of rounding; a smaller one is none.
+    """Returns the verdict of each arm. floor: the effect of rounding; a smaller one is none. num_arms: how many were
+    planned; those without a difference count in Holm's correction all the same. None: those that are given.
 
     better, worse: p below 5 % by Holm over the arms. equivalent: the interval lies within +-smallest_effect, tested by
     Holm as well. A difference that is sure and smaller than smallest_effect is equivalent, and said to be sure.
     """
     known = {name: one for name, one in differences.items() if one.p is not None}
-    p_different = dict(zip(known, holm([one.p or 0.0 for one in known.values()]), strict=True))
-    p_equal = dict(zip(known, holm([equivalence_p(one, smallest_effect) for one in known.values()]), strict=True))
+    others = [1.0] * ((num_arms or len(known)) - len(known))
+    p_different = dict(zip(known, holm([*(one.p or 0.0 for one in known.values()), *others]), strict=False))
+    equal = [equivalence_p(one, smallest_effect) for one in known.values()]
+    p_equal = dict(zip(known, holm([*equal, *others]), strict=False))
     found = {}
     for name, one in differences.items():
         if name not in known:
@@ -220,41 +232,68 @@ def equivalence_p(one: Difference, smallest_effect: float) -> float:
     return min(1.0, float(2 * stats.t.sf(room / one.error, one.degrees)))
 
 
-def power(effect: float, spread: float, num_seeds: int, alpha: float = ALPHA) -> float:
-    """Returns how often num_seeds pairs find an effect, by the noncentral t distribution."""
+def power(
+    effect: float,
+    spread: float,
+    num_seeds: int,
+    alpha: float = ALPHA,
+    question_error: float = 0.0,
+    degrees: float | None = None,
+) -> float:
+    """Returns how often num_seeds pairs find an effect, by the noncentral t distribution.
+
+    question_error, degrees: as in Difference, for scores; None: num_seeds - 1.
+    """
     if num_seeds < 2:
         return 0.0
-    if spread == 0:
+    error = (spread**2 / num_seeds + question_error**2) ** 0.5
+    if error == 0:
         return float(effect != 0)
-    critical = stats.t.ppf(1 - alpha / 2, num_seeds - 1)
-    shift = abs(effect) / spread * num_seeds**0.5
-    found = float(stats.nct.sf(critical, num_seeds - 1, shift) + stats.nct.cdf(-critical, num_seeds - 1, shift))
+    degrees = num_seeds - 1 if degrees is None else degrees
+    critical, shift = stats.t.ppf(1 - alpha / 2, degrees), abs(effect) / error
+    found = float(stats.nct.sf(critical, degrees, shift) + stats.nct.cdf(-critical, degrees, shift))
     return 1.0 if np.isnan(found) else found  # scipy has no number for a shift far beyond the critical value
 
 
-def detectable_effect(spread: float, num_seeds: int, share: float = 0.8, alpha: float = ALPHA) -> float | None:
-    """Returns the effect that num_seeds pairs find in `share` of all cases; None for fewer than two."""
+def detectable_effect(
+    spread: float,
+    num_seeds: int,
+    share: float = 0.8,
+    alpha: float = ALPHA,
+    question_error: float = 0.0,
+    degrees: float | None = None,
+) -> float | None:
+    """Returns the effect that num_seeds pairs find in `share` of all cases; None for fewer than two. The others as in
+    `power`."""
     from scipy.optimize import brentq
 
     if num_seeds < 2:
         return None
-    if spread == 0:
+    high = (spread**2 + question_error**2) ** 0.5
+    if high == 0:
         return 0.0
-    high = spread
-    while power(high, spread, num_seeds, alpha) < share:
+
+    def gap(effect: float) -> float:
+        return power(effect, spread, num_seeds, alpha, question_error, degrees) - share
+
+    while gap(high) < 0:
         high *= 2
-    return float(brentq(lambda effect: power(effect, spread, num_seeds, alpha) - share, 0.0, high))  # pyright: ignore[reportArgumentType]
+    return float(brentq(gap, 0.0, high))  # pyright: ignore[reportArgumentType]
 
 
 def seeds_to_decide(one: Difference, smallest_effect: float) -> int | None:
     """Returns the number of seeds whose interval, at this spread, is half as wide as smallest_effect.
 
-    Then a difference of 0 is equivalent and one of twice smallest_effect is found. None without a spread over seeds.
+    Then a difference of 0 is equivalent and one of twice smallest_effect is found. None without a spread over seeds,
+    and where the questions alone are too noisy.
     """
     if not one.spread or smallest_effect <= 0:
         return None
-    fitting = np.flatnonzero(quantiles() * one.spread / np.arange(2, MAX_SEEDS + 1) ** 0.5 <= smallest_effect)
-    return max(int(fitting[0]) + 2, one.num_seeds + 1) if len(fitting) else MAX_SEEDS
+    errors = (one.spread**2 / np.arange(2, MAX_SEEDS + 1) + one.question_error**2) ** 0.5
+    fitting = np.flatnonzero(quantiles() * errors <= smallest_effect)
+    if not len(fitting):
+        return None if one.question_error else MAX_SEEDS
+    return max(int(fitting[0]) + 2, one.num_seeds + 1)
 
 
 @functools.lru_cache(maxsize=1)

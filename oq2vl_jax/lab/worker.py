@@ -30,6 +30,7 @@ from oq2vl_jax.lab.cells import (
 )
 from oq2vl_jax.lab.definition import Task
 from oq2vl_jax.lab.plan import Plan
+from oq2vl_jax.lab.results import unusable
 from oq2vl_jax.lab.runs import has_ended
 from oq2vl_jax.lock import HeldError, file_lock
 from oq2vl_jax.paths import read_json, write_text
@@ -37,6 +38,7 @@ from oq2vl_jax.paths import read_json, write_text
 POLL_SECONDS = 2.0
 PREPARED = "prepared.json"
 TAIL_LINES = 12
+STOPPED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 class StoppedError(Exception):
@@ -58,24 +60,33 @@ class Worker(NamedTuple):
 
 def prepare(commands: tuple[str, ...], out: str) -> None:
     """Runs the commands that make the data, each once over all workers. Raises UserError if one fails."""
-    file = Path(out) / PREPARED
-    while True:
-        done = read_json(str(file)) if file.is_file() else []
-        left = [command for command in commands if command not in done]
-        if not left:
-            return
+    while still_to_prepare(commands, out):
         try:
             with claim(out, "prepare"):
-                for command in left:
+                for command in still_to_prepare(commands, out):
                     print(f"prepare: {command}", flush=True)
-                    words = shlex.split(command)
-                    words[0] = sys.executable if words[0] in ("python", "python3") else words[0]
-                    if subprocess.run(words).returncode:
-                        raise UserError(f"prepare: {command!r} failed; its message is above.")
-                    done.append(command)
-                    write_text(str(file), json.dumps(done, indent=1) + "\n")
+                    prepare_one(command)
+                    done = [one for one in commands if one not in still_to_prepare(commands, out)]
+                    write_text(str(Path(out) / PREPARED), json.dumps([*done, command], indent=1) + "\n")
         except HeldError:
             time.sleep(POLL_SECONDS)
+
+
+def still_to_prepare(commands: tuple[str, ...], out: str) -> list[str]:
+    file = Path(out) / PREPARED
+    done = read_json(str(file)) if file.is_file() else []
+    return [command for command in commands if command not in done]
+
+
+def prepare_one(command: str) -> None:
+    words = shlex.split(command)
+    words[0] = sys.executable if words[0] in ("python", "python3") else words[0]
+    try:
+        code = subprocess.run(words).returncode
+    except OSError as error:
+        raise UserError(f"prepare: {command!r}: {error.strerror}.") from error
+    if code:
+        raise UserError(f"prepare: {command!r} failed; its message is above.")
 
 
 @contextmanager
@@ -125,6 +136,9 @@ def run_cell(plan: Plan, cell: Cell, worker: Worker) -> None:
             run_stage(cell, stage, worker.out)
         for task in plan.ablation.tasks:
             run_task(cell, task, worker.out)
+        problem = unusable(plan, worker.out, cell)
+        if problem is not None:
+            raise CommandError(problem)
     except CommandError as error:
         write_status(worker.out, cell, "failed", why=str(error))
         worker.say(f"{cell}: failed: {error}")
@@ -177,6 +191,8 @@ def run_child(what: str, out: str, cell: Cell, words: list[str], log: Path) -> N
             child.send_signal(signal.SIGTERM)
             child.wait()
             raise
+    if code in STOPPED:
+        raise StoppedError  # the signal reached the child as well
     if code:
         raise CommandError(f"{what}: {reason_of(code, log)}")
 

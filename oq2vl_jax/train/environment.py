@@ -19,7 +19,7 @@ NAME = "environment.json"
 
 
 def record_environment(run_dir: Path, step: int) -> None:
-    """Appends {"from_step", "commit", "changes", "versions", "device", "num_devices", "xla_flags"} if it is new."""
+    """Appends {"from_step", "commit", "changes", "versions", "device", "num_devices", "num_cpus", ..} if it is new."""
     file = run_dir / NAME
     try:
         entries = json.loads(file.read_text())
@@ -40,8 +40,14 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
+        "num_cpus": num_cpus(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def num_cpus() -> int | None:
+    """Returns the CPUs that this process may use; on a CPU their number decides in what order threads sum."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def version(package: str) -> str | None:
@@ -55,13 +61,13 @@ def code() -> tuple[str | None, str | None]:
     """Returns the commit of the checkout and a digest of its uncommitted changes; (None, None) outside of one."""
     root = str(Path(__file__).parents[2])
     try:
-        commit, changes = (
+        top, commit, changes = (
             subprocess.run(["git", "-C", root, *words], capture_output=True, timeout=20)
-            for words in (("rev-parse", "HEAD"), ("diff", "HEAD"))
+            for words in (("rev-parse", "--show-toplevel"), ("rev-parse", "HEAD"), ("diff", "HEAD"))
         )
     except (OSError, subprocess.TimeoutExpired):
         return None, None
-    if commit.returncode or changes.returncode:
-        return None, None
+    if commit.returncode or changes.returncode or not os.path.samefile(top.stdout.decode().strip(), root):
+        return None, None  # no checkout, or installed inside another repository
     digest = hashlib.sha256(changes.stdout).hexdigest()[:16] if changes.stdout else None
     return commit.stdout.decode().strip(), digest

@@ -41,13 +41,14 @@ def work_of(batch: Batch, config: TrainConfig) -> Work:
 
 def mean_step(config: TrainConfig, num_steps: int = 16) -> tuple[float, float]:
     """Returns the mean real tokens and model FLOPs of the first steps of a run over packed data."""
-    from oq2vl_jax.train.open_data import open_data
+    from oq2vl_jax.data.loading.loader import make_loader
 
-    data = open_data(config, Path(config.run_dir))
+    seed = config.data.seed_of(config.seed)
+    loader = make_loader(config.data, config.model, config.global_batch_size, seed, 0, 1)
     try:
-        counts = [count_batch(batch, config, 0.0) for batch, _ in zip(data.loader, range(num_steps), strict=False)]
+        counts = [count_batch(batch, config, 0.0) for batch, _ in zip(loader, range(num_steps), strict=False)]
     finally:
-        data.loader.close()
+        loader.close()
     return sum(one.tokens for one in counts) / num_steps, sum(one.model_flops for one in counts) / num_steps
 
 

@@ -13,7 +13,17 @@ from oq2vl_jax.demo.easy_vqa import (
     named_by_yes_or_no,
     question_samples,
 )
-from oq2vl_jax.demo.report import Prediction, accuracy, question_only_accuracy, read_predictions
+from oq2vl_jax.demo.report import (
+    SEED_ACCURACIES,
+    Prediction,
+    accuracy,
+    expected_of_a_run,
+    interval_of_questions,
+    last_line,
+    question_only_accuracy,
+    read_predictions,
+    surprise,
+)
 from oq2vl_jax.errors import UserError
 
 
@@ -70,3 +80,27 @@ def test_question_only_guessing_reaches_the_published_67_percent():
 def test_missing_predictions_are_one_sentence():
     with pytest.raises(UserError, match=r"no such file; python -m oq2vl_jax\.eval"):
         read_predictions("nowhere.jsonl", "pictures")
+
+
+def answered(num_right, num_wrong, per_picture=1):
+    """Predictions, some of them right, each picture asked `per_picture` times."""
+    replies = ["red"] * num_right + ["blue"] * num_wrong
+    return [Prediction(f"{i // per_picture}.png", "what color?", "red", reply) for i, reply in enumerate(replies)]
+
+
+def test_the_last_line_has_an_interval_and_what_other_seeds_gave():
+    line = last_line(answered(960, 40), 67.0)
+    low, high = interval_of_questions(answered(960, 40))
+    assert line.startswith(
+        f"easy-VQA test accuracy: 96.0 % [{low:.1f}, {high:.1f}] (question-only: 67.0 %; 5 seeds gave "
+    )
+    assert 94.5 < low < 96 < high < 97.5
+    wide = interval_of_questions(answered(960, 40, per_picture=10))
+    assert wide[1] - wide[0] > 2 * (high - low)  # ten questions of a picture are right or wrong together here
+
+
+def test_an_accuracy_that_the_seeds_do_not_let_expect_is_called_one():
+    low, _ = expected_of_a_run()
+    assert low < min(SEED_ACCURACIES.values())
+    assert surprise(answered(96, 4)) is None
+    assert "outside of what 5 seeds let expect" in surprise(answered(int(low) - 2, 102 - int(low)))

@@ -23,6 +23,7 @@ from oq2vl_jax.lab.cells import all_cells, judged_cells, run_folder, stage_confi
 from oq2vl_jax.lab.definition import Ablation, Task, load_ablation
 from oq2vl_jax.lab.plan import as_json, from_json, hash_of, make_plan, registered
 from oq2vl_jax.lab.results import collect
+from oq2vl_jax.lab.runs import read_records
 from oq2vl_jax.lab.worker import Worker, work
 from oq2vl_jax.train.run import run as train
 
@@ -250,6 +251,16 @@ def test_a_published_page_has_its_charts_its_plan_and_its_numbers(finished, defi
         ({"arms": {"base": {}, "x": {"shapes.seed": 1}}}, "'shapes.seed' is set by the laboratory"),
         ({"arms": {"base": {}, "x": {"shapes.num_steps": "many"}}}, "expected int, got 'many'"),
         ({"arms": {"base": {}, "x": {"shapes.num_steps": 0}}}, "num_steps must be"),
+        ({"primary": "held_out_loss"}, "has no held_out.sources"),
+        ({"arms": {"base": {}, "x": {"shapes.loss.z_loss": 0.1}}}, "primary = loss means something else in x"),
+        ({"tune": {"shapes.num_steps": (0.51,)}}, "expected int"),
+        (
+            {
+                "stages": {"shapes": TINY, "again": TINY},
+                "arms": {"base": {}, "x": {"shapes.model.vision.num_layers": 2}},
+            },
+            "shapes and again: have other models .model.vision.num_layers",
+        ),
         ({"stages": {"shapes": "tinny"}}, "stage shapes: tinny: no such config file .did you mean 'tiny'"),
     ],
 )
@@ -273,6 +284,20 @@ def test_a_wrong_arm_or_stage_is_a_sentence(changes, sentence):
         ("match='hours'", "there are steps, tokens, flops"),
         ("smallest_effect=0.0", "smallest_effect must be"),
         ("tune={'shapes.optimizer.learning_rate': (1.0,)}, tune_seeds=(2,)", "must not judge"),
+        ("seeds=5", r"seeds: expected a tuple, \(1, 2, 3\), got 5"),
+        ("seeds=(2**40,)", "is no seed"),
+        ("tasks=('emoji',)", "tasks: expected a tuple"),
+        ("stages=['tiny']", "stages: expected a dict"),
+        ("arms={'base': {}, 'x': None}", "arms: expected a dict"),
+        ("prepare='python -m x'", "prepare: expected a tuple of commands"),
+        ("prepare=('echo \"x',)", "prepare: expected a tuple of commands"),
+        ("smallest_effect='0.1'", "smallest_effect: expected a number"),
+        ("question=None", "question: expected a sentence"),
+        ("tune={'shapes.num_steps': 2.0}", "tune: expected a dict"),
+        ("tune={'shapes.num_steps': ()}", "tune: shapes.num_steps has no factors"),
+        ("tune={'shapes.optimizer.learning_rate': (1.0,)}, tune_seeds=()", "tune_seeds is empty"),
+        ("stages={'cell': 'tiny'}", "stage 'cell': choose another name"),
+        ("stages={'v1.5': 'tiny'}", "stage 'v1.5': choose another name"),
         ("sedes=(1,)", "unexpected keyword argument 'sedes'"),
         ("question=1/0", "ZeroDivisionError"),
     ],
@@ -304,6 +329,37 @@ def test_a_changed_definition_does_not_touch_an_old_folder(finished, definition,
     with pytest.raises(UserError, match="planned with another smallest_effect"):
         run(RunCommand(str(tmp_path / "rate.py"), str(finished)))
     assert (finished / "plan.json").read_bytes() == before
+
+
+def test_another_definition_prepares_nothing_in_an_old_folder(finished, tmp_path):
+    text = DEFINITION.replace("smallest_effect=0.1", f"smallest_effect=0.1, prepare=('touch {tmp_path}/made',)")
+    (tmp_path / "rate.py").write_text(text)
+    with pytest.raises(UserError, match="planned with another prepare"):
+        run(RunCommand(str(tmp_path / "rate.py"), str(finished)))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_later_stage_may_start_from_some_parts_and_the_moments_of_the_one_before():
+    arms = {"base": {}, "x": {"again.init_optimizer": True}, "y": {"again.init_parts": ["vision", "decoder"]}}
+    plan = make_plan(tiny(stages={"shapes": TINY, "again": TINY}, arms=arms), "x.py")
+    assert plan.arms["x"].stages["again"].init_optimizer
+
+
+def test_a_number_that_is_not_finite_fails_its_cell(finished, definition, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out, symlinks=True)
+    cell = next(cell for cell in judged_cells(load_plan(out), str(out)) if cell.arm == "fast")
+    file = run_folder(str(out), cell) / "first" / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 3, "held_out_loss": NaN}\n')
+    (run_folder(str(out), cell) / "cell.json").unlink()
+    monkeypatch.setattr(worker, "run_child", train_here)
+    assert run(RunCommand(definition, str(out))) == 1
+    assert "first:held_out_loss is nan" in (out / "report.md").read_text()
+
+
+def test_records_end_with_the_last_whole_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
 
 
 def test_a_command_that_fails_to_prepare_is_a_sentence(tmp_path):

@@ -166,3 +166,40 @@ def test_speed_up_is_the_difference_over_the_slope():
 
 def test_the_types_are_whole():
     assert isinstance(paired([1.0, 2.0], [1.0, 3.0]), Difference)
+
+
+def test_scores_of_noisy_questions_are_promised_no_more_than_they_find():
+    """Questions vary much, seeds little: more seeds would not help, and the promise has the questions in it."""
+    rng, num_seeds, num_questions = np.random.default_rng(3), 5, 300
+
+    def simulated(effect):
+        questions, seeds = rng.normal(0, 1, (1, num_questions)), rng.normal(0, 0.02, (num_seeds, 1))
+        scores = effect + questions + seeds + rng.normal(0, 0.5, (num_seeds, num_questions))
+        return crossed(scores, np.zeros_like(scores))
+
+    one = simulated(0.0)
+    assert one.question_error > 0.9 * one.error
+    promised = [
+        statistics.detectable_effect(d.spread, num_seeds, question_error=d.question_error, degrees=d.degrees)
+        for d in (simulated(0.0) for _ in range(20))
+    ]
+    effect = float(np.median(promised))
+    found = np.mean([simulated(effect).p < 0.05 for _ in range(400)])
+    print(f"{effect:.3f} found in {found:.1%}")
+    assert 0.7 <= found <= 0.9
+    assert statistics.seeds_to_decide(one, 0.05) is None
+    assert "more questions" in verdicts({"arm": one}, 0.05, is_lower_better=False)["arm"].why
+
+
+def test_an_arm_that_was_planned_counts_although_it_has_no_difference_yet():
+    one = difference(0.1, 0.09)
+    assert one.p is not None
+    assert one.p < 0.1
+    alone = verdicts({"a": one}, 0.001, is_lower_better=True)["a"]
+    of_four = verdicts({"a": one}, 0.001, is_lower_better=True, num_arms=4)["a"]
+    assert of_four.p == pytest.approx(4 * alone.p)
+
+
+def test_power_of_an_effect_far_beyond_the_noise_is_1():
+    assert statistics.power(1e3, 1e-3, 2) == 1.0
+    assert statistics.detectable_effect(0.01, 2) is not None
