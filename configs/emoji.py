@@ -1,6 +1,6 @@
 """Laptop bed of ablations: names of 500 emoji, all parts trained from scratch, 16 visual tokens per image.
 
-    python -m oq2vl_jax.train emoji
+    python -m oq2vl_jax.train configs/emoji.py
 
 Takes about 3 minutes on two cores, in the folder in which the commands of oq2vl_jax/demo/emoji_bed.py were run. The
 model is the demo's. Ablations change it: configs/ablations/emoji_connector.py is one.

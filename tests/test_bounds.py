@@ -44,7 +44,7 @@ COMMANDS = {
 }  # fmt: skip
 ZERO_MEANS = {
     "seed", "top_k", "rank", "num_pictures", "kernels", "warmup_steps", "process_id", "image_token_id", "port",
-    "num_samples", "num_workers", "max_distance",
+    "num_samples", "num_workers", "max_distance", "gpus_per_worker",
 }  # fmt: skip
 
 

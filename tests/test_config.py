@@ -16,9 +16,12 @@ import pytest
 from oq2vl_jax.config import ModelConfig, TrainConfig, VisionConfig
 from oq2vl_jax.config_files import flatten, from_dict, load_config, names_of_role, to_json, with_changes
 from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.lab.definition import load_ablation
+from oq2vl_jax.lab.plan import make_plan
 from oq2vl_jax.train.step import init_train_state
 
-CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.py"))
+CONFIGS = sorted(str(path) for path in Path("configs").glob("*.py"))
+DEFINITIONS = sorted(Path("configs/ablations").glob("*.py"))
 COMMANDS = (
     "oq2vl_jax.train",
     "oq2vl_jax.data.pack",
@@ -65,6 +68,14 @@ def test_every_config_opens_with_its_command_and_holds_values_only(path):
     assert f"python -m oq2vl_jax.train {path}" in ast.get_docstring(tree)
     allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
     assert all(isinstance(node, allowed) for node in tree.body)
+
+
+@pytest.mark.parametrize("path", DEFINITIONS, ids=str)
+def test_every_definition_opens_with_its_command_and_can_be_planned(path):
+    source = path.read_text()
+    assert f"python -m oq2vl_jax.ablate run {path.stem} --out runs/" in ast.get_docstring(ast.parse(source))
+    plan = make_plan(load_ablation(path.stem), path.stem)
+    assert all(config.num_steps > 0 for arm in plan.arms.values() for config in arm.stages.values())
 
 
 def test_published_stages_are_three_settings_of_what_is_trained():

@@ -19,6 +19,7 @@ RUN = {
     "docs/extend.md": "tests/test_extend.py",
 }
 NOT_RUN = {
+    "docs/ablations.md": "trains for minutes; tests/lab runs the same on the smallest model",
     "docs/ask-and-serve.md": "needs a tuned checkpoint; tests/generate and tests/serve run the same on a small one",
     "docs/code.md": "shows the form of a command",
     "docs/convert.md": "needs the published weights; tests/convert runs the same on small ones",

@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "oq2vl_jax.curate": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.sharding",
                          "oq2vl_jax.checkpoint", "oq2vl_jax.generate", "oq2vl_jax.eval"),
     "oq2vl_jax.eval": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.generate"),
-    "oq2vl_jax.lab": ("oq2vl_jax.train", "oq2vl_jax.eval", "oq2vl_jax.data.samples"),
+    "oq2vl_jax.lab": ("oq2vl_jax.train", "oq2vl_jax.eval", "oq2vl_jax.data.samples", "oq2vl_jax.data.packing"),
     "oq2vl_jax.compare": ("oq2vl_jax.lab",),
     "oq2vl_jax.ablate": ("oq2vl_jax.lab", "oq2vl_jax.eval"),
     "oq2vl_jax.serve": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.generate"),

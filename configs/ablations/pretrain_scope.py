@@ -1,6 +1,6 @@
 """The published attention at the published size: packed documents see each other, and positions run through the row.
 
-python -m oq2vl_jax.ablate run pretrain_scope --out runs/pretrain_scope --executor slurm --num-workers 6 --gpus-per-worker 8
+python -m oq2vl_jax.ablate run pretrain_scope --out runs/scope --executor slurm --num-workers 6 --gpus-per-worker 8
 
 Seeds differ in the fresh projector and in the order of the rows; encoder and decoder are the pre-trained ones.
 """

@@ -16,12 +16,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-
 from oq2vl_jax.bounds import Seed, parse
 from oq2vl_jax.errors import UserError, run_command
-from oq2vl_jax.lab.statistics import crossed
 
 INK, MUTED, GOOD, BAD, LINE = "#1d2733", "#68768a", "#1a7f4b", "#c0392b", "#2f6fb5"
 GRID_ROWS, GRID_COLUMNS = 4, 6
@@ -84,6 +80,10 @@ def accuracy(predictions: list[Prediction]) -> float:
 
 def interval_of_questions(predictions: list[Prediction]) -> tuple[float, float]:
     """Returns the 95 % interval of the accuracy in per cent; questions about one picture count together."""
+    import numpy as np
+
+    from oq2vl_jax.lab.statistics import crossed
+
     scores = np.array([[100.0 * prediction.is_right for prediction in predictions]])
     found = crossed(scores, np.zeros_like(scores), [prediction.image for prediction in predictions])
     return (found.low, found.high) if found.low is not None and found.high is not None else (0.0, 100.0)
@@ -91,6 +91,9 @@ def interval_of_questions(predictions: list[Prediction]) -> tuple[float, float]:
 
 def expected_of_a_run() -> tuple[float, float]:
     """Returns the interval that holds one more run in 95 % of all cases, given those of SEED_ACCURACIES."""
+    import numpy as np
+    from scipy import stats
+
     values = list(SEED_ACCURACIES.values())
     number, mean, spread = len(values), np.mean(values), np.std(values, ddof=1)
     half = stats.t.ppf(0.975, number - 1) * spread * (1 + 1 / number) ** 0.5
