@@ -70,10 +70,18 @@ def test_a_kind_trains_alike_on_one_device_and_on_eight(kind):
 
 @pytest.mark.parametrize("kind", ONE_BY_ONE)
 def test_a_kind_trained_for_2_and_2_steps_equals_4(kind, tiny_config):
-    options = {"num_steps": 4, "log_every": 1, **KINDS[kind]}
+    options = {"num_steps": 4, "log_every": 3, **KINDS[kind]}
     whole = run(tiny_config("whole", **options))
     assert run(tiny_config("parts", **options), stop_at_step=2) is None
     assert run(tiny_config("parts", **options)) == whole
+    assert totals_of(tiny_config("parts")) == totals_of(tiny_config("whole"))  # step 2 was saved without a record
+
+
+def totals_of(config):
+    last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    totals = {name: value for name, value in last.items() if name.startswith("total_")}
+    assert len(totals) == 4
+    return totals
 
 
 def test_moments_and_averages_are_sharded_like_their_parameters():
