@@ -60,7 +60,8 @@ def test_options_are_scored_if_asked_or_if_the_published_harness_does(is_raw, op
 
     config = EvalConfig("none", "ai2d", "none", "none", method=method, batch_size=2)
     prompts = [Prompt("?", is_raw=is_raw, options=options)]
-    assert evaluation.ask(Stub(), prompts, [Request([1], [])], config) == [expected]
+    (answer,) = evaluation.ask(Stub(), prompts, [Request([1], [])], config)
+    assert (answer.reply, answer.scores) == (expected, [0.0, 1.0] if expected == "b" else None)
 
 
 def test_options_are_scored_and_the_published_profile_is_raw(checkpoint, data, tmp_path):

@@ -54,7 +54,8 @@ def test_a_run_directory_and_its_checkpoint_hold_what_is_needed(tiny_config):
     record = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
     assert set(record) == {
         "step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "images_per_second", "fill",
-        "data_wait_seconds", "model_tflops_per_device",
+        "data_wait_seconds", "model_tflops_per_device", "total_tokens", "total_labelled_tokens", "total_images",
+        "total_model_flops", "training_seconds",
     }  # fmt: skip
     checkpoint = find_checkpoint(config.run_dir)
     assert {p.name for p in checkpoint.iterdir()} >= {"model", "optimizer", "loader", "config", "tokenizer"}
