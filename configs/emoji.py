@@ -2,8 +2,8 @@
 
     python -m oq2vl_jax.train configs/emoji.py
 
-Takes about 4 minutes on one core with AVX2, in the folder in which the commands of oq2vl_jax/demo/emoji_bed.py were run. The
-model is the demo's. Ablations change it: configs/ablations/emoji_connector.py is one.
+Takes about 4 minutes on one core with AVX2, in the folder in which the commands of oq2vl_jax/demo/emoji_bed.py were
+run. The model is the demo's. Ablations change it: configs/ablations/emoji_connector.py is one.
 """
 
 import dataclasses
