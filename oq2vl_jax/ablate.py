@@ -92,7 +92,8 @@ def run(command: RunCommand) -> int:
     """Runs what is left of an ablation, then prints the answers. Returns 1 if a cell failed. Raises UserError."""
     from oq2vl_jax.lab.definition import load_ablation
     from oq2vl_jax.lab.executors import Crew, run_workers
-    from oq2vl_jax.lab.plan import check_definition, make_plan, registered
+    from oq2vl_jax.lab.plan import make_plan
+    from oq2vl_jax.lab.registration import check_definition, registered
     from oq2vl_jax.lab.results import collect
     from oq2vl_jax.lab.reuse import reopen_failed, take_over
     from oq2vl_jax.lab.worker import prepare
@@ -121,7 +122,7 @@ def run(command: RunCommand) -> int:
 def report(command: ReportCommand) -> None:
     """Writes the report of the cells that have ended. Raises UserError."""
     from oq2vl_jax.lab.definition import load_ablation
-    from oq2vl_jax.lab.plan import check_definition, read_plan
+    from oq2vl_jax.lab.registration import check_definition, read_plan
     from oq2vl_jax.lab.results import collect
 
     ablation = load_ablation(command.definition)

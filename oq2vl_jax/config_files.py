@@ -131,6 +131,19 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
+def set_values(config: Any) -> dict[str, Any]:
+    """Returns what flatten does, without the values that a field has by default: a later version that adds a field
+    gives the same."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{field.name}.{key}": inner for key, inner in set_values(value).items()}
+        elif value != field.default:
+            flat[field.name] = value
+    return flat
+
+
 def with_value(config: Any, key: str, value: Any) -> Any:
     """Returns a copy with one value replaced. key: dotted, as in flatten; raises UserError with a hint."""
     name, _, rest = key.partition(".")

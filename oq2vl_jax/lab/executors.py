@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lab.child import end_with_parent
-from oq2vl_jax.lab.plan import Plan, read_plan
+from oq2vl_jax.lab.plan import Plan
+from oq2vl_jax.lab.registration import read_plan
 from oq2vl_jax.lab.worker import StoppedError, Worker, stop_on_sigterm, work
 
 STOPPED = 128 + signal.SIGTERM

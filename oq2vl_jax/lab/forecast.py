@@ -6,7 +6,8 @@ import numpy as np
 
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lab.definition import Ablation
-from oq2vl_jax.lab.plan import Plan, candidates, read_plan
+from oq2vl_jax.lab.plan import Plan, candidates
+from oq2vl_jax.lab.registration import read_plan
 from oq2vl_jax.lab.results import Results, changes_of, collect, full_name
 from oq2vl_jax.lab.statistics import detectable_effect
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from oq2vl_jax.lab import charts
 from oq2vl_jax.lab.page import costs
-from oq2vl_jax.lab.plan import PLAN
+from oq2vl_jax.lab.registration import PLAN
 from oq2vl_jax.lab.report import as_markdown
 from oq2vl_jax.lab.results import Results
 from oq2vl_jax.paths import write_text

@@ -17,7 +17,8 @@ from oq2vl_jax.lab.cells import (
     run_folder,
     status_of,
 )
-from oq2vl_jax.lab.plan import Plan, read_plan
+from oq2vl_jax.lab.plan import Plan
+from oq2vl_jax.lab.registration import read_plan
 
 
 def take_over(plan: Plan, out: str, others: tuple[str, ...]) -> None:

@@ -10,18 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from oq2vl_jax.ablate import ReportCommand, RunCommand, report, run
+from oq2vl_jax.config import OptimizerConfig
 from oq2vl_jax.config_files import load_config, to_json
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lab import worker
 from oq2vl_jax.lab.cells import all_cells, judged_cells, run_folder, stage_config, status_of, write_status
 from oq2vl_jax.lab.definition import Ablation, Task, load_ablation
-from oq2vl_jax.lab.plan import as_json, from_json, hash_of, make_plan, registered
+from oq2vl_jax.lab.plan import hash_of, make_plan
+from oq2vl_jax.lab.registration import as_json, from_json, registered
 from oq2vl_jax.lab.results import collect
 from oq2vl_jax.lab.runs import read_records
 from oq2vl_jax.lab.worker import Worker, work
@@ -377,6 +379,15 @@ def test_the_hash_ignores_what_cannot_change_the_result(tmp_path):
     assert hash_of({"a": config}) == hash_of({"a": other})
     assert hash_of({"a": config}) != hash_of({"a": replace(config, num_steps=7)})
     assert hash_of({"a": config}) != hash_of({"a": replace(config, data=replace(config.data, sources=("x",)))})
+
+
+def test_the_hash_survives_a_field_that_a_later_version_adds():
+    later = make_dataclass("Later", [("damping", float, 0.5)], bases=(OptimizerConfig,), frozen=True)
+    config = load_config(TINY)
+    optimizer = later(**vars(config.optimizer))
+    same, other = (replace(config, optimizer=replace(optimizer, damping=value)) for value in (0.5, 0.6))
+    assert hash_of({"a": config}) == hash_of({"a": same})
+    assert hash_of({"a": config}) != hash_of({"a": other})
 
 
 def test_a_plan_survives_its_file():
