@@ -72,7 +72,7 @@ def read_clip_config(folder: Path, eos_id: int) -> ClipConfig:
     file = folder / "config.json"
     with malformed_is_an_error(file):
         values = read_json(file)
-        check_model_type(values, "clip", str(file))
+        check_model_type(values, ("clip",), str(file))
         theirs = parse(CLIPConfig, values, str(file))
         towers = {}
         for name, tower in (("image_tower", theirs.vision_config), ("text_tower", theirs.text_config)):

@@ -22,6 +22,22 @@ EXTRA_KEY = "oq2vl_jax"
 """Key of an exported config.json for values that transformers has no field for, so that an import restores them."""
 NO_LAST_BLOCK = -2
 """vision_feature_layer of an export: the features leave the second-to-last block."""
+VISION, DECODERS = ("siglip_vision_model",), ("qwen2", "qwen3")
+"""model_type of the parts that are known. SigLIP2 of a fixed resolution is siglip_vision_model too."""
+NAFLEX = (
+    "; pictures of their own aspect ratio (NaFlex) are not here, siglip2-so400m-patch14-384 and other SigLIP2 models "
+    "of a fixed resolution are"
+)
+EXPERTS = "; mixtures of experts are not here, dense models are"
+NOT_HERE = {
+    "siglip2": NAFLEX,
+    "siglip2_vision_model": NAFLEX,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "qwen2_5_vl": "; it has an encoder of its own: give its decoder as a Qwen2.5 of that size",
+    "qwen3_5": "; its layers of linear attention are not here, Qwen3 is",
+}
+"""model_type: what would fit instead."""
 MEAN = STD = 0.5
 BICUBIC = 3
 
@@ -61,7 +77,7 @@ def vision_config_from(values: dict[str, Any], where: str, num_unused_blocks: in
     """num_unused_blocks: blocks after the one whose output is used (1 = features of the second-to-last block)."""
     from transformers import SiglipVisionConfig
 
-    check_model_type(values, "siglip_vision_model", where)
+    check_model_type(values, VISION, where)
     theirs = parse(SiglipVisionConfig, values, where)
     if theirs.hidden_act not in ACTIVATIONS:
         raise UserError(f"{where}: hidden_act is {theirs.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}.")
@@ -90,12 +106,13 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
 
 
 def decoder_config_from(values: dict[str, Any], where: str) -> DecoderConfig:
-    from transformers import Qwen2Config
-
-    check_model_type(values, "qwen2", where)
-    theirs = parse(Qwen2Config, values, where)
+    check_model_type(values, DECODERS, where)
+    kind = values["model_type"]
+    theirs = parse(decoder_class(kind), values, where)
     rope = theirs.rope_parameters
     problems = []
+    if kind == "qwen3" and theirs.attention_bias:
+        problems.append("attention_bias is true, and no published Qwen3 has biases")
     if theirs.hidden_act != "silu":
         problems.append(f"hidden_act is {theirs.hidden_act!r}, expected 'silu'")
     if theirs.use_sliding_window:
@@ -115,7 +132,15 @@ def decoder_config_from(values: dict[str, Any], where: str) -> DecoderConfig:
         rope_theta=float(rope["rope_theta"]),
         rms_norm_eps=theirs.rms_norm_eps,
         tie_word_embeddings=bool(theirs.tie_word_embeddings),
+        kind=kind,
     )
+
+
+def decoder_class(kind: str) -> Any:
+    """Returns transformers' configuration class of a decoder."""
+    import transformers
+
+    return {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[kind]
 
 
 def read_llava_config(folder: Path) -> tuple[ModelConfig, Template | None, int]:
@@ -135,10 +160,10 @@ def llava_config_from(values: dict[str, Any], folder: Path, file: Path) -> tuple
     if values.get("model_type") not in ("llava", POOLED_MODEL_TYPE):
         raise UserError(
             f"{file}: model_type is {values.get('model_type')!r}, expected 'llava' or '{POOLED_MODEL_TYPE}'; "
-            "SigLIP and Qwen2 alone come in by --vision and --decoder."
+            "SigLIP and Qwen alone come in by --vision and --decoder."
         )
     extra = values.get(EXTRA_KEY, {})
-    for part, expected in (("vision_config", "siglip_vision_model"), ("text_config", "qwen2")):
+    for part, expected in (("vision_config", VISION), ("text_config", DECODERS)):
         check_model_type(values.get(part, {}), expected, f"{file}: {part}")
     theirs = parse(LlavaConfig, values | {"model_type": "llava"}, str(file))
     check_llava_parts(theirs, str(file))
@@ -202,9 +227,11 @@ def check_image_processor(folder: Path, image_size: int) -> None:
             raise UserError(f"{folder / name}: {'; '.join(problems)}.")
 
 
-def check_model_type(values: dict[str, Any], expected: str, where: str) -> None:
-    if values.get("model_type") != expected:
-        raise UserError(f"{where}: model_type is {values.get('model_type')!r}, expected {expected!r}.")
+def check_model_type(values: dict[str, Any], expected: tuple[str, ...], where: str) -> None:
+    found = values.get("model_type")
+    if found not in expected:
+        why = NOT_HERE.get(str(found), "")
+        raise UserError(f"{where}: model_type is {found!r}, expected {' or '.join(map(repr, expected))}{why}.")
 
 
 def parse(config_class: Any, values: dict[str, Any], where: str) -> Any:
@@ -219,7 +246,7 @@ def parse(config_class: Any, values: dict[str, Any], where: str) -> Any:
 
 def to_llava_config(model: ModelConfig, template: str, dtype: str, special: SpecialTokens) -> dict[str, Any]:
     """Returns config.json of an export: transformers' own Llava if that is exactly our model, else `pooled_values`."""
-    from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig
+    from transformers import LlavaConfig, SiglipVisionConfig
 
     theirs_of = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     vision = SiglipVisionConfig(
@@ -233,7 +260,7 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
         layer_norm_eps=model.vision.layer_norm_eps,
         vision_use_head=False,
     )
-    text = Qwen2Config(
+    text = decoder_class(model.decoder.kind)(
         vocab_size=model.decoder.vocab_size,
         hidden_size=model.decoder.hidden_size,
         intermediate_size=model.decoder.intermediate_size,
@@ -247,7 +274,7 @@ def to_llava_config(model: ModelConfig, template: str, dtype: str, special: Spec
         eos_token_id=special.eos,
         pad_token_id=special.pad,
     )
-    if model.decoder.head_dim * model.decoder.num_heads != model.decoder.hidden_size:
+    if model.decoder.kind == "qwen3" or (model.decoder.head_dim * model.decoder.num_heads != model.decoder.hidden_size):
         text.head_dim = model.decoder.head_dim
     config = LlavaConfig(
         vision_config=vision,
@@ -286,7 +313,13 @@ def pooled_values(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_has_export(model: ModelConfig) -> None:
-    """Raises UserError for a projector of the researcher's own, which no layout and no module of ours describes."""
+    """Raises UserError for a model that no layout and no module of ours describes: a projector of the researcher's own,
+    a decoder between Qwen2 and Qwen3."""
+    if not model.decoder.is_published_kind:
+        raise UserError(
+            f"model.decoder: qkv_bias = {model.decoder.has_qkv_bias} and qk_norm = {model.decoder.has_qk_norm} are "
+            "neither Qwen2's (True, False) nor Qwen3's (False, True), and no class of transformers computes that."
+        )
     if model.projector.own is not None:
         raise UserError(
             f"model.projector.own = {model.projector.own}: to_hf writes the projectors "

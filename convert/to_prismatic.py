@@ -49,6 +49,8 @@ def export(config: ToPrismaticConfig) -> str:
     description = load_description(checkpoint)
     if description.model.projector != ProjectorConfig():
         raise UserError("the published code has no projector but avg_pool_mlp.")
+    if not (description.model.decoder.is_published_kind and description.model.decoder.kind == "qwen2"):
+        raise UserError("the published code has no decoder but Qwen2.5; convert.to_hf exports this one.")
     for difference in differences_from_published(description.model):
         print(f"note: the published code will differ from this model: {difference}", file=sys.stderr)
     reader = CheckpointReader(checkpoint)

@@ -2,7 +2,7 @@
 
 Prefixes combine four parts (vision with the names of Hugging Face or timm, projector, decoder) into layouts:
 
-    layout        vision                        projector               decoder
+    layout        vision                        projector               decoder (Qwen2 or Qwen3)
     siglip        vision_model.                 -                       -
     timm          (none)                        -                       -
     qwen2         -                             -                       (none)
@@ -118,13 +118,16 @@ def _vision_timm() -> list[Row]:
 
 
 def _decoder() -> list[Row]:
-    """Rows of Qwen2Model, without the head; names as in Qwen2ForCausalLM without the prefix "model."."""
+    """Rows of Qwen2Model and Qwen3Model, without the head; names as in Qwen2ForCausalLM without the prefix "model.".
+    Rows of parameters that a kind lacks are skipped (weights_of)."""
     theirs, ours = "layers.{layer}", "decoder.layers"
     rows = [Row("embed_tokens.weight", ("decoder.embed_tokens",), SAME)]
     for name in ("input_layernorm", "post_attention_layernorm"):
         rows += _norm(f"{theirs}.{name}", f"{ours}.{name}", has_bias=False)
     for name in ("q_proj", "k_proj", "v_proj"):
         rows += _linear(f"{theirs}.self_attn.{name}", f"{ours}.self_attn.{name}")
+    for name in ("q_norm", "k_norm"):
+        rows += _norm(f"{theirs}.self_attn.{name}", f"{ours}.self_attn.{name}", has_bias=False)
     rows += _linear(f"{theirs}.self_attn.o_proj", f"{ours}.self_attn.o_proj", has_bias=False)
     for name in ("gate_proj", "up_proj", "down_proj"):
         rows += _linear(f"{theirs}.mlp.{name}", f"{ours}.mlp.{name}", has_bias=False)

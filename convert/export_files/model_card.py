@@ -34,7 +34,7 @@ def model_card(description: CheckpointDescription, training: TrainConfig | None,
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [oq2vl_jax, open-qwen2vl]\n---\n",
         "# An Open-Qwen2VL model\n",
         f"SigLIP ({model.vision.image_size} px, patch {model.vision.patch_size}, features of the second-to-last "
-        f"block) -> {model.num_visual_tokens} visual tokens an image -> Qwen2 "
+        f"block) -> {model.num_visual_tokens} visual tokens an image -> {model.decoder.kind.capitalize()} "
         f"({model.decoder.num_layers} layers, width {model.decoder.hidden_size}); "
         "[arXiv 2504.00595](https://arxiv.org/abs/2504.00595). Exported by oq2vl_jax.\n",
         f"- Loaded as {classes}",

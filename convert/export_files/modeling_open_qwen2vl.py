@@ -1,9 +1,9 @@
 """Open-Qwen2VL (arXiv 2504.00595) for transformers >= 5.8: Llava with other projectors.
 
-Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2) except three options that LlavaConfig does
-not have: `num_visual_tokens` of the square grid of patch features, made as `projector_kind` says, and `rope_inv_freq =
-"bfloat16"`, which rounds the rotary inverse frequencies as the published training code did. Load it with
-trust_remote_code=True.
+Everything is transformers' own Llava (SigLIP, linear / gelu / linear, Qwen2 or Qwen3) except three options that
+LlavaConfig does not have: `num_visual_tokens` of the square grid of patch features, made as `projector_kind` says, and
+`rope_inv_freq = "bfloat16"`, which rounds the rotary inverse frequencies as the published training code did. Load it
+with trust_remote_code=True.
 """
 
 import math
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 
 class OpenQwen2VLConfig(LlavaConfig):
@@ -49,12 +48,15 @@ class Projector(LlavaMultiModalProjector):
         return super().forward(pooled.flatten(2).transpose(1, 2).contiguous())  # for vLLM's CPU kernels
 
 
-class RoundedRotaryEmbedding(Qwen2RotaryEmbedding):
-    """Rounds the inverse frequencies to bfloat16, whatever the dtype of the model."""
+def rounded(rotary: torch.nn.Module) -> torch.nn.Module:
+    """Returns the rotary embedding with inverse frequencies rounded to bfloat16, whatever the dtype of the model."""
 
-    def forward(self, x, position_ids):
-        self.inv_freq = self.inv_freq.to(torch.bfloat16).float()
-        return super().forward(x, position_ids)
+    class RoundedRotaryEmbedding(type(rotary)):
+        def forward(self, x, position_ids):
+            self.inv_freq = self.inv_freq.to(torch.bfloat16).float()
+            return super().forward(x, position_ids)
+
+    return RoundedRotaryEmbedding(rotary.config)
 
 
 class OpenQwen2VLModel(LlavaModel):
@@ -66,7 +68,7 @@ class OpenQwen2VLModel(LlavaModel):
             raise ImportError("Open-Qwen2VL needs transformers 5.8 or newer")
         self.multi_modal_projector = Projector(config)
         if config.rope_inv_freq == "bfloat16":
-            self.language_model.rotary_emb = RoundedRotaryEmbedding(self.language_model.config)
+            self.language_model.rotary_emb = rounded(self.language_model.rotary_emb)
         self.post_init()
 
 

@@ -41,7 +41,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Qwen2 decoder."""
+    """Dense decoder of the Qwen family (model/qwen2.py)."""
 
     vocab_size: Vocabulary
     hidden_size: Width
@@ -55,6 +55,25 @@ class DecoderConfig:
     """bfloat16 rounds the rotary inverse frequencies as the published code does."""
     rms_norm_eps: Share = 1e-6
     tie_word_embeddings: bool = True
+    kind: Literal["qwen2", "qwen3"] = "qwen2"
+    """qwen2 (Qwen2.5 too): biases of q, k and v. qwen3: none, and q and k are normalised before they are rotated."""
+    qkv_bias: bool | None = None
+    """Biases of q, k and v. None: as the kind; another value is an architecture without an export."""
+    qk_norm: bool | None = None
+    """RMSNorm of every head of q and k, over head_dim (arXiv 2302.05442). None: as the kind, like qkv_bias."""
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.kind == "qwen2" if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.kind == "qwen3" if self.qk_norm is None else self.qk_norm
+
+    @property
+    def is_published_kind(self) -> bool:
+        """Whether a decoder of its kind alone, as its publishers define it, computes the same."""
+        return (self.has_qkv_bias, self.has_qk_norm) == (self.kind == "qwen2", self.kind == "qwen3")
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """SigLIP -> projector to `num_visual_tokens` an image -> Qwen2."""
+    """SigLIP -> projector to `num_visual_tokens` an image -> Qwen2 or Qwen3."""
 
     vision: VisionConfig
     decoder: DecoderConfig

@@ -1,4 +1,7 @@
-"""Qwen2 decoder (arXiv 2407.10671; Hugging Face Qwen2ForCausalLM): GQA, RoPE, SwiGLU, RMSNorm, qkv biases.
+"""Dense Qwen decoders: GQA, RoPE, SwiGLU, RMSNorm.
+
+Qwen2 and Qwen2.5 (arXiv 2407.10671; Hugging Face Qwen2ForCausalLM) have biases of q, k and v. Qwen3 (arXiv 2505.09388;
+Qwen3ForCausalLM) has none, and an RMSNorm of every head of q and k.
 
 The layers are stored stacked; training (by default) and decoding run them one by one. The KV cache is immutable: a
 call takes one and returns an updated one.
@@ -61,9 +64,12 @@ class Qwen2Attention(nnx.Module):
         width, std = config.hidden_size, init_std(config)
         q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         keys = jax.random.split(key, 4)
-        self.q_proj = Linear(keys[0], width, q_dim, ("embed", "heads"), std)
-        self.k_proj = Linear(keys[1], width, kv_dim, ("embed", "heads"), std)
-        self.v_proj = Linear(keys[2], width, kv_dim, ("embed", "heads"), std)
+        self.q_proj = Linear(keys[0], width, q_dim, ("embed", "heads"), std, config.has_qkv_bias)
+        self.k_proj = Linear(keys[1], width, kv_dim, ("embed", "heads"), std, config.has_qkv_bias)
+        self.v_proj = Linear(keys[2], width, kv_dim, ("embed", "heads"), std, config.has_qkv_bias)
+        self.q_norm, self.k_norm = (
+            nnx.data(RMSNorm(config.head_dim, config.rms_norm_eps) if config.has_qk_norm else None) for _ in "qk"
+        )
         self.qkv_proj: Linear | None = nnx.data(None)  # of a fused layer
         self.o_proj = Linear(keys[3], q_dim, width, ("heads", "embed"), std, use_bias=False)
         self.head_dim, self.widths = config.head_dim, (q_dim, kv_dim, kv_dim)
@@ -83,6 +89,8 @@ class Qwen2Attention(nnx.Module):
         else:
             projected = jnp.split(self.qkv_proj(x), np.cumsum(self.widths)[:-1], axis=-1)
         q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
