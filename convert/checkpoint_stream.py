@@ -24,6 +24,7 @@ from oq2vl_jax.config import CheckpointDescription, Weights
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.paths import check_local
+from oq2vl_jax.weights import find_base, load_adapters, recorded_base
 
 
 class LazyArray:
@@ -89,6 +90,11 @@ class CheckpointReader:
     def __init__(self, checkpoint: Path, weights: Weights = "model"):
         """Raises UserError if weights is ema, but the checkpoint holds none."""
         self._handler = ocp.PyTreeCheckpointHandler()
+        self._base = self._adapters = None
+        if recorded_base(checkpoint) is not None:
+            self._base, self._adapters = CheckpointReader(find_base(checkpoint)), load_adapters(checkpoint, weights)
+            self.shapes = self._base.shapes
+            return
         self.shapes = saved_shapes(checkpoint, "model")
         self._folders = dict.fromkeys(self.shapes, epath.Path(checkpoint / "model"))
         if weights == "ema":
@@ -96,7 +102,10 @@ class CheckpointReader:
             self._folders |= dict.fromkeys(saved_shapes(checkpoint, "ema"), epath.Path(checkpoint / "ema"))
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one parameter. Raises UserError if the checkpoint is damaged."""
+        """Reads one parameter, with its adapter merged. Raises UserError if the checkpoint is damaged."""
+        if self._base is not None and self._adapters is not None:
+            array, adapter = self._base.read(name), self._adapters.get(name)
+            return array if adapter is None else adapter.added_to_host(array)
         args = ocp.args.PyTreeRestore(
             item={name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
         )

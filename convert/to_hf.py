@@ -2,6 +2,7 @@
 
     python -m convert.to_hf runs/sft_llava --out exported            # 729 tokens: transformers' own Llava classes
     python -m convert.to_hf runs/pretrain --out exported             # pooled: the same files and one small module
+    python -m convert.to_hf runs/lora --out adapter --adapter-only   # for PEFT, on the export of the run's base
 
 If there are as many visual tokens as patches (pooling is the identity) and the rotary inverse frequencies are float32,
 the model is exactly transformers' LlavaForConditionalGeneration: it needs no remote code and loads in any software that
@@ -38,6 +39,9 @@ class ToHFConfig:
     """ema: the averaged weights of a run with --ema.decay."""
     native: bool = False
     """Require transformers' own classes. Fails with the reason if they cannot express this model."""
+    adapter_only: bool = False
+    """Write the adapters of a run with --lora.rank for PEFT, on top of the export of what the run started from. Without
+    it they are merged."""
 
 
 def export(config: ToHFConfig) -> str:
@@ -51,6 +55,11 @@ def export(config: ToHFConfig) -> str:
     checkpoint = open_checkpoint(config.checkpoint, config.weights)
     description = load_description(checkpoint)
     check_has_export(description.model)
+    if config.adapter_only:
+        from .export_adapter import write_adapter
+
+        with new_folder(Path(config.out)) as folder:
+            return f"{config.out}: {write_adapter(folder, checkpoint, config.weights)}"
     reason = why_not_native(description.model)
     if config.native and reason:
         raise UserError(f"--native: this model is not transformers' LlavaForConditionalGeneration: {reason}.")

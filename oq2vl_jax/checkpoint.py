@@ -1,7 +1,8 @@
 """Checkpoints: one Orbax step folder holds everything needed to resume, or to ask the model.
 
     RUN_DIR/checkpoints/000500/
-        model/       {"decoder.norm.scale": array, ...}, float32
+        model/       {"decoder.norm.scale": array, ...}, float32; of a run with adapters (config.lora) they alone
+        base/        then: the checkpoint that they belong to (weights.py)
         optimizer/   the same for the optimizer state
         ema/         the same for the averaged weights of the trained parts, if the run averages (config.ema)
         loader/      state of the data loader (rows consumed)
@@ -32,8 +33,8 @@ from oq2vl_jax.paths import check_local
 from oq2vl_jax.trees import from_named_arrays, named_arrays
 
 STEP_DIGITS = 6
-ITEMS = ("model", "optimizer", "ema", "loader", "config", "tokenizer")
-READ_ITEMS = ("model", "config", "description", "tokenizer")
+ITEMS = ("model", "base", "optimizer", "ema", "loader", "config", "tokenizer")
+READ_ITEMS = ("model", "base", "config", "description", "tokenizer")
 """Items of a checkpoint that are read to use its weights."""
 
 
@@ -105,25 +106,8 @@ def load_description(checkpoint: Path) -> CheckpointDescription:
     return from_dict(CheckpointDescription, json.loads(file.read_text()), where=str(file))
 
 
-def load_weights(checkpoint: Path, like: Any, weights: Weights = "model") -> Any:
-    """Loads the model of a checkpoint, placed as `like` (a model, or parts of one, of shapes with shardings).
-
-    weights: ema takes the averaged ones where the run averaged. Raises UserError that names the first four missing,
-    unexpected or mis-shaped parameters, or says that there is no average.
-    """
-    expected = named_arrays(like)
-    parts = {name.split(".")[0] for name in expected}
-    if weights == "model":
-        return from_named_arrays(like, load_arrays(checkpoint, "model", expected, parts))
-    check_has_ema(checkpoint)
-    averaged = {name: expected[name] for name in saved_shapes(checkpoint, "ema") if name in expected}
-    others = {name: array for name, array in expected.items() if name not in averaged}
-    arrays = load_arrays(checkpoint, "ema", averaged, parts)
-    return from_named_arrays(like, arrays | load_arrays(checkpoint, "model", others, {n.split(".")[0] for n in others}))
-
-
 def load_optimizer(checkpoint: Path, like: Any) -> Any:
-    """Loads the optimizer's state of a checkpoint, placed as `like`. Raises UserError as load_weights does."""
+    """Loads the optimizer's state of a checkpoint, placed as `like`. Raises UserError as weights.load_weights does."""
     if not (checkpoint / "optimizer").is_dir():
         raise UserError(f"{checkpoint}: holds no optimizer state to start from; leave out --init-optimizer.")
     check_digests(checkpoint, ("optimizer",))
@@ -144,7 +128,7 @@ def saved_shapes(checkpoint: Path, item: str) -> dict[str, tuple]:
 def load_arrays(checkpoint: Path, item: str, expected: dict[str, Any], parts: Container[str]) -> dict[str, Any]:
     """Loads the arrays of an item by name. Those of other parts than `parts` (the first word of a name) stay unread.
 
-    Raises UserError as load_weights does.
+    Raises UserError as weights.load_weights does.
     """
     saved = {name: shape for name, shape in saved_shapes(checkpoint, item).items() if name.split(".")[0] in parts}
     check_names_and_shapes(saved, {name: tuple(array.shape) for name, array in expected.items()}, str(checkpoint))

@@ -6,9 +6,7 @@ model.loss([{"images": ["cat.jpg"], "text": "a cat"}])
 """
 
 import io
-import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +18,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from oq2vl_jax import own_code
-from oq2vl_jax.checkpoint import open_checkpoint
-from oq2vl_jax.command import bridge
 from oq2vl_jax.config import CheckpointDescription, DataConfig, MeshConfig, Template, Weights
 from oq2vl_jax.config_files import name_of
 from oq2vl_jax.data.loading.batch import Batch
@@ -32,13 +28,13 @@ from oq2vl_jax.data.samples.images import ImageError, check_image
 from oq2vl_jax.data.samples.shards import Sample
 from oq2vl_jax.data.text.codec import SampleError, TextCodec
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.generate.generator import Generator, describe, load_model, shapes_on
+from oq2vl_jax.generate.generator import Generator
+from oq2vl_jax.generate.loading import open_model
 from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import make_mesh
 from oq2vl_jax.train.loss import loss
-from oq2vl_jax.trees import from_named_arrays, named_arrays
 
 MODES_OF_PNG = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
 Picture = str | os.PathLike | bytes | np.ndarray | Any
@@ -111,33 +107,8 @@ def load(
             raise UserError(f"load: {name} is {value!r}, expected {name_of(allowed)}.")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     name = own_code.hand_over(projector) if callable(projector) else projector
-    if is_export(str(path)):
-        if weights != "model" or name is not None:
-            raise UserError(f"{path}: an export has one set of weights and a projector of ours.")
-        return load_export(str(path), template, dtype)
-    folder = open_checkpoint(str(path), weights)
-    description = describe(folder, name)
-    model = load_model(folder, make_mesh(MeshConfig()), weights, description.model)
-    return LoadedModel(model, description, TextCodec.load(str(folder / "tokenizer")), template, dtype)
-
-
-def is_export(path: str) -> bool:
-    """Whether a path is a Hugging Face folder, or no path but an id of the hub such as ORG/NAME."""
-    file = Path(path) / "config.json"
-    if file.is_file() and not (Path(path) / "checkpoints").is_dir():
-        return "model_type" in json.loads(file.read_text())
-    run = path.rpartition("@")[0] or path
-    return not Path(path).exists() and not Path(run).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
-
-
-def load_export(path: str, template: Template | None, dtype: str) -> LoadedModel:
-    """Reads a Hugging Face folder into memory, one parameter after another."""
-    from_hf = bridge("from_hf")
-    importer, description, codec = from_hf.read_whole(from_hf.local_folder(path), path)
-    like = shapes_on(description.model, make_mesh(MeshConfig()))
-    parameters, places = importer.finish(), named_arrays(like)
-    arrays = {name: jax.device_put(parameters[name].make(), places[name].sharding) for name in places}
-    return LoadedModel(from_named_arrays(like, arrays), description, codec, template, dtype)
+    opened = open_model(str(path), weights, name)
+    return LoadedModel(opened.read(make_mesh(MeshConfig())), opened.description, opened.codec, template, dtype)
 
 
 def batch_of(samples: Sequence[Any], like: LoadedModel) -> Batch:

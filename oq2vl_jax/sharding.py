@@ -24,7 +24,7 @@ from oq2vl_jax.trees import is_matrix
 
 LOGICAL_TO_MESH = {
     "embed": "fsdp", "vocab": None, "heads": None, "mlp": None, "patch": None, "position": None, "layers": None,
-    "norm": None,
+    "norm": None, "rank": None,
 }  # fmt: skip
 """Every matrix has one "embed" axis; vectors are replicated (0.1 % of the bytes)."""
 ROW_AXES = ("data", "fsdp")

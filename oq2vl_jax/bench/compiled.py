@@ -137,7 +137,9 @@ def named_temporaries(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
     decoder's layers, and one layer at a time. Its gradients are whole outside the layers and sharded within them.
     """
     model = jax.eval_shape(lambda: compute_copy(init_train_state(jax.random.key(0), config).model, config))
-    trained, _ = split_trainable(model, config.trainable)
+    trained, _ = split_trainable(model, config)
+    if config.lora.rank is not None and mesh.shape["fsdp"] == 1:  # the base is used as it is stored
+        return 0, 4 * sum(x.size for x in jax.tree.leaves(trained))
     if config.mesh.sharding == "zero1":
         return total_bytes(model), 4 * sum(x.size for x in jax.tree.leaves(trained))
     layers = total_bytes(trained.decoder.layers)

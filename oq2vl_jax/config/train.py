@@ -16,6 +16,7 @@ from oq2vl_jax.bounds import (
     Seed,
     Share,
     SmallCount,
+    Width,
 )
 from oq2vl_jax.config.data import DataConfig
 from oq2vl_jax.config.model import ModelConfig
@@ -138,6 +139,30 @@ class TrainableConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of linear layers (model/adapters.py). With a rank, they alone are trained: all of init_from is
+    frozen, `targets` counts in place of `trainable`, and checkpoints hold the adapters and the digest of init_from."""
+
+    rank: Width | None = None
+    """Inner width of an adapter; None: no adapters."""
+    alpha: Positive = 32.0
+    """The adapter's share of the output is alpha / rank."""
+    targets: tuple[Part, ...] = ("decoder",)
+    """Parts whose linear layers get adapters."""
+    kind: str = "lora"
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self.kind != "lora":
+            problems.append(f"lora.kind = {self.kind} is not here; lora is (no DoRA, no quantised base)")
+        if self.rank is not None and (not self.targets or len(set(self.targets)) < len(self.targets)):
+            problems.append("lora.targets names no part, or one twice")
+        if self.rank is None and self != LoraConfig():
+            problems.append("lora.alpha, targets or kind is set, but lora.rank is not")
+        return problems
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Device mesh (data, fsdp): rows are split over both, parameters and optimizer state over fsdp. -1: the rest."""
 
@@ -202,6 +227,7 @@ class TrainConfig:
     skip_spikes: bool = False
     """Do not apply a step whose loss or gradient norm lies 6 standard deviations above the mean of the last 128."""
     trainable: TrainableConfig = TrainableConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = field(default=MeshConfig(), metadata=OPERATIONAL)
     checkpoint: CheckpointConfig = field(default=CheckpointConfig(), metadata=OPERATIONAL)
     held_out: HeldOutConfig = field(default=HeldOutConfig(), metadata=OPERATIONAL)
@@ -234,3 +260,8 @@ class TrainConfig:
     seed: Seed = 7
     """Seed of the initial weights, and of the order of the rows unless data.seed is set."""
     log_every: Count = field(default=10, metadata=OPERATIONAL)
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """Parts of which something is trained: they themselves, or their adapters."""
+        return self.trainable.parts if self.lora.rank is None else self.lora.targets

@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 
 from oq2vl_jax import paths
-from oq2vl_jax.checkpoint import load_weights, open_checkpoint
+from oq2vl_jax.checkpoint import open_checkpoint
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.data.samples.images import open_rgb
@@ -14,6 +14,7 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.clip import Clip
 from oq2vl_jax.model.clip_config import ClipDescription
 from oq2vl_jax.sharding import make_mesh, replicated, row_sharding
+from oq2vl_jax.weights import load_weights
 
 COLUMN = "clip_score"
 MAX_ASPECT = 20

@@ -3,7 +3,6 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,10 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from oq2vl_jax import own_code
-from oq2vl_jax.checkpoint import load_description, load_weights, open_checkpoint
-from oq2vl_jax.config import CheckpointDescription, MeshConfig, ModelConfig, PromptForm, Weights
-from oq2vl_jax.config_files import with_value
+from oq2vl_jax.config import MeshConfig, ModelConfig, PromptForm, Weights
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.data.text.templates import IMAGE
@@ -32,11 +28,12 @@ from oq2vl_jax.generate.decoding import (
     start,
     take_apart,
 )
+from oq2vl_jax.generate.loading import open_model
 from oq2vl_jax.generate.reply import Reply, ReplyText, SamplingOptions
 from oq2vl_jax.memory import check_fits
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.qwen2 import cache_bytes
-from oq2vl_jax.sharding import device_bytes, make_mesh, parameter_shardings, replicated, row_sharding
+from oq2vl_jax.sharding import device_bytes, make_mesh, replicated, row_sharding
 
 SMALLEST_BUCKET = 32
 STEPS_PER_CALL = 16
@@ -55,40 +52,6 @@ class Request(NamedTuple):
     images: list[bytes]
 
 
-def describe(checkpoint: Path, projector: str | None = None) -> CheckpointDescription:
-    """Returns the description of a checkpoint. projector: FILE.py:NAME, the projector of the researcher's own that it
-    was trained with; a checkpoint alone starts no code. Raises UserError if it is missing or another one."""
-    description = load_description(checkpoint)
-    recorded = description.model.projector.own
-    if recorded is None and projector is None:
-        return description
-    if recorded is None:
-        raise UserError(f"{checkpoint}: its projector is {description.model.projector.kind}; leave out --projector.")
-    if projector is None:
-        raise UserError(f"{checkpoint}: was trained with {recorded}; name that file with --projector FILE.py:NAME.")
-    given = own_code.record(projector)
-    if not own_code.same(given, recorded):
-        raise UserError(f"{checkpoint}: was trained with {recorded}, and --projector is {given}.")
-    own_code.load(given)  # before jax traces
-    return with_value(description, "model.projector.own", given)
-
-
-def load_model(
-    checkpoint: Path, mesh: Mesh, weights: Weights = "model", config: ModelConfig | None = None
-) -> OpenQwen2VL:
-    """Loads the model of a checkpoint, with its parameters sharded over the devices. config: from `describe`; None
-    takes the checkpoint's own. Raises UserError."""
-    config = config or describe(checkpoint).model
-    return load_weights(checkpoint, shapes_on(config, mesh), weights)
-
-
-def shapes_on(config: ModelConfig, mesh: Mesh) -> OpenQwen2VL:
-    """Returns a model of shapes with shardings over the devices of a mesh."""
-    shapes = jax.eval_shape(lambda: OpenQwen2VL(jax.random.key(0), config))
-    shardings = parameter_shardings(shapes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
 class Generator:
     """A checkpoint that answers prompts and scores options, on all devices."""
 
@@ -105,19 +68,20 @@ class Generator:
         weights: Weights = "model",
         projector: str | None = None,
     ):
-        """dtype: of decoder matrices and activations; default float32 on CPUs, bfloat16 elsewhere. weights: ema takes
-        the averaged ones. projector: see describe. Raises UserError."""
-        folder = open_checkpoint(checkpoint, weights)
-        description = describe(folder, projector)
-        codec, mesh = TextCodec.load(str(folder / "tokenizer")), make_mesh(MeshConfig())
+        """checkpoint: or an export, or a hub id (loading.py). dtype: of decoder matrices and activations; default
+        float32 on CPUs, bfloat16 elsewhere. weights: ema takes the averaged ones. projector: see describe. Raises
+        UserError."""
+        opened = open_model(checkpoint, weights, projector)
+        description = opened.description
         self.prompt_form = prompt_form
         if prompt_form == "published" and (template or description.template) != "open_qwen2vl":
             name = template or description.template
             raise UserError(f"--prompt-form published is a form of the template open_qwen2vl; this is {name}.")
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        model = load_model(folder, mesh, weights, description.model)
-        self._set_up(model, description.model, template or description.template, codec, mesh, dtype)
-        self.checkpoint, self.weights_name = str(folder), weights
+        mesh = make_mesh(MeshConfig())
+        name = template or description.template
+        self._set_up(opened.read(mesh), description.model, name, opened.codec, mesh, dtype)
+        self.checkpoint, self.weights_name = opened.name, weights
 
     @staticmethod
     def of_model(

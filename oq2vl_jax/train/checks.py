@@ -50,7 +50,8 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
             f"rows_per_device = {config.rows_per_device} on {num_devices} devices does not divide "
             f"global_batch_size = {rows}"
         )
-    if not config.trainable.parts:
+    problems += lora_problems(config)
+    if not config.trained_parts:
         problems.append("trainable: nothing is trained; set one of vision, projector, decoder")
     problems += config.data.problems() + config.schedule.problems()
     images = config.data.online.images
@@ -58,23 +59,37 @@ def check_config(config: TrainConfig, num_devices: int) -> None:
         problems.append(f"data.online.images: no folder {images}")
     by_part = {"optimizer": "learning_rate", "schedule": "warmup_fraction"}
     problems += [
-        f"{section}.{part}_{name} is set, but trainable.{part} is not"
+        f"{section}.{part}_{name} is set, but {part} is not trained"
         for section, name in by_part.items()
         for part in PARTS
-        if getattr(getattr(config, section), f"{part}_{name}") is not None and part not in config.trainable.parts
+        if getattr(getattr(config, section), f"{part}_{name}") is not None and part not in config.trained_parts
     ]
     problems += config.loss.problems() + config.optimizer.problems()
     if config.model.projector.own is not None and config.model.projector.kind != ProjectorConfig.kind:
         problems.append("model.projector.own replaces model.projector.kind; set one or the other")
     if not config.init_parts:
         problems.append("init_parts names no part")
-    if config.init_optimizer and not set(config.trainable.parts) <= set(config.init_parts):
+    if config.init_optimizer and not set(config.trained_parts) <= set(config.init_parts):
         problems.append("init_optimizer takes the moments of all trained parts; init_parts lacks some of them")
     if config.init_from is None and (config.init_optimizer or config.init_parts != PARTS):
         name = "init_optimizer" if config.init_optimizer else "init_parts"
         problems.append(f"{name} is set, but init_from is not")
     if problems:
         raise UserError("; ".join(problems) + ".")
+
+
+def lora_problems(config: TrainConfig) -> list[str]:
+    """Returns what a run with adapters cannot start with."""
+    problems = config.lora.problems()
+    if config.lora.rank is None:
+        return problems
+    if config.init_from is None:
+        problems.append("lora.rank is set, but init_from is not: adapters change the weights of a checkpoint")
+    if config.init_parts != PARTS:
+        problems.append("lora.rank with init_parts: the base of adapters is a whole checkpoint")
+    if config.init_optimizer:
+        problems.append("lora.rank with init_optimizer: adapters begin without moments")
+    return problems
 
 
 def check_local_paths(config: TrainConfig) -> None:

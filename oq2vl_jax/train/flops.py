@@ -2,7 +2,7 @@
 
 Model FLOPs count the arithmetic of real tokens and images, without padding or recomputation (arXiv 2204.02311,
 appendix B). A multiplication and an addition are two. A trained matrix costs three times its forward pass, a frozen one
-that gradients pass through twice, any other frozen one once:
+that gradients pass through twice, any other frozen one once (adapters' own products, 3 % at rank 16, are left out):
 
     decoder, logits, attention    model/qwen2.py
     vision                        model/siglip.py
@@ -77,11 +77,12 @@ def forward_flops(config: TrainConfig, work: Work) -> Flops:
 
 def model_flops(config: TrainConfig, work: Work) -> Flops:
     """Returns the model FLOPs of a forward and a backward pass."""
-    trained = config.trainable
     forward = forward_flops(config, work)
-    vision = 3 if trained.vision else 1
-    projector = 3 if trained.projector else 2 if trained.vision else 1
-    decoder = 3 if trained.decoder else 2
+    of_trained = 3 if config.lora.rank is None else 2  # a base passes gradients on, and has none of its own
+    trained = config.trained_parts
+    vision = of_trained if "vision" in trained else 1
+    projector = of_trained if "projector" in trained else 2 if "vision" in trained else 1
+    decoder = of_trained if "decoder" in trained else 2
     return Flops(
         decoder * forward.decoder,
         decoder * forward.logits,
@@ -97,10 +98,10 @@ def executed_flops(config: TrainConfig, work: Work, rows_per_microbatch: int, ro
     again = config.remat in ("full", "attention")
     microbatches = rows / rows_per_microbatch
     padding = (IMAGES_PER_CHUNK - 1) / 2 * microbatches / max(work.images, 1)
-    vision_again = forward.vision if config.trainable.vision and again else 0.0
+    vision_again = forward.vision if "vision" in config.trained_parts and again else 0.0
     return Flops(
         decoder=needed.decoder + (forward.decoder if again else 0.0),
-        logits=3 * forward.logits * work.labelled / max(work.tokens, 1),
+        logits=(3 if config.lora.rank is None else 2) * forward.logits * work.labelled / max(work.tokens, 1),
         attention=needed.attention + (forward.attention if config.remat == "full" else 0.0),
         vision=(needed.vision + vision_again) * (1 + padding),
         projector=needed.projector,

@@ -68,14 +68,14 @@ def loss_and_gradients(
     compute: from attention_choice.checked_compute; None takes compute_of. sharding.py describes the collectives.
     """
     compute = compute or compute_of(config, mesh)
-    trained, frozen = split_trainable(compute_copy(model, config), config.trainable)
+    trained, frozen = split_trainable(compute_copy(model, config), config)
     dims, shardings = gathered_dims(trained, mesh), parameter_shardings(trained, mesh)
     frozen_dims, frozen_shardings = gathered_dims(frozen, mesh), parameter_shardings(frozen, mesh)
     scale = 1 / jnp.maximum((batch.labels != IGNORE).sum(), 1).astype(jnp.float32)
 
     def on_device(trained, frozen, batch, scale, inputs):
-        dims_now, of_device = gathered_at_once(dims, config, compute)
-        trained, frozen = gather(trained, dims_now), gather(frozen, frozen_dims)
+        dims_now, frozen_now, of_device = gathered_at_once(dims, frozen_dims, config, compute)
+        trained, frozen = gather(trained, dims_now), gather(frozen, frozen_now)
         if config.execution.layers == "one_by_one":
             trained, frozen = with_layers_unstacked(trained), with_layers_unstacked(frozen)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
@@ -93,7 +93,8 @@ def loss_and_gradients(
         out_specs=(whole, specs(shardings)),
         check_vma=False,  # devices may differ in a loop's length; such loops hold no collective
     )(trained, frozen, batch, scale, inputs)
-    gradients.decoder.layers = unfused(gradients.decoder.layers)
+    if is_fused(config):
+        gradients.decoder.layers = unfused(gradients.decoder.layers)
     return value, gradients
 
 
@@ -220,7 +221,7 @@ def total_loss(
     dims, shardings = gathered_dims(copy, mesh), parameter_shardings(copy, mesh)
 
     def on_device(copy, batch):
-        dims_now, of_device = gathered_at_once(dims, config, compute)
+        dims_now, _, of_device = gathered_at_once(dims, None, config, compute)
         whole = gather(copy, dims_now)
         microbatches = split_microbatches(batch, rows_per_device(config, mesh))
         losses = jax.lax.map(lambda microbatch: loss_sum(whole, microbatch, of_device), microbatches)
@@ -243,8 +244,14 @@ def compute_copy(model: OpenQwen2VL, config: TrainConfig) -> OpenQwen2VL:
         return node if is_wide else node.replace(node.get_value().astype(config.compute_dtype))
 
     copy = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, nnx.Param))
-    copy.decoder.layers = fused(copy.decoder.layers, config.execution.gate_up == "fused")
+    if is_fused(config):
+        copy.decoder.layers = fused(copy.decoder.layers, config.execution.gate_up == "fused")
     return copy
+
+
+def is_fused(config: TrainConfig) -> bool:
+    """Adapters belong to q, k, v, gate and up one by one; and a frozen base is not copied, which saves its memory."""
+    return config.lora.rank is None
 
 
 def with_layers_unstacked(model: OpenQwen2VL) -> OpenQwen2VL:
@@ -254,16 +261,28 @@ def with_layers_unstacked(model: OpenQwen2VL) -> OpenQwen2VL:
     return model
 
 
-def gathered_at_once(dims: Any, config: TrainConfig, compute: Compute) -> tuple[Any, Compute]:
-    """Returns the dims to gather before the first microbatch (others are WHOLE), and `compute` to gather the others.
+def gathered_at_once(dims: Any, frozen_dims: Any, config: TrainConfig, compute: Compute) -> tuple[Any, Any, Compute]:
+    """Returns the dims to gather before the first microbatch, of trained and of frozen parameters (others are WHOLE),
+    and `compute` to gather the others. frozen_dims: None if nothing is frozen.
 
-    With FSDP each decoder layer is gathered just before it runs.
+    With FSDP each decoder layer is gathered just before it runs, the frozen base of its adapters too. A decoder that is
+    not trained at all is gathered at once.
     """
     if config.mesh.sharding == "zero1" or not jax.tree.leaves(dims.decoder):
-        return dims, compute
-    now = jax.tree.map(lambda x: x, dims)
-    now.decoder.layers = jax.tree.map(lambda _: WHOLE, dims.decoder.layers)
-    return now, compute._replace(gather=layer_gather(dims.decoder.layers))
+        return dims, frozen_dims, compute
+    layers = dims.decoder.layers
+    if frozen_dims is not None:
+        layers = merge_parts(layers, frozen_dims.decoder.layers)
+    now, frozen_now = (with_whole_layers(tree) for tree in (dims, frozen_dims))
+    return now, frozen_now, compute._replace(gather=layer_gather(layers))
+
+
+def with_whole_layers(dims: Any) -> Any:
+    if dims is None:
+        return None
+    dims = jax.tree.map(lambda x: x, dims)
+    dims.decoder.layers = jax.tree.map(lambda _: WHOLE, dims.decoder.layers)
+    return dims
 
 
 def rows_per_device(config: TrainConfig, mesh: Mesh) -> int:

@@ -20,6 +20,7 @@ from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.generate.generator import Generator, Request
 from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.html import page
+from oq2vl_jax.model.adapters import merged
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.paths import write_text
@@ -90,7 +91,7 @@ class HeldOut:
         if not documents:
             return []
         generator = Generator.of_model(
-            model, config.model, config.data.template, self._codec, self._mesh, config.compute_dtype
+            merged(model), config.model, config.data.template, self._codec, self._mesh, config.compute_dtype
         )
         requests = [Request(prompt, images) for prompt, _, images in documents]
         replies = generator.generate(requests, SamplingOptions(config.held_out.max_new_tokens))

@@ -18,13 +18,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from oq2vl_jax import own_code
-from oq2vl_jax.checkpoint import find_checkpoint, load_optimizer, load_weights, open_checkpoint
+from oq2vl_jax.checkpoint import find_checkpoint, load_optimizer, open_checkpoint, step_folder
 from oq2vl_jax.config import OptimizerConfig, TrainConfig
 from oq2vl_jax.config_files import flatten, to_json, with_value
 from oq2vl_jax.data.loading.mixture import SourceCounts
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lock import run_lock
+from oq2vl_jax.model.adapters import is_adapter, without_adapters
 from oq2vl_jax.paths import write_text
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
@@ -57,7 +58,8 @@ from oq2vl_jax.train.step import (
 )
 from oq2vl_jax.train.totals import BatchCounts, Totals
 from oq2vl_jax.train.trackers import open_trackers
-from oq2vl_jax.trees import merge_parts, named_arrays, split_parts
+from oq2vl_jax.trees import from_named_arrays, named_arrays, split_parts
+from oq2vl_jax.weights import Base, base_of, load_weights, recorded_base
 
 
 def run(
@@ -108,6 +110,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
         check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
         held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
         state, totals = start_state(config, mesh, checkpointer, data)
+        base = base_to_record(config, checkpointer.latest_step())
         write_config(config, run_dir, int(state.step))
         train_step = compile_train_step(config, mesh, compute)
         start_step, saved_step = int(state.step), checkpointer.latest_step()
@@ -139,7 +142,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
                 loader_state = {
                     "position": data.loader.get_state(), "data": data.identity, "totals": totals.state()
                 }  # fmt: skip
-                checkpointer.save(state, loader_state, config, data.tokenizer)
+                checkpointer.save(state, loader_state, config, data.tokenizer, base)
                 saved_step = step
             if is_last:
                 break
@@ -225,7 +228,7 @@ def start_state(
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
     if step is not None:
-        state, loader_state = checkpointer.restore(step, shapes_with(config, shardings))
+        state, loader_state = checkpointer.restore(step, shapes_with(config, shardings), config)
         if loader_state["data"] != data.identity:
             raise UserError(
                 f"the packed data is not what checkpoint {step} of {config.run_dir} was trained on; put the old rows "
@@ -250,16 +253,26 @@ def started_from(
         raise UserError(
             f"init_from {source}: its tokenizer is not the one the data was packed with ({data.tokenizer})."
         )
-    given, _ = split_parts(shapes_with(config, shardings).model, lambda path: path[0].name in config.init_parts)
-    _, drawn = split_parts(state.model, lambda path: path[0].name in config.init_parts)
-    model = merge_parts(load_weights(source, given), drawn)
+    whole = without_adapters(shapes_with(config, shardings).model)
+    given, _ = split_parts(whole, lambda path: path[0].name in config.init_parts)
+    drawn = named_arrays(state.model)
+    model = from_named_arrays(state.model, drawn | named_arrays(load_weights(source, given)))
     check_same_model(source, config)
     state = state._replace(model=model)
     if config.ema.decay is not None:
-        state = state._replace(ema=jax.tree.map(jnp.copy, split_trainable(model, config.trainable)[0]))
+        state = state._replace(ema=jax.tree.map(jnp.copy, split_trainable(model, config)[0]))
     if config.init_optimizer:
         state = state._replace(opt_state=load_optimizer(source, shapes_with(config, shardings).opt_state))
     return state
+
+
+def base_to_record(config: TrainConfig, saved_step: int | None) -> Base | None:
+    """Returns the base of a run with adapters: that of its newest checkpoint, else init_from."""
+    if config.lora.rank is None or config.init_from is None:
+        return None
+    if saved_step is not None:
+        return recorded_base(step_folder(Path(config.run_dir), saved_step))
+    return base_of(find_checkpoint(config.init_from))
 
 
 @contextlib.contextmanager
@@ -297,11 +310,15 @@ def describe(config: TrainConfig) -> str:
     state = jax.eval_shape(lambda: init_train_state(jax.random.key(0), config))
     lines = [to_json(config).rstrip(), ""]
     for part in ("vision", "projector", "decoder"):
-        count = sum(x.size for x in jax.tree.leaves(getattr(state.model, part)))
-        status = "trained" if part in config.trainable.parts else "frozen"
+        arrays = jax.tree_util.tree_leaves_with_path(getattr(state.model, part))
+        count = sum(x.size for path, x in arrays if not is_adapter(path))
+        of_adapters = sum(x.size for path, x in arrays if is_adapter(path))
+        status = "trained" if part in config.trained_parts else "frozen"
+        if config.lora.rank is not None:
+            status = f"frozen; {of_adapters:,} of adapters" if of_adapters else "frozen"
         lines.append(f"{part:10s} {count:>15,} parameters, {status}")
     sizes = {
-        "parameters (float32)": bytes_per_device(state.model, shardings.model),
+        "parameters": bytes_per_device(state.model, shardings.model),
         "optimizer": bytes_per_device(state.opt_state, shardings.opt_state),
         **({} if state.ema is None else {"averaged weights": bytes_per_device(state.ema, shardings.ema)}),
         "batch": config.global_batch_size // mesh.size * row_bytes(config),

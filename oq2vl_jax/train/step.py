@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.model.adapters import with_adapters
 from oq2vl_jax.model.layers import Compute
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.model.scopes import Scope
@@ -26,8 +27,9 @@ MAX_REPLICATED = 2**20
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, steps done; model: float32 masters; opt_state: of the trained parts only. ema: the averaged
-    trained parts, None without config.ema.decay. spikes: None without config.skip_spikes."""
+    """step: int32 scalar, steps done; model: float32 masters (the base of adapters: in config.compute_dtype);
+    opt_state: of the trained parts only. ema: the averaged trained parts, None without config.ema.decay. spikes: None
+    without config.skip_spikes."""
 
     step: jax.Array
     model: OpenQwen2VL
@@ -48,7 +50,9 @@ class StepMetrics(NamedTuple):
 
 def init_train_state(key: jax.Array, config: TrainConfig) -> TrainState:
     model = OpenQwen2VL(key, config.model)
-    trained, _ = split_trainable(model, config.trainable)
+    if config.lora.rank is not None:
+        model = with_adapters(model, config.lora, key, base_dtype=config.compute_dtype)
+    trained, _ = split_trainable(model, config)
     opt_state = make_optimizer(config.optimizer).init(trained)
     ema = jax.tree.map(jnp.copy, trained) if config.ema.decay is not None else None
     return TrainState(jnp.int32(0), model, opt_state, ema, empty_window() if config.skip_spikes else None)
@@ -98,7 +102,7 @@ def train_step(
     inputs: jax.tree_util.Partial | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one step on a global batch. compute, inputs: see gradients.loss_and_gradients."""
-    trained, frozen = split_trainable(state.model, config.trainable)
+    trained, frozen = split_trainable(state.model, config)
     value, gradients = loss_and_gradients(state.model, batch, config, mesh, compute, inputs)
     norm = optax.tree.norm(gradients)
     with jax.named_scope(Scope.OPTIMIZER):
@@ -124,7 +128,7 @@ def averaged(average: Any, parameters: Any, decay: float, step: jax.Array) -> An
 
 def averaged_model(state: TrainState, config: TrainConfig) -> Any:
     """Returns the model with the averaged weights of its trained parts."""
-    return merge_parts(state.ema, split_trainable(state.model, config.trainable)[1])
+    return merge_parts(state.ema, split_trainable(state.model, config)[1])
 
 
 def compile_train_step(config: TrainConfig, mesh: Mesh, compute: Compute | None = None):

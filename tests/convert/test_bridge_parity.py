@@ -15,7 +15,8 @@ from convert import from_hf, from_prismatic, to_hf
 from oq2vl_jax.checkpoint import find_checkpoint, load_description
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.samples.images import decode_image
-from oq2vl_jax.generate.generator import Generator, Request, load_model
+from oq2vl_jax.generate.generator import Generator, Request
+from oq2vl_jax.generate.loading import load_model
 from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.generate.requests import read_images
 from oq2vl_jax.model.siglip import normalize

@@ -159,7 +159,7 @@ np.save(out, np.concatenate(logits))
 OUR_LOGITS = """
 import sys, jax, numpy as np, jax.numpy as jnp
 from oq2vl_jax.config import MeshConfig
-from oq2vl_jax.generate.generator import load_model
+from oq2vl_jax.generate.loading import load_model
 from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.sharding import make_mesh
 checkpoint, rows, out = sys.argv[1:]

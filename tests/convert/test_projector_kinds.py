@@ -21,7 +21,7 @@ from oq2vl_jax.config import (
     VisionConfig,
 )
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.generate.generator import load_model
+from oq2vl_jax.generate.loading import load_model
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import make_mesh
 from oq2vl_jax.trees import named_arrays

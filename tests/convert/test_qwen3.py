@@ -23,7 +23,8 @@ from oq2vl_jax.checkpoint import find_checkpoint, load_description
 from oq2vl_jax.config import DecoderConfig, MeshConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.generate.generator import Generator, Request, load_model
+from oq2vl_jax.generate.generator import Generator, Request
+from oq2vl_jax.generate.loading import load_model
 from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.sharding import make_mesh
 from oq2vl_jax.train.gradients import loss_sum

@@ -12,7 +12,8 @@ from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config import MeshConfig
 from oq2vl_jax.data.samples.images import decode_image
 from oq2vl_jax.generate.decoding import Sampling, choose
-from oq2vl_jax.generate.generator import Generator, Request, load_model
+from oq2vl_jax.generate.generator import Generator, Request
+from oq2vl_jax.generate.loading import load_model
 from oq2vl_jax.generate.reply import SamplingOptions
 from oq2vl_jax.model.qwen2 import cache_bytes, init_cache
 from oq2vl_jax.sharding import make_mesh

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from oq2vl_jax.config import MeshConfig, TrainableConfig
+from oq2vl_jax.config import LoraConfig, MeshConfig, TrainableConfig
 from oq2vl_jax.data.loading.batch import IGNORE, Batch
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.sharding import make_mesh, parameter_shardings, to_global_batch
@@ -54,9 +54,16 @@ def train_steps(config, mesh, num_steps=3):
     return np.array(losses), np.array(norms), {k: np.asarray(v) for k, v in named_arrays(state.model).items()}
 
 
-def test_loss_on_a_4x2_mesh_equals_1x1():
+QWEN3 = {
+    "model": dataclasses.replace(TINY.model, decoder=dataclasses.replace(TINY.model.decoder, kind="qwen3", head_dim=24))
+}
+LORA = {"lora": LoraConfig(rank=4, targets=("vision", "projector", "decoder"))}
+
+
+@pytest.mark.parametrize("changes", [{}, QWEN3, LORA], ids=["qwen2", "qwen3", "lora"])
+def test_loss_on_a_4x2_mesh_equals_1x1(changes):
     # a large eps: with Adam's 1e-8 a gradient of 1e-9 moves a parameter by its sign, which rounding decides
-    smooth = dataclasses.replace(TINY, optimizer=dataclasses.replace(TINY.optimizer, eps=1e-2))
+    smooth = dataclasses.replace(TINY, optimizer=dataclasses.replace(TINY.optimizer, eps=1e-2), **changes)
     losses, norms, parameters = train_steps(smooth, one_device_mesh())
     for data, fsdp, sharding in ((4, 2, "zero1"), (1, 8, "fsdp")):
         config = dataclasses.replace(smooth, mesh=MeshConfig(data, fsdp, sharding))

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from oq2vl_jax.checkpoint import find_checkpoint, load_weights
+from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config import ScheduleConfig
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.train.run import run
 from oq2vl_jax.trees import named_arrays
+from oq2vl_jax.weights import load_weights
 from tests.train.conftest import TINY, tiny_model
 from tests.train.test_own_code import losses
 

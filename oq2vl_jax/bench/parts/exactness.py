@@ -112,7 +112,7 @@ def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
     config = dataclasses.replace(config, model=model_config)
     mesh, rows = make_mesh(config.mesh), make_rows(config, 1)
     model, batch = jax.jit(lambda key: OpenQwen2VL(key, model_config))(jax.random.key(0)), to_global_batch(rows, mesh)
-    trained, frozen = split_trainable(model, config.trainable)
+    trained, frozen = split_trainable(model, config)
 
     def plain(dtype: str) -> Any:
         print(f"plain path, {dtype}", flush=True)
