@@ -68,8 +68,10 @@ def shipped_folder() -> Path:
 
 
 def shipped_names() -> list[str]:
-    """Returns the names of shipped configurations, such as tiny. Definitions of ablations are no configurations."""
-    return sorted(file.stem for file in shipped_folder().glob("*.py"))
+    """Returns the names of shipped configurations, such as tiny and ladder/xs. Definitions of ablations are none."""
+    folder = shipped_folder()
+    files = [*folder.glob("*.py"), *folder.glob("ladder/*.py")]
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in files)
 
 
 def shipped_config(name: str) -> Path | None:

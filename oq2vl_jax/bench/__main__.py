@@ -2,6 +2,7 @@
 
 step      the train step on synthetic rows: tokens/s, MFU, memory, breakdown
 plan      the train step compiled for GPUs that are not there: memory, collectives, floor, what fits
+fits      which models fit which GPUs, by the step that takes least memory
 data      the loader: rows/s alone, and what a step waits for it
 packing   bin assignment alone
 pack      tars to packed rows, end to end, against the published approach
@@ -20,7 +21,7 @@ from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
-NAMES = ("step", "plan", "data", "packing", "pack", "rows", "filter", "tuning", "decode", "report")
+NAMES = ("step", "plan", "fits", "data", "packing", "pack", "rows", "filter", "tuning", "decode", "report")
 """Modules of oq2vl_jax.bench; only the chosen one is imported. Each binds OPTIONS and measure, some show, exit_code."""
 
 
