@@ -183,13 +183,10 @@ def local_folder(path_or_id: str, patterns: tuple[str, ...] = (*CONFIG_FILES, "*
         raise UserError(f"{path_or_id}: no such folder.")
     from huggingface_hub import snapshot_download
 
-    try:
+    from .hub import hub_errors
+
+    with hub_errors(f"{path_or_id}: no such folder, and it could not be fetched from the hub"):
         return Path(snapshot_download(path_or_id, allow_patterns=list(patterns)))
-    except Exception as error:  # no network, no such id, no permission: the errors share no class
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path_or_id}: no such folder, and it could not be fetched from the hub ({reason})."
-        ) from error
 
 
 def main() -> None:

@@ -42,10 +42,30 @@ class ToHFConfig:
     adapter_only: bool = False
     """Write the adapters of a run with --lora.rank for PEFT, on top of the export of what the run started from. Without
     it they are merged."""
+    push_to_hub: str | None = None
+    """ORG/NAME on the Hugging Face hub, to which the folder is uploaded when it is complete. The token is that of
+    HF_TOKEN or of `hf auth login`."""
+    private: bool = False
+    """Make the repository private, if --push-to-hub makes it."""
+    results: str | None = None
+    """Folder of an evaluation of this checkpoint (--out of oq2vl_jax.eval), for the table of the model card."""
 
 
 def export(config: ToHFConfig) -> str:
-    """Writes the folder and returns a line about it."""
+    """Writes the folder, pushes it if asked, and returns a line about it. Raises UserError."""
+    from .hub import check_can_push, push
+
+    if config.private and config.push_to_hub is None:
+        raise UserError("--private: makes a repository of --push-to-hub private; give both.")
+    if config.push_to_hub is not None:
+        check_can_push(config.push_to_hub)
+    line = write_folder(config)
+    if config.push_to_hub is not None:
+        line += f"; pushed to {push(Path(config.out), config.push_to_hub, config.private)}"
+    return line
+
+
+def write_folder(config: ToHFConfig) -> str:
     from oq2vl_jax.checkpoint import load_description, open_checkpoint
 
     from .checkpoint_stream import CheckpointReader, check_is_free, new_folder
@@ -65,7 +85,7 @@ def export(config: ToHFConfig) -> str:
         raise UserError(f"--native: this model is not transformers' LlavaForConditionalGeneration: {reason}.")
     layout = "open_qwen2vl" if reason else "llava"
     with new_folder(Path(config.out)) as folder:
-        write_text_side(folder, checkpoint, description, config.dtype)
+        write_text_side(folder, checkpoint, description, config)
         if reason:
             from .export_files import modeling_open_qwen2vl
 
@@ -73,6 +93,13 @@ def export(config: ToHFConfig) -> str:
         write_weights(folder, layout, CheckpointReader(checkpoint, config.weights), config.dtype)
     kind = f"with modeling_open_qwen2vl.py, as {reason}" if reason else "LlavaForConditionalGeneration, no remote code"
     return f"{config.out}: {config.dtype}, {kind}"
+
+
+def check_imports() -> None:
+    """Raises ImportError if a package that an export needs is missing."""
+    import safetensors  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
 
 
 def write_weights(folder: Path, layout: str, reader, dtype: str) -> None:
@@ -92,7 +119,7 @@ def write_weights(folder: Path, layout: str, reader, dtype: str) -> None:
     writer.close()
 
 
-def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> None:
+def write_text_side(folder: Path, checkpoint: Path, description, config: ToHFConfig) -> None:
     """Writes all but the weights and the module: configuration, tokenizer, processor, generation config, model card."""
     from transformers import AutoTokenizer, GenerationConfig, LlavaProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -102,7 +129,7 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     from oq2vl_jax.data.text.tokenizer import IMAGE_PAD
 
     from .export_files.chat_templates import chat_template
-    from .export_files.model_card import model_card
+    from .export_files.model_card import model_card, read_facts
     from .export_tokenizer import complete_tokenizer
     from .hf_config import MEAN, STD, to_llava_config, why_not_native
 
@@ -121,14 +148,14 @@ def write_text_side(folder: Path, checkpoint: Path, description, dtype: str) -> 
     processor.save_pretrained(folder)
     complete_tokenizer(folder)
     write_preprocessor_configs(folder, processor.image_processor)
-    values = to_llava_config(model, description.template, dtype, special)
+    values = to_llava_config(model, description.template, config.dtype, special)
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     GenerationConfig(
         bos_token_id=special.bos, eos_token_id=[special.eos, special.pad], pad_token_id=special.pad, do_sample=False
     ).save_pretrained(folder)
     is_native = why_not_native(model) is None
-    card = model_card(description, load_train_config(checkpoint), is_native)
-    (folder / "README.md").write_text(card)
+    facts = read_facts(checkpoint, config.results, config.push_to_hub)
+    (folder / "README.md").write_text(model_card(description, load_train_config(checkpoint), is_native, facts))
 
 
 def write_preprocessor_configs(folder: Path, image_processor) -> None:

@@ -113,7 +113,6 @@ def evenly_spaced(items: list[Item], limit: int | None) -> list[Item]:
 
 def run_settings(config: EvalConfig, generator: Generator, files: list[Path]) -> dict[str, Any]:
     """Returns the settings that the predictions depend on; predict refuses an OUT with other settings."""
-    identity = (Path(generator.checkpoint) / "_CHECKPOINT_METADATA").read_bytes()
     return {
         "profile": config.profile,
         "method": config.method,
@@ -121,7 +120,7 @@ def run_settings(config: EvalConfig, generator: Generator, files: list[Path]) ->
         "prompt_form": generator.prompt_form,
         "weights": generator.weights_name,
         "checkpoint": generator.checkpoint,
-        "checkpoint_identity": hashlib.sha256(identity).hexdigest()[:16],
+        "checkpoint_identity": generator.identity,
         "data_files": [file.name for file in files],
         "data_sha256": sha256_of(files),
         "limit": config.limit,

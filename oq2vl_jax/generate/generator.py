@@ -56,7 +56,7 @@ class Generator:
     """A checkpoint that answers prompts and scores options, on all devices."""
 
     prompt_form: PromptForm = "training"
-    checkpoint = "a model in memory"
+    checkpoint = identity = "a model in memory"
     weights_name: Weights = "model"
 
     def __init__(
@@ -81,7 +81,7 @@ class Generator:
         mesh = make_mesh(MeshConfig())
         name = template or description.template
         self._set_up(opened.read(mesh), description.model, name, opened.codec, mesh, dtype)
-        self.checkpoint, self.weights_name = opened.name, weights
+        self.checkpoint, self.identity, self.weights_name = opened.name, opened.identity, weights
 
     @staticmethod
     def of_model(

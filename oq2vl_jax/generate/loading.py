@@ -1,5 +1,6 @@
 """Opens what can be asked: a checkpoint, an export of convert.to_hf, or an id of the hub."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from oq2vl_jax.command import bridge
 from oq2vl_jax.config import CheckpointDescription, ModelConfig, Weights
 from oq2vl_jax.config_files import with_value
 from oq2vl_jax.data.text.codec import TextCodec
+from oq2vl_jax.digests import digest_of_text, sample_of_file
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
 from oq2vl_jax.sharding import parameter_shardings
@@ -23,9 +25,11 @@ from oq2vl_jax.weights import load_weights
 
 
 class Opened(NamedTuple):
-    """name: folder of the checkpoint, or what was asked for; read: reads the weights, sharded over a mesh."""
+    """name: folder of the checkpoint, or what was asked for; identity: changes with the weights; read: reads them,
+    sharded over a mesh."""
 
     name: str
+    identity: str
     description: CheckpointDescription
     codec: TextCodec
     read: Callable[[Mesh], OpenQwen2VL]
@@ -43,7 +47,9 @@ def open_model(path: str, weights: Weights = "model", projector: str | None = No
     folder = open_checkpoint(path, weights)
     description = describe(folder, projector)
     codec = TextCodec.load(str(folder / "tokenizer"))
-    return Opened(str(folder), description, codec, lambda mesh: load_model(folder, mesh, weights, description.model))
+    identity = hashlib.sha256((folder / "_CHECKPOINT_METADATA").read_bytes()).hexdigest()[:16]
+    model = description.model
+    return Opened(str(folder), identity, description, codec, lambda mesh: load_model(folder, mesh, weights, model))
 
 
 def is_export(path: str) -> bool:
@@ -58,7 +64,9 @@ def is_export(path: str) -> bool:
 def open_export(path: str) -> Opened:
     """Opens a Hugging Face folder; its weights are read one parameter after another."""
     from_hf = bridge("from_hf")
-    importer, description, codec = from_hf.read_whole(from_hf.local_folder(path), path)
+    folder = from_hf.local_folder(path)
+    importer, description, codec = from_hf.read_whole(folder, path)
+    ends = [(file.name, *sample_of_file(file)) for file in sorted(folder.glob("*.safetensors"))]
 
     def read(mesh: Mesh) -> OpenQwen2VL:
         like = shapes_on(description.model, mesh)
@@ -66,7 +74,7 @@ def open_export(path: str) -> Opened:
         arrays = {name: jax.device_put(parameters[name].make(), places[name].sharding) for name in places}
         return from_named_arrays(like, arrays)
 
-    return Opened(path, description, codec, read)
+    return Opened(path, digest_of_text(json.dumps(ends))[:16], description, codec, read)
 
 
 def describe(checkpoint: Path, projector: str | None = None) -> CheckpointDescription:

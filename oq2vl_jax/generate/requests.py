@@ -128,6 +128,7 @@ def settings_of(generator: "Generator", requests: list[dict], options: "Sampling
     pictures = {path: file_version(path) for request in requests for path in request["image"]}
     values = [
         generator.checkpoint,
+        generator.identity,
         generator.weights_name,
         generator.template,
         generator.prompt_form,

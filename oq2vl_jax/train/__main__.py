@@ -2,16 +2,18 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from oq2vl_jax.bounds import CountOrZero, SmallCount
 from oq2vl_jax.bounds import parse as parse_command
+from oq2vl_jax.command import bridge
 from oq2vl_jax.config import ModelConfig, TrainConfig
 from oq2vl_jax.config_files import load_config, shipped_names
 from oq2vl_jax.errors import UserError, run_command
-from oq2vl_jax.runtime import Processes, set_environment, start_processes
+from oq2vl_jax.runtime import Processes, is_first_process, set_environment, start_processes
 
 PROG = "python -m oq2vl_jax.train"
 
@@ -24,6 +26,10 @@ class TrainCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Print the resolved configuration, parameter counts and bytes per device, and exit."""
+    push_to_hub: str | None = None
+    """ORG/NAME on the Hugging Face hub, for an export of the finished run (convert.to_hf); extra convert."""
+    private: bool = False
+    """Make the repository private, if --push-to-hub makes it."""
     distributed: bool = False
     """Run as one of several processes, set by Slurm or Open MPI or by the next three options."""
     coordinator: str | None = None
@@ -72,8 +78,31 @@ def main() -> None:
 
     if command.dry_run:
         print(describe(command.config))
-    else:
-        run(command.config)
+        return
+    if command.push_to_hub is not None:
+        check_can_push(command)
+    digest = run(command.config)
+    if command.push_to_hub is not None and digest is not None and is_first_process():
+        push(command)
+
+
+def check_can_push(command: TrainCommand) -> None:
+    """Raises UserError, before anything is trained, if the finished run could not be pushed."""
+    try:
+        hub = bridge("hub")
+        bridge("to_hf").check_imports()
+    except ImportError as error:
+        raise UserError(f"--push-to-hub: {error.name} is missing; pip install 'oq2vl-jax[convert]'.") from error
+    hub.check_can_push(str(command.push_to_hub))
+
+
+def push(command: TrainCommand) -> None:
+    """Exports the finished run into RUN_DIR/export-STEP, unless that is there, and pushes it."""
+    run_dir, config = command.config.run_dir, command.config
+    out, to_hf = Path(run_dir) / f"export-{config.num_steps:06d}", bridge("to_hf")
+    if not out.exists():
+        print(to_hf.write_folder(to_hf.ToHFConfig(run_dir, str(out), push_to_hub=command.push_to_hub)))
+    print(f"pushed to {bridge('hub').push(out, str(command.push_to_hub), command.private)}")
 
 
 if __name__ == "__main__":
