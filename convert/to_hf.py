@@ -69,7 +69,7 @@ def write_folder(config: ToHFConfig) -> str:
     from oq2vl_jax.checkpoint import load_description, open_checkpoint
 
     from .checkpoint_stream import CheckpointReader, check_is_free, new_folder
-    from .hf_config import check_has_export, why_not_native
+    from .export_config import check_has_export, why_not_native
 
     check_is_free(Path(config.out))
     checkpoint = open_checkpoint(config.checkpoint, config.weights)
@@ -128,10 +128,11 @@ def write_text_side(folder: Path, checkpoint: Path, description, config: ToHFCon
     from oq2vl_jax.data.text.codec import TextCodec
     from oq2vl_jax.data.text.tokenizer import IMAGE_PAD
 
+    from .export_config import to_llava_config, why_not_native
     from .export_files.chat_templates import chat_template
     from .export_files.model_card import model_card, read_facts
     from .export_tokenizer import complete_tokenizer
-    from .hf_config import MEAN, STD, to_llava_config, why_not_native
+    from .hf_config import MEAN, STD
 
     model, codec = description.model, TextCodec.load(str(checkpoint / "tokenizer"))
     special = codec.special

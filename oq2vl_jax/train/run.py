@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from oq2vl_jax import own_code
-from oq2vl_jax.checkpoint import find_checkpoint, load_optimizer, open_checkpoint, step_folder
+from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config import OptimizerConfig, TrainConfig
 from oq2vl_jax.config_files import flatten, to_json, with_value
 from oq2vl_jax.data.loading.mixture import SourceCounts
-from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lock import run_lock
-from oq2vl_jax.model.adapters import is_adapter, without_adapters
+from oq2vl_jax.model.adapters import is_adapter
 from oq2vl_jax.paths import write_text
 from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
@@ -36,7 +33,6 @@ from oq2vl_jax.train.checks import (
     check_config,
     check_memory,
     check_run_dir,
-    check_same_model,
     model_of,
     row_bytes,
 )
@@ -44,22 +40,20 @@ from oq2vl_jax.train.environment import record_environment
 from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import StepReporter, count_batch
-from oq2vl_jax.train.open_data import OpenData, open_data
-from oq2vl_jax.train.parts import split_trainable
+from oq2vl_jax.train.open_data import open_data
 from oq2vl_jax.train.schedule import Schedule
+from oq2vl_jax.train.start import base_to_record, start_state
 from oq2vl_jax.train.step import (
     StepMetrics,
     TrainState,
     averaged_model,
     compile_train_step,
     init_train_state,
-    shapes_with,
     state_shardings,
 )
 from oq2vl_jax.train.totals import BatchCounts, Totals
 from oq2vl_jax.train.trackers import open_trackers
-from oq2vl_jax.trees import from_named_arrays, named_arrays, split_parts
-from oq2vl_jax.weights import Base, base_of, load_weights, recorded_base
+from oq2vl_jax.trees import named_arrays
 
 
 def run(
@@ -219,60 +213,6 @@ def write_config(config: TrainConfig, run_dir: Path, step: int) -> None:
     if is_first_process():
         write_text(str(run_dir / "config.json"), to_json(config))
         record_environment(run_dir, step)
-
-
-def start_state(
-    config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData
-) -> tuple[TrainState, Totals]:
-    """Restores the run's newest checkpoint and sets the loader to it. Else starts afresh, or from init_from."""
-    shardings = state_shardings(config, mesh)
-    step = checkpointer.latest_step()
-    if step is not None:
-        state, loader_state = checkpointer.restore(step, shapes_with(config, shardings), config)
-        if loader_state["data"] != data.identity:
-            raise UserError(
-                f"the packed data is not what checkpoint {step} of {config.run_dir} was trained on; put the old rows "
-                "back, or start another run with --init-from."
-            )
-        data.loader.set_state(loader_state["position"])
-        if is_first_process():
-            print(f"resuming from step {step}")
-        return state, Totals(jax.process_count(), loader_state.get("totals"))
-    state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
-    if config.init_from is not None:
-        state = started_from(config.init_from, state, config, shardings, data)
-    return state, Totals(jax.process_count(), {})
-
-
-def started_from(
-    init_from: str, state: TrainState, config: TrainConfig, shardings: TrainState, data: OpenData
-) -> TrainState:
-    """Returns the state with the weights of a checkpoint in config.init_parts, and its optimizer's state if asked."""
-    source = open_checkpoint(init_from)
-    if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(data.tokenizer):
-        raise UserError(
-            f"init_from {source}: its tokenizer is not the one the data was packed with ({data.tokenizer})."
-        )
-    whole = without_adapters(shapes_with(config, shardings).model)
-    given, _ = split_parts(whole, lambda path: path[0].name in config.init_parts)
-    drawn = named_arrays(state.model)
-    model = from_named_arrays(state.model, drawn | named_arrays(load_weights(source, given)))
-    check_same_model(source, config)
-    state = state._replace(model=model)
-    if config.ema.decay is not None:
-        state = state._replace(ema=jax.tree.map(jnp.copy, split_trainable(model, config)[0]))
-    if config.init_optimizer:
-        state = state._replace(opt_state=load_optimizer(source, shapes_with(config, shardings).opt_state))
-    return state
-
-
-def base_to_record(config: TrainConfig, saved_step: int | None) -> Base | None:
-    """Returns the base of a run with adapters: that of its newest checkpoint, else init_from."""
-    if config.lora.rank is None or config.init_from is None:
-        return None
-    if saved_step is not None:
-        return recorded_base(step_folder(Path(config.run_dir), saved_step))
-    return base_of(find_checkpoint(config.init_from))
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(parts, tmp_path, monkey
 
 def test_the_decoder_of_the_demo_needs_no_folder_of_its_own():
     """Sizes whose heads fill the width export without head_dim, which not every reader of Qwen2 knows."""
-    from convert.hf_config import to_llava_config
+    from convert.export_config import to_llava_config
     from oq2vl_jax.data.text.templates import SpecialTokens
 
     model = load_config("configs/easy_vqa_tune.py").model

@@ -148,7 +148,7 @@ def test_the_decoder_alone_beside_a_siglip(siglip, qwen3_config, tmp_path, byte_
 
 
 def test_a_decoder_between_the_kinds_has_no_export():
-    from convert.hf_config import check_has_export
+    from convert.export_config import check_has_export
     from oq2vl_jax.config import ModelConfig, VisionConfig
 
     decoder = DecoderConfig(97, 32, 48, 3, 4, 2, 8, qk_norm=True)

