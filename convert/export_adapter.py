@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from oq2vl_jax.checkpoint import load_description, load_train_config
 from oq2vl_jax.config import Weights
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.weights import Adapter, find_base, load_adapters, recorded_base
@@ -26,20 +27,38 @@ def write_adapter(folder: Path, checkpoint: Path, weights: Weights) -> str:
     if recorded_base(checkpoint) is None:
         raise UserError(f"--adapter-only: {checkpoint} holds a whole model; leave out the flag.")
     base, adapters = find_base(checkpoint), load_adapters(checkpoint, weights)
+    check_same_export(checkpoint, base)
     modules = {module: one for name, adapter in adapters.items() for module, one in of_modules(name, adapter)}
     tensors = {}
     for module, one in modules.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(one.a.T)
         tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(one.b.T)
-    rank = next(iter(modules.values())).a.shape[-1]
+    training = load_train_config(checkpoint)
+    assert training is not None
+    rank = training.lora.rank
     config = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": next(iter(modules.values())).scale * rank, "lora_dropout": 0.0,
+        "peft_type": "LORA", "r": rank, "lora_alpha": training.lora.alpha, "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "target_modules": sorted(modules),
         "base_model_name_or_path": f"{base.parent.parent.name}@{int(base.name)}",
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return f"{len(modules)} modules of rank {rank} for the export of {base}: PeftModel.from_pretrained(model, FOLDER)"
+
+
+def check_same_export(checkpoint: Path, base: Path) -> None:
+    """Raises UserError if the export of the base would prepare pictures or prompts otherwise than the run did."""
+    ours, theirs = load_description(checkpoint), load_description(base)
+    pairs = {
+        "visual tokens": (ours.model.num_visual_tokens, theirs.model.num_visual_tokens),
+        "template": (ours.template, theirs.template),
+    }
+    differing = [f"{name} {a}, there {b}" for name, (a, b) in pairs.items() if a != b]
+    if differing:
+        raise UserError(
+            f"--adapter-only: the export of {base} would ask otherwise than this run was trained "
+            f"({'; '.join(differing)}). Leave out the flag, and the adapters are merged."
+        )
 
 
 def of_modules(kernel: str, adapter: Adapter) -> list[tuple[str, Adapter]]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from oq2vl_jax.errors import UserError
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+OF_EXPORTS: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py")
+"""Files of an earlier export: a loader would prefer its index of shards to a new file without shards."""
+REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w-]|\.(?!\.))*/[A-Za-z0-9](?:[\w-]|\.(?!\.))*(?<![.-])")
 CLIENTS = ("httpx", "httpx2", "requests", "urllib3")
 """Packages whose errors mean the line: which of them huggingface_hub asks with differs by version."""
 WAYS_OUT = {
@@ -31,9 +33,10 @@ def check_can_push(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, is_private: bool) -> str:
-    """Makes the repository if it is not there and uploads a folder in one commit; returns its address.
+    """Makes the repository if it is not there and uploads a folder in one commit, which removes what an earlier export
+    left there; returns its address.
 
-    Raises UserError; what is on the hub is then as it was before, and the folder is still here.
+    Raises UserError; the files on the hub are then as they were before, and the folder is still here.
     """
     from huggingface_hub import HfApi
 
@@ -42,7 +45,8 @@ def push(folder: Path, repository: str, is_private: bool) -> str:
     ):
         api = HfApi()
         url = api.create_repo(repository, private=is_private or None, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by oq2vl_jax")
+        message, old = "Exported by oq2vl_jax", [*OF_EXPORTS]
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=old)
     return str(url)
 
 

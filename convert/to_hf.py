@@ -57,6 +57,8 @@ def export(config: ToHFConfig) -> str:
 
     if config.private and config.push_to_hub is None:
         raise UserError("--private: makes a repository of --push-to-hub private; give both.")
+    if config.adapter_only and (config.native or config.results):
+        raise UserError("--adapter-only writes neither a whole model nor a card; leave out --native and --results.")
     if config.push_to_hub is not None:
         check_can_push(config.push_to_hub)
     line = write_folder(config)

@@ -1,4 +1,4 @@
-"""Checkpoints: one Orbax step folder holds everything needed to resume, or to ask the model.
+"""Checkpoints: one Orbax step folder holds everything needed to resume, or to ask the model; adapters need their base.
 
     RUN_DIR/checkpoints/000500/
         model/       {"decoder.norm.scale": array, ...}, float32; of a run with adapters (config.lora) they alone
@@ -14,6 +14,7 @@ A converted checkpoint (convert/) has model/, tokenizer/, digests/, and descript
 writes to a temporary folder and renames it, so a step folder is whole or absent. Config and tokenizer are plain files.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Container, Iterable
@@ -88,6 +89,11 @@ def open_checkpoint(path: str, weights: Weights = "model") -> Path:
     folder = find_checkpoint(path)
     check_digests(folder, READ_ITEMS if weights == "model" else (*READ_ITEMS, "ema"))
     return folder
+
+
+def identity_of(checkpoint: Path) -> str:
+    """Returns what tells a checkpoint from another one at the same place."""
+    return hashlib.sha256((checkpoint / "_CHECKPOINT_METADATA").read_bytes()).hexdigest()[:16]
 
 
 def load_train_config(checkpoint: Path) -> TrainConfig | None:

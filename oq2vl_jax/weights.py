@@ -69,19 +69,24 @@ def find_base(checkpoint: Path) -> Path:
     recorded, config = recorded_base(checkpoint), load_train_config(checkpoint)
     assert recorded is not None
     places = [recorded.checkpoint, *([config.init_from] if config is not None and config.init_from else [])]
-    found = next((place for place in places if Path(place.rpartition("@")[0] or place).exists()), None)
-    if found is None:
+    others = []
+    for place in places:
+        try:
+            folder = find_checkpoint(place)
+        except UserError:
+            continue
+        if base_of(folder).digest == recorded.digest:
+            return open_checkpoint(str(folder))
+        others.append(folder)
+    if others:
         raise UserError(
-            f"{checkpoint}: holds adapters of {recorded.checkpoint}, which is gone; bring that checkpoint back, or run "
-            f"where init_from = {places[-1]} exists."
-        )
-    folder = open_checkpoint(str(find_checkpoint(found)))
-    if base_of(folder).digest != recorded.digest:
-        raise UserError(
-            f"{checkpoint}: holds adapters of {recorded.checkpoint}, and {folder} has other weights; they would not "
+            f"{checkpoint}: holds adapters of {recorded.checkpoint}, and {others[0]} has other weights; they would not "
             "fit. Bring back the checkpoint that the run started from."
         )
-    return folder
+    raise UserError(
+        f"{checkpoint}: holds adapters of {recorded.checkpoint}, which is gone; bring that checkpoint back, or run "
+        f"where init_from = {places[-1]} exists."
+    )
 
 
 def load_weights(checkpoint: Path, like: Any, weights: Weights = "model") -> Any:
@@ -120,10 +125,7 @@ class Adapter(NamedTuple):
 
     def added_to(self, kernel: jax.Array) -> jax.Array:
         """Returns the kernel with the adapter, placed as it is."""
-        add = jax.jit(
-            lambda kernel, a, b: merged_kernel(kernel.astype(np.float32), a, b, self.scale).astype(kernel.dtype),
-            out_shardings=kernel.sharding,
-        )
+        add = jax.jit(lambda kernel, a, b: merged_kernel(kernel, a, b, self.scale), out_shardings=kernel.sharding)
         return add(kernel, self.a, self.b)
 
     def added_to_host(self, kernel: np.ndarray) -> np.ndarray:
@@ -131,7 +133,7 @@ class Adapter(NamedTuple):
         if kernel.ndim > 2:
             layers = zip(kernel, self.a, self.b, strict=True)
             return np.stack([Adapter(a, b, self.scale).added_to_host(layer) for layer, a, b in layers])
-        return merged_kernel(kernel, self.a, self.b, self.scale)
+        return kernel + self.scale * (self.a @ self.b)
 
 
 def load_adapters(checkpoint: Path, weights: Weights = "model") -> dict[str, Adapter]:

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oq2vl_jax.checkpoint import find_checkpoint, load_description, load_train_config
+from oq2vl_jax.checkpoint import find_checkpoint, identity_of, load_description, load_train_config
 from oq2vl_jax.config import CheckpointDescription, TrainConfig
 from oq2vl_jax.config_files import to_json
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.paths import read_json
+from oq2vl_jax.weights import find_base
 
 ASK = """\
 ```python
@@ -55,12 +57,17 @@ class Facts(NamedTuple):
 
 def read_facts(checkpoint: Path, results: str | None, name: str | None) -> Facts:
     """Reads what a card says beside the model. Raises UserError for a folder without results.json."""
-    found = None
+    found, own = None, identity_of(checkpoint)
     if results is not None:
         file = Path(results) / "results.json"
         if not file.is_file():
             raise UserError(f"--results {results}: no results.json; it is the folder given to oq2vl_jax.eval --out.")
-        found = json.loads(file.read_text())
+        found = read_json(str(file))
+        if not isinstance(found, dict):
+            raise UserError(f"{file}: expected a JSON object.")
+        others = {task for task, one in found.items() if one.get("checkpoint_identity", own) != own}
+        if others:
+            raise UserError(f"--results {results}: {', '.join(sorted(others))} is of another checkpoint than this one.")
     loader = checkpoint / "loader" / "metadata"
     totals = json.loads(loader.read_text()).get("totals") if loader.is_file() else None
     return Facts(name or ".", origins_of(checkpoint), totals, found)
@@ -69,19 +76,22 @@ def read_facts(checkpoint: Path, results: str | None, name: str | None) -> Facts
 def origins_of(checkpoint: Path) -> tuple[str, ...]:
     """Returns where the weights come from: the run, what it started from, and so on, as far as that is still there."""
     origins: list[str] = []
-    while True:
+    seen: set[Path] = set()
+    while checkpoint not in seen:
+        seen.add(checkpoint)
         config = load_train_config(checkpoint)
         if config is None:
             return (*origins, load_description(checkpoint).origin)
         data = ", ".join(Path(source).name for source in config.data.sources) or config.data.kind
         adapters = f" (adapters of rank {config.lora.rank})" if config.lora.rank is not None else ""
-        origins.append(f"{config.num_steps:,} steps of {config.global_batch_size} rows on {data}{adapters}")
+        origins.append(f"{int(checkpoint.name):,} steps of {config.global_batch_size} rows on {data}{adapters}")
         if config.init_from is None:
             return (*origins, "random weights")
         try:
-            checkpoint = find_checkpoint(config.init_from)
+            checkpoint = find_base(checkpoint) if adapters else find_checkpoint(config.init_from)
         except UserError:
             return (*origins, f"{Path(config.init_from).name}, which is not here any more")
+    return tuple(origins)
 
 
 def model_card(description: CheckpointDescription, training: TrainConfig | None, is_native: bool, facts: Facts) -> str:

@@ -150,7 +150,8 @@ def check(config: TrainConfig, num_devices: int) -> None:
     from oq2vl_jax.train.checks import check_config
 
     data = dataclasses.replace(config.data, kind="synthetic", sources=(), weights=(), online=OnlineConfig())
-    check_config(dataclasses.replace(config, data=data), num_devices)
+    base = config.init_from or ("a base" if config.lora.rank is not None else None)
+    check_config(dataclasses.replace(config, data=data, init_from=base), num_devices)
 
 
 def profiled(step: Any, state: Any, batch: Any, folder: str | None) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Opens what can be asked: a checkpoint, an export of convert.to_hf, or an id of the hub."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from oq2vl_jax import own_code
-from oq2vl_jax.checkpoint import load_description, open_checkpoint
+from oq2vl_jax.checkpoint import identity_of, load_description, open_checkpoint
 from oq2vl_jax.command import bridge
 from oq2vl_jax.config import CheckpointDescription, ModelConfig, Weights
 from oq2vl_jax.config_files import with_value
@@ -19,6 +18,7 @@ from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.digests import digest_of_text, sample_of_file
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
+from oq2vl_jax.paths import read_json
 from oq2vl_jax.sharding import parameter_shardings
 from oq2vl_jax.trees import from_named_arrays, named_arrays
 from oq2vl_jax.weights import load_weights
@@ -47,18 +47,18 @@ def open_model(path: str, weights: Weights = "model", projector: str | None = No
     folder = open_checkpoint(path, weights)
     description = describe(folder, projector)
     codec = TextCodec.load(str(folder / "tokenizer"))
-    identity = hashlib.sha256((folder / "_CHECKPOINT_METADATA").read_bytes()).hexdigest()[:16]
-    model = description.model
+    model, identity = description.model, identity_of(folder)
     return Opened(str(folder), identity, description, codec, lambda mesh: load_model(folder, mesh, weights, model))
 
 
 def is_export(path: str) -> bool:
-    """Whether a path is a Hugging Face folder, or no path but an id of the hub such as ORG/NAME."""
+    """Whether a path is a Hugging Face folder, or no path but an id of the hub such as ORG/NAME: in a folder that is
+    here, a name that is not is a slip, and nobody's repository."""
     file = Path(path) / "config.json"
     if file.is_file() and not (Path(path) / "checkpoints").is_dir():
-        return "model_type" in json.loads(file.read_text())
-    run = path.rpartition("@")[0] or path
-    return not Path(path).exists() and not Path(run).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+        found = read_json(str(file))
+        return isinstance(found, dict) and "model_type" in found
+    return not Path(path).parent.exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
 
 
 def open_export(path: str) -> Opened:

@@ -53,6 +53,12 @@ def from_json(saved: dict[str, Any], where: str) -> Plan:
         }  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: is no plan of oq2vl_jax.ablate, or damaged ({error!r}).") from error
+    others = [name for name, arm in arms.items() if saved["arms"][name].get("hash", arm.hash) != arm.hash]
+    if others:
+        raise UserError(
+            f"{where}: was written by an earlier version, which named the folders of {', '.join(others)} otherwise; go "
+            "on with that version, or choose another folder."
+        )
     return Plan(ablation, arms, saved.get("data", {}))
 
 

@@ -48,15 +48,20 @@ class AdaptedLinear(Linear):
         return plain(self.kernel, self.bias)
 
     def merged(self) -> Linear:
-        """Returns the linear layer that computes the same, with a float32 kernel."""
-        kernel, a, b = (x[...].astype(jnp.float32) for x in (self.kernel, self.lora_a, self.lora_b))
-        return plain(param(merged_kernel(kernel, a, b, self.scale), self.kernel.axes), self.bias)
+        """Returns the linear layer that computes the same, but for the rounding of its kernel."""
+        kernel = merged_kernel(self.kernel[...], self.lora_a[...], self.lora_b[...], self.scale)
+        return plain(param(kernel, self.kernel.axes), self.bias)
 
 
-def merged_kernel(kernel: Any, a: Any, b: Any, scale: float) -> Any:
-    """Returns W + scale * A B of float32 arrays, of numpy or jax; the kernel and its adapter may be stacks."""
-    product = jnp.matmul(a, b, precision="highest") if isinstance(kernel, jax.Array) else a @ b
-    return kernel + scale * product
+def merged_kernel(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """Returns W + scale * A B in the type of W, computed in float32; of a stack one layer after another, so that no
+    float32 copy of the whole stack exists."""
+
+    def of_layer(layer: tuple[Array, Array, Array]) -> Array:
+        wide, a, b = (x.astype(jnp.float32) for x in layer)
+        return (wide + scale * jnp.matmul(a, b, precision="highest")).astype(kernel.dtype)
+
+    return jax.lax.map(of_layer, (kernel, a, b)) if kernel.ndim > 2 else of_layer((kernel, a, b))
 
 
 def plain(kernel: nnx.Param, bias: nnx.Param | None) -> Linear:
@@ -72,7 +77,11 @@ def with_adapters(model: Any, config: LoraConfig, key: Array, base_dtype: DTypeL
     rank, found = config.rank, set()
 
     def adapted(path, node):
-        if not isinstance(node, Linear) or path[0].name not in config.targets or path[-1].name in NOT_ADAPTED:
+        if (
+            not isinstance(node, Linear)
+            or path[0].name not in config.targets
+            or getattr(path[-1], "name", None) in NOT_ADAPTED
+        ):
             return node
         found.add(path[0].name)
         return AdaptedLinear(node, jax.random.fold_in(key, number_of(path_name(path))), rank, config.alpha)

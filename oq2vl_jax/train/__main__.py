@@ -76,6 +76,8 @@ def main() -> None:
         start_processes(processes)
     from oq2vl_jax.train.run import describe, run
 
+    if command.private and command.push_to_hub is None:
+        raise UserError("--private: makes a repository of --push-to-hub private; give both.")
     if command.dry_run:
         print(describe(command.config))
         return
@@ -93,7 +95,9 @@ def check_can_push(command: TrainCommand) -> None:
         bridge("to_hf").check_imports()
     except ImportError as error:
         raise UserError(f"--push-to-hub: {error.name} is missing; pip install 'oq2vl-jax[convert]'.") from error
-    hub.check_can_push(str(command.push_to_hub))
+    bridge("export_config").check_has_export(command.config.model)
+    if is_first_process():
+        hub.check_can_push(str(command.push_to_hub))
 
 
 def push(command: TrainCommand) -> None:

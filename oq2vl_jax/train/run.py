@@ -42,7 +42,7 @@ from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import StepReporter, count_batch
 from oq2vl_jax.train.open_data import open_data
 from oq2vl_jax.train.schedule import Schedule
-from oq2vl_jax.train.start import base_to_record, start_state
+from oq2vl_jax.train.start import start_state
 from oq2vl_jax.train.step import (
     StepMetrics,
     TrainState,
@@ -103,8 +103,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
     with closed_on_failure(checkpointer, data.loader):
         check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
         held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
-        state, totals = start_state(config, mesh, checkpointer, data)
-        base = base_to_record(config, checkpointer.latest_step())
+        state, totals, base = start_state(config, mesh, checkpointer, data)
         write_config(config, run_dir, int(state.step))
         train_step = compile_train_step(config, mesh, compute)
         start_step, saved_step = int(state.step), checkpointer.latest_step()

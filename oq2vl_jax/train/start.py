@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from oq2vl_jax.checkpoint import find_checkpoint, load_optimizer, open_checkpoint, step_folder
+from oq2vl_jax.checkpoint import load_optimizer, open_checkpoint, step_folder
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
 from oq2vl_jax.errors import UserError
@@ -24,8 +24,11 @@ from oq2vl_jax.weights import Base, base_of, load_weights, recorded_base
 
 def start_state(
     config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData
-) -> tuple[TrainState, Totals]:
-    """Restores the run's newest checkpoint and sets the loader to it. Else starts afresh, or from init_from."""
+) -> tuple[TrainState, Totals, Base | None]:
+    """Restores the run's newest checkpoint and sets the loader to it. Else starts afresh, or from init_from.
+
+    Also returns the base that the run's checkpoints record, if it has adapters.
+    """
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
     if step is not None:
@@ -38,18 +41,21 @@ def start_state(
         data.loader.set_state(loader_state["position"])
         if is_first_process():
             print(f"resuming from step {step}")
-        return state, Totals(jax.process_count(), loader_state.get("totals"))
+        base = recorded_base(step_folder(Path(config.run_dir), step))
+        return state, Totals(jax.process_count(), loader_state.get("totals")), base
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
+    base = None
     if config.init_from is not None:
-        state = started_from(config.init_from, state, config, shardings, data)
-    return state, Totals(jax.process_count(), {})
+        source = open_checkpoint(config.init_from)
+        state = started_from(source, state, config, shardings, data)
+        base = None if config.lora.rank is None else base_of(source)
+    return state, Totals(jax.process_count(), {}), base
 
 
 def started_from(
-    init_from: str, state: TrainState, config: TrainConfig, shardings: TrainState, data: OpenData
+    source: Path, state: TrainState, config: TrainConfig, shardings: TrainState, data: OpenData
 ) -> TrainState:
     """Returns the state with the weights of a checkpoint in config.init_parts, and its optimizer's state if asked."""
-    source = open_checkpoint(init_from)
     if tokenizer_sha256(source / "tokenizer") != tokenizer_sha256(data.tokenizer):
         raise UserError(
             f"init_from {source}: its tokenizer is not the one the data was packed with ({data.tokenizer})."
@@ -57,6 +63,8 @@ def started_from(
     whole = without_adapters(shapes_with(config, shardings).model)
     given, _ = split_parts(whole, lambda path: path[0].name in config.init_parts)
     drawn = named_arrays(state.model)
+    for name in named_arrays(given):
+        drawn.pop(name).delete()  # before the others arrive: both do not fit
     model = from_named_arrays(state.model, drawn | named_arrays(load_weights(source, given)))
     check_same_model(source, config)
     state = state._replace(model=model)
@@ -65,12 +73,3 @@ def started_from(
     if config.init_optimizer:
         state = state._replace(opt_state=load_optimizer(source, shapes_with(config, shardings).opt_state))
     return state
-
-
-def base_to_record(config: TrainConfig, saved_step: int | None) -> Base | None:
-    """Returns the base of a run with adapters: that of its newest checkpoint, else init_from."""
-    if config.lora.rank is None or config.init_from is None:
-        return None
-    if saved_step is not None:
-        return recorded_base(step_folder(Path(config.run_dir), saved_step))
-    return base_of(find_checkpoint(config.init_from))

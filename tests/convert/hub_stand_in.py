@@ -97,6 +97,9 @@ class Handler(BaseHTTPRequestHandler):
         elif action == "commit":
             lines = [json.loads(line) for line in content.splitlines()]
             added = {line["value"]["path"]: line["value"] for line in lines if line["key"] == "file"}
+            for line in lines:
+                if line["key"] == "deletedFile":
+                    del self.server.files[name][line["value"]["path"]]
             self.server.files[name] |= {path: base64.b64decode(value["content"]) for path, value in added.items()}
             self.answer(
                 {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}

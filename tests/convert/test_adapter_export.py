@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +81,15 @@ def test_peft_on_the_export_of_the_base_equals_the_merged_export(tuned, tmp_path
     print(f"PEFT: relative error {error:.1e}; the adapters change the logits by {change:.1e}")
     assert error < TOLERANCE
     assert change > 100 * TOLERANCE
+
+
+def test_an_adapter_whose_base_asks_otherwise_is_refused(tuned, tmp_path):
+    file = find_checkpoint(str(shutil.copytree(tuned[1], tmp_path / "run"))) / "config" / "metadata"
+    file.write_text(file.read_text().replace('"template": "plain"', '"template": "chatml"'))
+    shutil.rmtree(file.parent.parent / "digests")
+    with pytest.raises(UserError, match=r"would ask otherwise .*template chatml, there plain.*adapters are merged"):
+        to_hf.export(to_hf.ToHFConfig(str(tmp_path / "run"), str(tmp_path / "no"), adapter_only=True))
+    assert not (tmp_path / "no").exists()
 
 
 def test_an_adapter_of_a_whole_model_is_refused(tuned, tmp_path):

@@ -38,6 +38,11 @@ def test_a_model_goes_to_the_hub_and_answers_from_there(hub, checkpoint, tmp_pat
     results = {"emoji": {"accuracy": 0.731, "interval_95": [0.7, 0.76], "num_units": 1000, "method": "options"}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     out = str(tmp_path / "out")
+    hub.files["me/tiny"] = {
+        "model.safetensors.index.json": b"{}",
+        "model-00001-of-00002.safetensors": b"old",
+        "a.txt": b"a",
+    }
     pushed = run_module(
         hub, "convert.to_hf", checkpoint, "--out", out, "--push-to-hub", "me/tiny", "--private", "--results",
         str(tmp_path), "--dtype", "float32",
@@ -46,7 +51,8 @@ def test_a_model_goes_to_the_hub_and_answers_from_there(hub, checkpoint, tmp_pat
     assert f"pushed to {hub.url}/me/tiny" in pushed.stdout
     assert hub.private == {"me/tiny"}
     files = hub.files["me/tiny"]
-    assert {"config.json", "README.md", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert {"config.json", "README.md", "model.safetensors", "tokenizer.json", "a.txt"} <= set(files)
+    assert not {"model.safetensors.index.json", "model-00001-of-00002.safetensors"} & set(files)  # of an earlier export
     card = files["README.md"].decode()
     assert "| emoji | 73.1 | 70.0 to 76.0 | 1,000 | options |" in card
     assert "vllm serve me/tiny" in card
@@ -102,6 +108,25 @@ def test_a_push_that_fails_leaves_a_whole_folder_and_says_how_to_go_on(hub, chec
     assert f"{out} is whole, but was not pushed to me/tiny: the token may not do that" in failed.stderr
     assert f"then: hf upload me/tiny {out}" in failed.stderr
     assert os.path.isfile(os.path.join(out, "model.safetensors"))
+
+
+def test_a_slip_in_a_folder_that_is_here_is_no_repository(tmp_path, monkeypatch):
+    from oq2vl_jax.generate.loading import is_export
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert not is_export("runs/sft_lava")
+    assert is_export("someone/sft_llava")
+
+
+def test_results_of_another_checkpoint_are_refused(checkpoint, tmp_path):
+    from convert import to_hf
+    from oq2vl_jax.errors import UserError
+
+    (tmp_path / "results.json").write_text(json.dumps({"emoji": {"checkpoint_identity": "of another"}}))
+    with pytest.raises(UserError, match="emoji is of another checkpoint than this one"):
+        to_hf.export(to_hf.ToHFConfig(checkpoint, str(tmp_path / "out"), results=str(tmp_path)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_token_nothing_is_written(hub, checkpoint, tmp_path):

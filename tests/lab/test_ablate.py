@@ -381,6 +381,13 @@ def test_the_hash_ignores_what_cannot_change_the_result(tmp_path):
     assert hash_of({"a": config}) != hash_of({"a": replace(config, data=replace(config.data, sources=("x",)))})
 
 
+def test_a_folder_of_a_version_with_other_hashes_is_refused():
+    saved = as_json(make_plan(tiny(), "x.py"))
+    next(iter(saved["arms"].values()))["hash"] = "older"
+    with pytest.raises(UserError, match="was written by an earlier version, which named the folders"):
+        from_json(saved, "plan.json")
+
+
 def test_the_hash_survives_a_field_that_a_later_version_adds():
     later = make_dataclass("Later", [("damping", float, 0.5)], bases=(OptimizerConfig,), frozen=True)
     config = load_config(TINY)
