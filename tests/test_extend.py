@@ -85,7 +85,7 @@ def test_a_trial_change_trains_resumes_and_leaves(name, tmp_path):
         from safetensors import safe_open
 
         with safe_open(next(tmp_path.glob("exported/*.safetensors")), "np") as tensors:
-            assert "model.language_model.layers.1.self_attn.k_norm.weight" in set(tensors.keys())
+            assert "model.language_model.layers.1.post_feedforward_layernorm.weight" in set(tensors.keys())
         return
     (tmp_path / "picture.png").write_bytes(png())
     ask = ("--image", "picture.png", "--prompt", "what?", "--same-as", "whole", "--trust-remote-code")
