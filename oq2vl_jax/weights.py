@@ -4,8 +4,8 @@ A run with adapters (config.lora) saves them alone, and beside them which checkp
 
     RUN_DIR/checkpoints/000500/base/metadata     {"checkpoint": "/data/captions/checkpoints/001000", "digest": ".."}
 
-The digest covers the files of the base's weights, so a base that changed is an error, and a base that was copied or
-moved is not. A base may have adapters itself.
+The digest covers the files of the base's weights, so a base that changed is an error. It is looked for where it was,
+then where init_from names it; a copy there will do. A base may have adapters itself.
 """
 
 import json
