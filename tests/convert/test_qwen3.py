@@ -173,24 +173,3 @@ def test_another_family_is_refused_by_name(siglip, qwen, tmp_path, change, messa
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=message):
         read_decoder_config(tmp_path)
-
-
-def test_siglip2_of_a_fixed_resolution_is_a_siglip(tmp_path):
-    """The config.json of google/siglip2-so400m-patch14-384, as far as it says something about the tower."""
-    from convert.hf_config import read_vision_config
-    from oq2vl_jax.config.backbones import ENCODERS
-
-    tower = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 384,
-             "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}  # fmt: skip
-    text = {"model_type": "siglip_text_model", "vocab_size": 256_000, "hidden_size": 1152}
-    values = {"model_type": "siglip", "architectures": ["SiglipModel"], "text_config": text, "vision_config": tower}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert read_vision_config(tmp_path) == ENCODERS["siglip-so400m-patch14-384"]
-
-
-def test_naflex_is_refused_with_what_would_fit(tmp_path):
-    from convert.hf_config import read_vision_config
-
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2", "vision_config": {}}))
-    with pytest.raises(UserError, match=r"NaFlex\) are not here, siglip2-so400m-patch14-384"):
-        read_vision_config(tmp_path)
