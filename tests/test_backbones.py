@@ -1,10 +1,12 @@
 """Sizes of published backbones and of the ladder, against the numbers of parameters that their publishers give."""
 
+import dataclasses
 import math
 
 import jax
 import pytest
 
+from oq2vl_jax.bench import fits
 from oq2vl_jax.config import ModelConfig
 from oq2vl_jax.config.backbones import DECODERS, ENCODERS
 from oq2vl_jax.config.ladder import ladder_model, num_parameters
@@ -58,3 +60,16 @@ def test_the_largest_size_is_the_published_model():
 def test_a_width_off_the_ladder_is_refused():
     with pytest.raises(UserError, match="give a multiple of 128"):
         ladder_model(200, 4)
+
+
+def test_what_a_kind_says_and_what_is_spelled_out_are_the_same_model():
+    model = load_config("tiny").model
+    explicit = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, qkv_bias=True, qk_norm=False))
+    assert explicit != model
+    assert explicit.spelled_out() == model.spelled_out()
+
+
+def test_decoders_of_a_table_and_changes_to_the_decoder_exclude_each_other():
+    options = fits.Fits(("tiny",), ("Qwen3-0.6B",), changes=("model.decoder.num_layers=2",))
+    with pytest.raises(UserError, match=r"--changes model.decoder.num_layers=2 would be lost"):
+        fits.measure(options)

@@ -67,6 +67,10 @@ def models_of(path: str, options: Fits) -> list[tuple[str, TrainConfig]]:
         )
     if not options.decoders:
         return [(path, config)]
+    if replaced := [change for change in options.changes if change.startswith("model.decoder.")]:
+        raise UserError(
+            f"--changes {replaced[0]} would be lost: --decoders replaces the whole decoder; give one of them."
+        )
     model = config.model
     return [
         (f"{path} with {name}", dataclasses.replace(config, model=dataclasses.replace(model, decoder=DECODERS[name])))

@@ -1,5 +1,6 @@
 """The architecture, and the published model."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -128,6 +129,12 @@ class ModelConfig:
             raise UserError(
                 f"model.image_token_id = {self.image_token_id} is outside the vocabulary of {self.decoder.vocab_size}."
             )
+
+    def spelled_out(self) -> "ModelConfig":
+        """Returns the same model with nothing left to the decoder's kind, so that two of them can be compared."""
+        decoder = self.decoder
+        decoder = dataclasses.replace(decoder, qkv_bias=decoder.has_qkv_bias, qk_norm=decoder.has_qk_norm)
+        return dataclasses.replace(self, decoder=decoder)
 
     @staticmethod
     def open_qwen2vl_2b(num_visual_tokens: int = 144) -> "ModelConfig":

@@ -198,7 +198,7 @@ class ExecutionConfig:
     python -m oq2vl_jax.bench report measures which is fastest."""
 
     gate_up: Literal["fused", "apart"] = "fused"
-    """fused: gate_proj and up_proj in one matrix product. apart: in two."""
+    """fused: gate_proj and up_proj in one matrix product. apart: in two, as always with adapters (lora.rank)."""
     layers: Literal["one_by_one", "scan"] = "one_by_one"
     """one_by_one: unrolled. scan: over the stack; compiles in half the time, but copies weights and gradients."""
     tiles: Literal["64x64", "128x64", "128x128"] = "64x64"

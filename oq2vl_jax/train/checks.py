@@ -143,7 +143,7 @@ def check_same_model(source: Path, config: TrainConfig) -> None:
     """
     from oq2vl_jax.checkpoint import load_description
 
-    saved, current = flatten(load_description(source).model), flatten(config.model)
+    saved, current = (flatten(model.spelled_out()) for model in (load_description(source).model, config.model))
     free = {"num_visual_tokens", "projector.own", *names_of_role(ModelConfig, "initial")}
     free |= {key for key in current if key.split(".")[0] in PARTS and key.split(".")[0] not in config.init_parts}
     changed = [key for key in current if key not in free and saved[key] != current[key]]
