@@ -77,9 +77,8 @@ def check_same_model(before: TrainConfig, after: TrainConfig, where: str) -> Non
     if set(after.init_parts) != set(PARTS):
         return  # some parts are drawn anew, and may be others
     free = {"num_visual_tokens"}
-    a, b = (
-        {k: v for k, v in flatten(config.model.spelled_out()).items() if k not in free} for config in (before, after)
-    )
+    models = (flatten(config.model.spelled_out()) for config in (before, after))
+    a, b = ({key: value for key, value in model.items() if key not in free} for model in models)
     differing = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     if differing:
         raise UserError(f"{where}: have other models (model.{', model.'.join(differing)}); change both, as *.model...")
