@@ -1,5 +1,5 @@
 """Asks an exported model behind a LoRA adapter of PEFT: a fresh one, which changes nothing, and one with weights, which
-is saved, loaded over the model again and merged; the merged model stands in OUT.merged, its replies in "merged".
+is saved, loaded over the model again and merged; the merged model stands in OUT.saved, its replies in "saved".
 """
 
 import torch
@@ -26,8 +26,9 @@ if __name__ == "__main__":
     with_weights(adapted).save_pretrained(f"{out}.adapter")
     changed = answers(adapted.eval(), processor, requests)
     merged = PeftModel.from_pretrained(load(folder)[0], f"{out}.adapter").merge_and_unload().eval()
-    result["merged"] = answers(merged, processor, requests)["alone"]
-    result["merged_is_adapted"] = result["merged"] == changed["alone"] == changed["together"]
-    merged.save_pretrained(f"{out}.merged")
-    processor.save_pretrained(f"{out}.merged")
+    result["saved"] = answers(merged, processor, requests)["alone"]
+    equal = result["saved"] == changed["alone"] == changed["together"]
+    result["checks"] = {"adapter saved, loaded, merged: the same replies": equal}
+    merged.save_pretrained(f"{out}.saved")
+    processor.save_pretrained(f"{out}.saved")
     write_answers(out, ("peft", "transformers", "torch"), **result)

@@ -1,4 +1,4 @@
-"""Asks an exported model with vLLM on a CPU, in float32."""
+"""Asks an exported model with vLLM on a CPU, in float32; what ask_vllm_bf16.py shares with it."""
 
 import os
 
@@ -19,12 +19,16 @@ def messages_of(request):
     return [{"role": "user", "content": [*content, {"type": "text", "text": request["text"]}]}]
 
 
-if __name__ == "__main__":
-    folder, requests, out = read_arguments()
-    model = LLM(
-        folder, dtype="float32", max_model_len=512, max_num_seqs=8, enforce_eager=True, trust_remote_code=True,
+def load(folder, dtype):
+    return LLM(
+        folder, dtype=dtype, max_model_len=512, max_num_seqs=8, enforce_eager=True, trust_remote_code=True,
         limit_mm_per_prompt={"image": 3}, enable_prefix_caching=False, seed=0,
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    folder, requests, out = read_arguments()
+    model = load(folder, "float32")
     options = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
     ends = {model.get_tokenizer().eos_token_id, model.get_tokenizer().pad_token_id}
     alone = [model.chat([messages_of(request)], options)[0] for request in requests]

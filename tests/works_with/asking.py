@@ -1,7 +1,8 @@
 """What the scripts share that run in other environments, where nothing of this project is installed.
 
 Each is run as `python ask_NAME.py MODEL REQUESTS OUT` and writes {"versions", "prompts", "alone", "together"}: token
-ids of the prompts, and of the replies without what ends them, one by one and in one batch.
+ids of the prompts, and of the replies without what ends them, one by one and in one batch. One that changes the model
+saves it as OUT.saved, and adds its replies as "saved" and {what should hold: whether it does} as "checks".
 """
 
 import json

