@@ -2,14 +2,10 @@
 
 import os
 import tempfile
-from importlib.metadata import version
 
-# Compiling is most of the suite's time: without LLVM's optimizations the train step takes 2.6 s instead of 4.5, without
-# XLA's fusion emitters 0.9 s. A version that does not know a flag would end the process.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if tuple(int(part) for part in version("jaxlib").split(".")[:2]) <= (0, 12):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+from tests.xla_flags import devices
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices(8)}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiled programs are shared between the tests of a session and the commands they start.

@@ -21,6 +21,7 @@ from oq2vl_jax.train.run import run
 from tests.data.conftest import png
 from tests.generate.conftest import checkpoint  # noqa: F401
 from tests.train.conftest import tiny_config  # noqa: F401
+from tests.xla_flags import FAST_COMPILING
 
 EXAMPLES = Path("docs/examples")
 DIFFS = {"schedule": ("--schedule.kind", "linear"), "decoder": ()}
@@ -48,7 +49,11 @@ def copied(folder):
 
 
 def call(folder, *command):
-    environment = os.environ | {"PYTHONPATH": str(folder), "HF_MODULES_CACHE": str(folder / "modules"), "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(folder),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "XLA_FLAGS": FAST_COMPILING,
+    }
     done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -92,7 +97,9 @@ def test_a_trial_change_trains_resumes_and_leaves(name, tmp_path):
     assert "the same reply" in call(tmp_path, "convert.ask_hf", "exported", *ask)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", [name if name == "own_projector" else pytest.param(name, marks=pytest.mark.slow) for name in OWN]
+)
 def test_a_file_outside_the_package_trains_and_resumes(name, tiny_config):  # noqa: F811
     """The command that the example shows, as the flag sets the configuration."""
     flag, function = OWN[name]
@@ -113,6 +120,7 @@ def python(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_programs_run_as_the_page_says(tmp_path):
     """The loop of one's own has the losses of run; the probe and the distillation take its checkpoint."""
     trained = python("-m", "oq2vl_jax.train", "tiny", "--run-dir", tmp_path / "run", "--num-steps", 5, "--log-every", 1)

@@ -146,6 +146,7 @@ def test_a_pil_image_keeps_its_orientation_and_may_have_any_mode():
     assert Image.open(io.BytesIO(interface.bytes_of(Image.new("CMYK", (4, 2))))).mode == "RGB"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """Its cells in their order, as a kernel would, in an empty folder; the printed losses fall."""
     cells = json.loads(Path("docs/examples/tour.ipynb").read_text())["cells"]

@@ -9,6 +9,7 @@ import pytest
 from oq2vl_jax import runtime
 from oq2vl_jax.devices import DEVICES, device_of_kind, find_device
 from oq2vl_jax.errors import UserError
+from tests.xla_flags import FAST_COMPILING
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
@@ -34,7 +35,7 @@ def test_every_flag_is_known_to_xla():
 
 def test_the_compilation_cache_lies_beside_the_runs(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device: less to compile
+    environment["XLA_FLAGS"] = FAST_COMPILING  # one device: less to compile
     command = [sys.executable, "-m", "oq2vl_jax.train", "configs/tiny.py", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run([*command, "--num-steps", "1"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

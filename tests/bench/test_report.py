@@ -16,6 +16,7 @@ from oq2vl_jax.bench.parts.setting import Setting, Skipped
 from oq2vl_jax.bench.report import Report, exit_code
 from oq2vl_jax.bench.report_runner import Item, Runner
 from oq2vl_jax.errors import UserError
+from tests.xla_flags import FAST_COMPILING
 
 COMMAND = (sys.executable, "-m", "oq2vl_jax.bench", "report", "--config", "configs/tiny.py")
 A_WHILE = "618.5"
@@ -103,6 +104,7 @@ def alive(folder):
     return [line for line in shown.splitlines() if "oq2vl_jax.bench.parts" in line and str(folder) in line]
 
 
+@pytest.mark.slow
 def test_a_killed_report_goes_on_where_it_was(tmp_path):
     """SIGKILL in the middle, then the same command with a minute: what stands is not run again, the page is whole."""
     folder = tmp_path / "report"
@@ -158,7 +160,7 @@ for name in ("probe", "device", "exactness", "exactness_step", "step"):
 def test_parts_a_to_c_need_nothing_that_reads_data(tmp_path):
     """None in sys.modules makes an import fail."""
     (tmp_path / "parts").mkdir()
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILING}
     program = PARTS_A_TO_C.format(blocked=BLOCKED, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

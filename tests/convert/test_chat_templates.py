@@ -39,7 +39,7 @@ def conversation(rng):
     return messages
 
 
-@pytest.mark.parametrize("num_conversations", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_conversations", [30, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("vocabulary", ["byte_tokenizer_folder", "qwen_tokenizer_folder"])
 def test_a_template_writes_the_tokens_of_the_codec(vocabulary, template, num_conversations, request):

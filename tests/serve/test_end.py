@@ -16,7 +16,9 @@ import urllib.request
 import pytest
 import uvicorn
 
-ONE_DEVICE = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+from tests.xla_flags import FAST_COMPILING
+
+ONE_DEVICE = os.environ | {"XLA_FLAGS": FAST_COMPILING}
 
 
 def free_port():

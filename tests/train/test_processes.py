@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from oq2vl_jax.train.run import run
+from tests.xla_flags import devices
 
 LOSS_TOLERANCE = 2e-6  # relative, 2 x 4 devices against 1 x 8; measured 0
 
 
 def start(run_dir, *flags, index, port, count=2):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    }
+    environment = os.environ | {"XLA_FLAGS": devices(4)}
     command = [sys.executable, "-m", "oq2vl_jax.train", "configs/tiny.py", "--run-dir", str(run_dir), *flags]
     command += ["--coordinator", f"localhost:{port}", "--num-processes", str(count), "--process-id", str(index)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

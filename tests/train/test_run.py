@@ -20,6 +20,7 @@ from oq2vl_jax.train import gradients
 from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.run import run
 from tests.train.conftest import TINY
+from tests.xla_flags import FAST_COMPILING
 
 
 def test_train_2_and_resume_2_equals_train_4(tiny_config):
@@ -129,7 +130,7 @@ def train_command(run_dir, *flags):
     return [sys.executable, "-m", "oq2vl_jax.train", "configs/tiny.py", "--run-dir", str(run_dir), *flags]
 
 
-ONE_DEVICE = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+ONE_DEVICE = os.environ | {"XLA_FLAGS": FAST_COMPILING}
 SHORT = ("--num-steps", "16", "--checkpoint.every-num-steps", "4", "--log-every", "1")
 
 
