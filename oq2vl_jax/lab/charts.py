@@ -64,6 +64,8 @@ def forest(results: Results) -> str:
 
 def curves(results: Results, stage: str, x: str) -> str | None:
     """Returns the curves of a stage's held-out loss, or of its training loss; None if no cell has any."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     plt = plotting()
     plan = results.plan
     name = "held_out_loss" if any(f"{stage}:held_out_loss" in one.numbers for one in results.done) else "loss"
@@ -91,6 +93,9 @@ def curves(results: Results, stage: str, x: str) -> str | None:
         return None
     if lowest > 0:
         axis.set_yscale("log")
+        axis.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+        )
     axis.set_xlabel(AXES[x], color=MUTED)
     axis.set_ylabel(f"{stage}: {name.replace('_', ' ')} (nats)", color=MUTED)
     axis.legend(frameon=False, fontsize=9)
