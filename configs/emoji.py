@@ -17,7 +17,7 @@ demo = load_config(str(Path(__file__).with_name("easy_vqa.py")))
 config = dataclasses.replace(
     demo,
     data=dataclasses.replace(demo.data, sources=("emoji/packed/captions",)),
-    optimizer=dataclasses.replace(demo.optimizer, kind="muon"),
+    schedule=dataclasses.replace(demo.schedule, kind="cosine"),
     num_steps=300,
     run_dir="runs/emoji",
     held_out=HeldOutConfig(sources=("emoji/packed/held_out",), every_num_steps=50, num_batches=2, num_samples=0),

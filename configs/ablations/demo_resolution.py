@@ -12,7 +12,7 @@ high = {"captions.model.num_visual_tokens": 64, "captions.data.sources": ("demo/
 ablation = Ablation(
     question="Does pre-training with few visual tokens cost quality, at equal FLOPs and at equal steps?",
     stages={"captions": "easy_vqa", "questions": "easy_vqa_tune"},
-    arms={"low_to_high": {}, "high_equal_flops": high, "high_equal_steps": high | {"captions.num_steps": 1000}},
+    arms={"low_to_high": {}, "high_equal_flops": high, "high_equal_steps": high | {"captions.num_steps": 700}},
     baseline="low_to_high",
     match="flops",
     tasks=(Task("easy_vqa", data="demo/data/test"),),

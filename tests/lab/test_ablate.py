@@ -111,6 +111,17 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, definiti
         assert log.read_text().count("done: step") == 1, f"{log}: ran twice"
 
 
+@pytest.mark.slow
+def test_workers_on_ray_end_with_the_same_bytes(finished, definition, tmp_path):
+    command = command_of(definition, tmp_path / "out", "--executor", "ray", "--ray-address", "local")
+    done = subprocess.run([*command, "--num-workers", "2"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for name in ("report.md", "results.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes().replace(
+            str(finished).encode(), str(tmp_path / "out").encode()
+        )
+
+
 def test_a_worker_that_never_comes_back_leaves_its_cell_to_others(finished, definition, tmp_path):
     """A claim of another host counts until its heartbeat is old; then the cell goes on."""
     out = tmp_path / "out"

@@ -1,7 +1,7 @@
 """lmms-eval asks our server 50 questions about emoji in MMBench's layout; oq2vl_jax.eval asks the same checkpoint.
 
-A small model is trained on questions of that form for some minutes: it answers with letters, more of them right than by
-chance. Unlike the scripts beside it this one runs here; only lmms-eval runs in its environment.
+A small model is trained on questions of that form for two minutes, so that it answers with letters; that they are right
+is not asked of it. Unlike the scripts beside it this one runs here; only lmms-eval runs in its environment.
 """
 
 import base64
@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 
 NUM_QUESTIONS = 50
-NUM_STEPS = 400
+NUM_STEPS = 150
 NUM_CONCEPTS = 40
 TASK = """task: emoji_as_mmbench
 dataset_path: parquet
@@ -72,12 +72,12 @@ def trained(folder: Path) -> Path:
     write_emoji(EmojiConfig(str(folder / "emoji"), num_concepts=NUM_CONCEPTS))
     write_conversations(folder)
     tokenizer = folder / "emoji" / "tokenizer"
-    words = f"--shards {folder}/letters.tar --out {folder}/packed --tokenizer {tokenizer} --num-tokens 512"
+    words = f"--shards {folder}/letters.tar --out {folder}/packed --tokenizer {tokenizer} --num-tokens 256"
     words += " --max-images 8 --visual-tokens 16"
     subprocess.run([sys.executable, "-m", "oq2vl_jax.data.pack", *words.split()], check=True)
     bed = load_config("emoji")
     data = dataclasses.replace(
-        bed.data, sources=(str(folder / "packed"),), num_tokens=512, max_images=8, template="open_qwen2vl"
+        bed.data, sources=(str(folder / "packed"),), num_tokens=256, max_images=8, template="open_qwen2vl"
     )
     no_held_out = dataclasses.replace(bed.held_out, sources=())
     run(dataclasses.replace(bed, data=data, held_out=no_held_out, run_dir=str(folder / "run"), num_steps=NUM_STEPS))
