@@ -15,19 +15,21 @@ from oq2vl_jax.html import page, table
 from oq2vl_jax.lab import charts
 from oq2vl_jax.lab.definition import Task
 from oq2vl_jax.lab.report import (
+    ARMS_HEADER,
     answers,
     arm_rows,
-    checks,
+    category_rows,
     commands,
     notes_on_table,
-    other_arms,
+    other_labels,
     other_rows,
     stages_text,
     verdict_header,
     verdict_rows,
 )
-from oq2vl_jax.lab.results import Results, environments
+from oq2vl_jax.lab.results import Results, environments, other_arms
 from oq2vl_jax.lab.runs import read_records
+from oq2vl_jax.lab.trust import checks
 
 QUESTIONS_SHOWN = 12
 STYLE = (
@@ -50,10 +52,14 @@ def as_page(results: Results, file: str, out: str) -> str:
     body += [f'<p class="lead">{html.escape(notes_on_table(results))}</p>']
     for stage in ablation.stages:
         body += [f"<h2>Stage {html.escape(stage)}</h2>", curve_tabs(results, stage)]
-    body += ["<h2>Arms</h2>", table(("arm", "changes", "steps", "real tokens", "model FLOPs"), arm_rows(results))]
+    body += ["<h2>Arms</h2>", table(ARMS_HEADER, arm_rows(results))]
     body += [f'<p class="lead">Matched by {ablation.match}. Stages: {html.escape(stages_text(results))}.</p>']
     body += ["<h2>Other metrics</h2>", table(("metric", "arm", "baseline", "arm's mean", "difference", "95 % interval"),
                                             other_rows(results))]  # fmt: skip
+    body += [f'<p class="lead">{html.escape(line)}</p>' for line in other_labels(results)]
+    by_category = category_rows(results)
+    if by_category:
+        body += ["<h2>Accuracy by category</h2>", table(("questions", *results.plan.arms), by_category)]
     body += ["<h2>How sure the laboratory is</h2><ul>", *(f"<li>{html.escape(line)}</li>" for line in checks(results))]
     body += [f"<li>{html.escape(line)}</li>" for line in costs(results)] + ["</ul>"]
     if results.failed:
@@ -108,7 +114,11 @@ def costs(results: Results) -> list[str]:
     seconds = sum(one.seconds for one in results.done)
     found = environments(results)
     devices = ", ".join(map(str, found.get("device", ["unknown"])))
-    lines = [f"{len(results.done)} cells took {seconds / 3600:.2f} hours of training on {devices}."]
+    jax = ", ".join(map(str, found.get("versions.jax", ["unknown"])))
+    lines = [
+        f"{len(results.done)} cells took {seconds / 3600:.2f} hours of training on {devices} with jax {jax}. Other "
+        "work on the machine counts: times do not compare the arms."
+    ]
     per_cell = {arm: [one.seconds for one in results.of_arm(arm)] for arm in results.plan.arms}
     lines += [
         f"{arm}: {np.mean(times):.0f} s a seed ({min(times):.0f} to {max(times):.0f})."

@@ -6,15 +6,22 @@ It holds nothing that depends on when or how often the cells were started; how l
 import os
 import shlex
 from collections.abc import Iterable
-from typing import Any
 
-from oq2vl_jax.lab.cells import OF_BASELINE
-from oq2vl_jax.lab.definition import ROUNDING
-from oq2vl_jax.lab.results import Comparison, Results, changes_of, environments, full_name, is_judged, speed_up_of
+from oq2vl_jax.lab.results import (
+    Comparison,
+    Results,
+    changes_of,
+    common_seeds,
+    full_name,
+    other_arms,
+)
+from oq2vl_jax.lab.statistics import p_text
+from oq2vl_jax.lab.trust import checks, short
 
 METRIC_FORMAT = "{:.4f}"
-FARTHEST = 50
-"""Per cent of the baseline's steps up to which its slope at the end is taken for a straight line."""
+ARMS_HEADER = ("arm", "changes", "steps", "real tokens, planned", "model FLOPs, planned")
+LABELS_DIFFER = 0.005
+"""Share of the labelled tokens from which on the losses of two arms are means over other tokens."""
 
 
 def as_markdown(results: Results, file: str, out: str) -> str:
@@ -27,8 +34,12 @@ def as_markdown(results: Results, file: str, out: str) -> str:
         lines += ["", "## Other metrics", ""]
         lines += table(("metric", "arm", "baseline", "arm's mean", "difference", "95 % interval"), others)
         lines += ["", "These were not chosen to decide; their intervals are not adjusted for their number."]
-    lines += ["", "## Arms", "", *table(("arm", "changes", "steps", "real tokens", "model FLOPs"), arm_rows(results))]
-    lines += ["", f"Matched by {ablation.match}. Stages: {stages_text(results)}. Numbers are of one seed."]
+        lines += other_labels(results)
+    by_category = category_rows(results)
+    if by_category:
+        lines += ["", "## Accuracy by category", "", *table(("questions", *results.plan.arms), by_category)]
+    lines += ["", "## Arms", "", *table(ARMS_HEADER, arm_rows(results))]
+    lines += ["", f"Matched by {ablation.match}. Stages: {stages_text(results)}. Planned numbers are of one seed."]
     lines += ["", "## How sure the laboratory is", "", *(f"- {line}" for line in checks(results))]
     if results.failed:
         lines += ["", "## Failed", "", *(f"- {cell}: {why}" for cell, why in sorted(results.failed.items()))]
@@ -78,13 +89,19 @@ def change_text(found: Comparison) -> str:
     return f"{found.means[0]:.4g} -> {found.means[1]:.4g}, difference {one.mean:+.4g}{interval}"
 
 
-def other_arms(results: Results) -> list[str]:
-    return [arm for arm in results.plan.arms if arm != results.plan.ablation.baseline]
-
-
 def verdict_header(results: Results) -> tuple[str, ...]:
     metric = full_name(results.plan, results.plan.ablation.metric)
-    return ("arm", "seeds", metric, "difference", "95 % interval", "p (Holm)", "sign-flip p", "pairs' r", "verdict")
+    return (
+        "arm",
+        "seeds",
+        metric,
+        "difference",
+        "95 % interval",
+        "p (Holm)",
+        "sign-flip p",
+        "correlation of pairs",
+        "verdict",
+    )
 
 
 def verdict_rows(results: Results) -> list[tuple[str, ...]]:
@@ -105,7 +122,7 @@ def verdict_rows(results: Results) -> list[tuple[str, ...]]:
         one, verdict = found.difference, found.verdict
         rows.append(
             (arm, seeds, METRIC_FORMAT.format(found.means[1]), f"{one.mean:+.4g}", interval_text(found),
-             number_text(verdict.p if verdict else None), number_text(one.sign_flip_p), number_text(one.correlation),
+             p_of(verdict.p if verdict else None), number_text(one.sign_flip_p), number_text(one.correlation),
              f"**{verdict.word}**" if verdict else "none")
         )  # fmt: skip
     return rows
@@ -120,6 +137,10 @@ def number_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
 
 
+def p_of(value: float | None) -> str:
+    return "-" if value is None else p_text(value).removeprefix("p ").removeprefix("= ")
+
+
 def notes_on_table(results: Results) -> str:
     ablation = results.plan.ablation
     better = "lower" if ablation.is_lower_better else "higher"
@@ -131,11 +152,44 @@ def notes_on_table(results: Results) -> str:
         "welch": "Where the rows differ, losses of equal seeds are no pairs: Welch's t.",
         "questions": "One seed: the questions alone vary, and the seeds were not sampled.",
     }  # fmt: skip
+    number = len(ablation.seeds)
+    words["paired"] += f" With {number} pairs the sign-flip p is at least {2 / 2**number:.2g}."
     said = " ".join(text for key, text in words.items() if key in how)
     return (
         f"{better.capitalize()} is better. Before the first run a difference below {ablation.smallest_effect:g} was "
         f"said not to matter: equivalent means that the interval lies within it. {said}"
     )
+
+
+def other_labels(results: Results) -> list[str]:
+    """Returns a warning for each stage in which an arm's loss is a mean over other tokens than the baseline's."""
+    lines = []
+    for arm in other_arms(results):
+        for stage in results.plan.ablation.stages:
+            name = f"{stage}:total_labelled_tokens"
+            pairs = common_seeds(results, arm, name)
+            more = [a.numbers[name] / b.numbers[name] - 1 for a, b in pairs]
+            if more and abs(sum(more)) / len(more) > LABELS_DIFFER:
+                share = 100 * sum(more) / len(more)
+                lines.append(
+                    f"{arm} labels {abs(share):.0f} % {'more' if share > 0 else 'fewer'} tokens than "
+                    f"{results.plan.ablation.baseline} in {stage}: the two losses are means over different tokens."
+                )
+    return lines
+
+
+def category_rows(results: Results) -> list[tuple[str, ...]]:
+    """Returns a row for each category of questions: the mean accuracy of every arm. None were chosen to decide."""
+    names = dict.fromkeys(name for one in results.done for name in one.numbers if ":accuracy/" in name)
+    rows = []
+    for name in names:
+        task, _, rest = name.partition(":accuracy/")
+        values = [
+            [one.numbers[name] for one in results.of_arm(arm) if name in one.numbers] for arm in results.plan.arms
+        ]
+        means = [METRIC_FORMAT.format(sum(found) / len(found)) if found else "-" for found in values]
+        rows.append((f"{task}, {rest.replace('/', ': ', 1)}", *means))
+    return rows
 
 
 def other_rows(results: Results) -> list[tuple[str, ...]]:
@@ -159,58 +213,8 @@ def arm_rows(results: Results) -> list[tuple[str, ...]]:
     return rows
 
 
-def short(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def stages_text(results: Results) -> str:
     return ", ".join(f"{name} ({path})" for name, path in results.plan.ablation.stages.items())
-
-
-def checks(results: Results) -> list[str]:
-    """Returns what was done to trust the differences."""
-    plan, ablation = results.plan, results.plan.ablation
-    lines = []
-    if results.again is not None:
-        exact = "exactly 0" if results.again == 0 else f"up to {results.again:.3g}; this device does not repeat a sum"
-        lines.append(f"The baseline run again differs by {exact}, over all its numbers.")
-    if results.floor:
-        lines.append(
-            f"Rounding alone (other rows_per_device) moves the mean of {len(ablation.seeds)} seeds by about "
-            f"{results.floor:.3g}; an effect below it is none."
-        )
-    unmeasured = [cell for cell in results.failed if cell.startswith(f"{OF_BASELINE}{ROUNDING}")]
-    if unmeasured or not ablation.floor_seeds:
-        lines.append("What rounding alone does was not measured.")
-    metric = full_name(plan, ablation.metric)
-    for arm in other_arms(results):
-        found = results.comparisons[arm].get(metric)
-        if found is not None and found.difference.spread:
-            from oq2vl_jax.lab.statistics import detectable_effect
-
-            one, number = found.difference, found.difference.num_seeds
-            effect = detectable_effect(
-                one.spread or 0.0, number, question_error=one.question_error, degrees=one.degrees
-            )
-            lines.append(f"{arm}: {number} seeds find an effect of {effect:.3g} in about 80 % of all cases.")
-        saved = speed_up_of(results, arm) if is_judged(results, arm) else None
-        if saved is not None:
-            lines.append(f"{arm}: {speed_up_text(*saved)}.")
-    if ablation.tune:
-        tried = ", ".join(f"{key} x {', '.join(f'{f:g}' for f in factors)}" for key, factors in ablation.tune.items())
-        lines.append(f"Tuned alike for all arms on seeds {', '.join(map(str, ablation.tune_seeds))}: {tried}.")
-    varied = {name: values for name, values in environments(results).items() if len(values) > 1}
-    lines += [f"Cells ran with different {name}: {', '.join(map(short, values))}." for name, values in varied.items()]
-    return lines
-
-
-def speed_up_text(loss: str, percent: float) -> str:
-    word = "saves" if percent > 0 else "costs"
-    if abs(percent) > FARTHEST:
-        return f"its last {loss} {word} more steps than a straight line through the baseline's end can tell"
-    share = f"about {abs(percent):.0f} % of the baseline's steps"
-    return f"its last {loss} {word} {share}, by the slope at the baseline's end (a linear guess)"
 
 
 def commands(file: str, out: str) -> Iterable[str]:

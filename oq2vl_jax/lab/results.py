@@ -132,6 +132,9 @@ def read_cell(plan: Plan, out: str, cell: Cell) -> CellResult:
             if abs(values.mean() - numbers[name]) < SAME:  # else it is a mean over groups of questions
                 clusters = [str(record.get("pictures", index)) for index, record in asked.items()]
                 scores[name] = Scores(list(asked), values, clusters)
+        for category, members in totals[task.name].get("by_category", {}).items():
+            for member, found in members.items():
+                numbers[f"{task.name}:accuracy/{category}/{member}"] = found["accuracy"]
     return CellResult(cell, numbers, scores, digest, seconds, runs, results_folder(out, cell))
 
 
@@ -148,13 +151,16 @@ def metrics_of(results: Results) -> list[str]:
     return [primary, *(name for name in compared if name != primary)]
 
 
+def other_arms(results: Results) -> list[str]:
+    return [arm for arm in results.plan.arms if arm != results.plan.ablation.baseline]
+
+
 def is_lower_better(metric: str) -> bool:
     return metric.split(":")[1] not in SCORES
 
 
 def compare_all(results: Results) -> dict[str, dict[str, Comparison]]:
-    plan = results.plan
-    arms = [name for name in plan.arms if name != plan.ablation.baseline]
+    plan, arms = results.plan, other_arms(results)
     compared: dict[str, dict[str, Comparison]] = {arm: {} for arm in arms}
     for metric in metrics_of(results):
         means, found = {}, {}

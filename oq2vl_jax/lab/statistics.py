@@ -218,9 +218,16 @@ def verdict(
     if p < ALPHA:
         is_better = (one.mean < 0) == is_lower_better
         alone = "; of the questions: the seeds were not sampled" if one.how == "questions" else ""
-        return Verdict("better" if is_better else "worse", p, f"p = {p:.2g} by Holm{alone}")
+        is_open = one.low is not None and one.high is not None and min(abs(one.low), abs(one.high)) < smallest_effect
+        size = f"; whether it is more than {smallest_effect:g} is open" if is_open else ""
+        return Verdict("better" if is_better else "worse", p, f"{p_text(p)} by Holm{alone}{size}")
     needed = seeds_to_decide(one, smallest_effect)
     return Verdict("undecided", p, f"about {needed} seeds would decide" if needed else "more questions would decide")
+
+
+def p_text(p: float) -> str:
+    """Returns p = .. in words; far below a thousandth it rests on the tails of the distribution that was assumed."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def equivalence_p(one: Difference, smallest_effect: float) -> float:

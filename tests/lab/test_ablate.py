@@ -18,6 +18,8 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.lab import worker
 from oq2vl_jax.lab.cells import judged_cells, run_folder, status_of
 from oq2vl_jax.lab.registration import from_json
+from oq2vl_jax.lab.report import category_rows, other_labels
+from oq2vl_jax.lab.results import collect
 from oq2vl_jax.lab.runs import read_records
 from oq2vl_jax.lab.worker import Worker, work
 from tests.lab.conftest import DEFINITION, TWO_STAGES, train_here
@@ -171,6 +173,21 @@ def test_the_report_of_an_incomplete_set_says_so_and_gives_no_verdict(finished, 
     text = (out / "report.md").read_text()
     assert "**fast: no verdict**, incomplete: 1 of 2 seeds are done." in text
     assert "## Missing: 1" in text
+
+
+def test_losses_over_other_tokens_and_categories_of_questions_are_said(finished):
+    plan = load_plan(finished)
+    results = collect(plan, str(finished))
+    label, category = "first:total_labelled_tokens", "emoji:accuracy/concept/seen"
+    done = [
+        one._replace(numbers=one.numbers | {label: 114 if one.cell.arm == "fast" else 100, category: 0.5})
+        for one in results.done
+    ]
+    results = results._replace(done=done)
+    assert other_labels(results) == [
+        "fast labels 14 % more tokens than base in first: the two losses are means over different tokens."
+    ]
+    assert category_rows(results) == [("emoji, concept: seen", "0.5000", "0.5000")]
 
 
 def test_a_published_page_has_its_charts_its_plan_and_its_numbers(finished, definition, tmp_path):

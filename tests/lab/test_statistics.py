@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from oq2vl_jax.lab import statistics
-from oq2vl_jax.lab.statistics import Difference, crossed, paired, verdicts, welch
+from oq2vl_jax.lab.statistics import Difference, crossed, p_text, paired, verdicts, welch
 
 NUM_SIMULATED = 2000
 FALSE_POSITIVES = (0.03, 0.07)
@@ -138,6 +138,16 @@ def test_more_arms_need_more_evidence_and_rounding_is_no_effect():
     assert [two[name].word for name in "ab"] == ["undecided", "undecided"]
     assert "seeds would decide" in two["a"].why
     assert verdicts({"a": one}, 0.1, is_lower_better=True, floor=2.0)["a"].word == "undecided"
+
+
+def test_a_difference_that_is_sure_may_be_smaller_than_what_matters():
+    one = paired([1.1, 1.12, 1.08, 1.11], [1.0, 1.0, 1.0, 1.0])
+    found = {size: verdicts({"a": one}, size, is_lower_better=False)["a"] for size in (0.05, 0.1)}
+    assert {size: one.word for size, one in found.items()} == {0.05: "better", 0.1: "better"}
+    assert found[0.1].why.endswith("by Holm; whether it is more than 0.1 is open")
+    assert found[0.05].why.endswith("by Holm")
+    assert p_text(9.4e-4) == "p < 0.001"
+    assert p_text(0.0312) == "p = 0.031"
 
 
 def test_one_seed_is_said_to_be_one():
