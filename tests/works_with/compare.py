@@ -78,7 +78,7 @@ HARNESS = "lmms-eval"
 LMMS_EVAL = Peer(
     "ask_with_lmms_eval",
     (TORCH, "transformers", "accelerate", "datasets", "evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu",
-     "tenacity", "openai", "python-dotenv", "pandas", "pillow"),
+     "tenacity", "openai", "python-dotenv", "pandas", "pillow", "filelock<3.20"),
     alone=("lmms-eval==0.7.3",),
 )  # fmt: skip
 """Leaner than all that it depends on, 2.4 GB."""
