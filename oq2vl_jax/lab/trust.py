@@ -1,10 +1,12 @@
 """Says how sure the laboratory is of its differences: checks of the baseline, power, steps saved, machines."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from oq2vl_jax.lab.cells import OF_BASELINE
 from oq2vl_jax.lab.definition import ROUNDING
+from oq2vl_jax.lab.resolve import value_at
 from oq2vl_jax.lab.results import Results, environments, full_name, is_judged, other_arms, speed_up_of
 from oq2vl_jax.lab.statistics import detectable_effect
 
@@ -49,12 +51,30 @@ def checks(results: Results) -> list[str]:
             "their baseline share its luck."
         )
     if ablation.tune:
-        tried = ", ".join(f"{key} x {', '.join(f'{f:g}' for f in factors)}" for key, factors in ablation.tune.items())
-        lines.append(f"Tuned alike for all arms on seeds {', '.join(map(str, ablation.tune_seeds))}: {tried}.")
+        lines += tuning_text(results)
     else:
         lines.append("No learning rate was tuned: the arms run with the baseline's, or with what they change.")
     varied = {name: values for name, values in environments(results).items() if len(values) > 1}
     lines += [f"Cells ran with different {name}: {', '.join(map(short, values))}." for name, values in varied.items()]
+    return lines
+
+
+def tuning_text(results: Results) -> list[str]:
+    """Returns what was tried for all arms, and what was chosen for each: an end of the range may not be the best."""
+    ablation, lines = results.plan.ablation, []
+    for key, factors in ablation.tune.items():
+        tried = ", ".join(f"{factor:g}" for factor in factors)
+        seeds = ", ".join(map(str, ablation.tune_seeds))
+        lines.append(f"Tuned alike for all arms, on seeds {seeds} that do not judge: {key} times {tried}.")
+        for arm, of_arm in results.plan.arms.items():
+            if not results.of_arm(arm):
+                continue
+            planned, chosen = (
+                value_at(stages, key, arm) for stages in (of_arm.stages, results.of_arm(arm)[0].cell.stages)
+            )
+            is_end = len(factors) > 1 and math.isclose(chosen, planned * max(factors), rel_tol=1e-9)
+            end = ", the largest that was tried: a larger one may be better still" if is_end else ""
+            lines.append(f"Chosen for {arm}: {key} = {chosen:g}{end}.")
     return lines
 
 

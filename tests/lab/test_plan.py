@@ -6,13 +6,14 @@ from dataclasses import make_dataclass, replace
 import pytest
 
 from oq2vl_jax.config import OptimizerConfig
-from oq2vl_jax.config_files import load_config
+from oq2vl_jax.config_files import load_config, to_json
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lab.cells import all_cells, judged_cells, run_folder, stage_config, write_status
 from oq2vl_jax.lab.definition import Task, load_ablation
 from oq2vl_jax.lab.plan import hash_of, make_plan
 from oq2vl_jax.lab.registration import as_json, from_json, registered
 from oq2vl_jax.lab.results import collect
+from oq2vl_jax.lab.trust import tuning_text
 from tests.lab.conftest import TINY, TWO_STAGES, tiny
 
 
@@ -166,3 +167,15 @@ def test_tuning_chooses_by_the_mean_on_seeds_of_its_own(tmp_path):
     assert rates == {"base": pytest.approx(1.5e-3), "other": pytest.approx(6e-3)}
     assert {cell.seed for cell in judged} == {1, 2}
     assert len(collect(plan, out).missing) == 4
+    for cell in judged:
+        folder = run_folder(out, cell) / "shapes"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 60, "loss": 0.1, "parameters_sha256": "0"}) + "\n")
+        (folder / "config.json").write_text(to_json(cell.stages["shapes"]))
+        write_status(out, cell, "done")
+    assert tuning_text(collect(plan, out)) == [
+        "Tuned alike for all arms, on seeds 8, 9 that do not judge: shapes.optimizer.learning_rate times 0.5, 1, 2.",
+        "Chosen for base: shapes.optimizer.learning_rate = 0.0015.",
+        "Chosen for other: shapes.optimizer.learning_rate = 0.006, the largest that was tried: a larger one may be "
+        "better still.",
+    ]
