@@ -25,7 +25,7 @@ config = dataclasses.replace(
         template="open_qwen2vl",
     ),
     trainable=TrainableConfig(vision=False, projector=True, decoder=True),
-    num_steps=1000,
+    num_steps=1500,
     global_batch_size=8,
     run_dir="demo/runs/questions",
     init_from="demo/runs/captions",
