@@ -126,14 +126,19 @@ def crossed(arm: ArrayLike, baseline: ArrayLike, clusters: Sequence[object] | No
 
 
 def grouped(scores: np.ndarray, clusters: Sequence[object] | None) -> np.ndarray:
-    """Returns sums over clusters, scaled so that their mean is the mean over questions. Shape: [seeds, clusters]."""
+    """Returns a value for each cluster, whose mean is the mean over questions. Shape: [seeds, clusters].
+
+    Clusters of unequal size: the mean over questions is a ratio, so a cluster's value is that of its linearization
+    (Cochran, Sampling Techniques, 6.3). A picture with more questions is not farther from the mean by that alone.
+    """
     if clusters is None:
         return scores
     names, place = np.unique(np.asarray(clusters, object).astype(str), return_inverse=True)
     sums = np.zeros((len(scores), len(names)))
     for row, values in zip(sums, scores, strict=True):
         np.add.at(row, place, values)
-    return sums * len(names) / scores.shape[1]
+    mean = scores.mean()
+    return mean + (sums - np.bincount(place) * mean) * len(names) / scores.shape[1]
 
 
 def mcnemar(arm: ArrayLike, baseline: ArrayLike) -> float:
