@@ -22,7 +22,7 @@ from oq2vl_jax.lab.report import category_rows, other_labels
 from oq2vl_jax.lab.results import collect
 from oq2vl_jax.lab.runs import read_records
 from oq2vl_jax.lab.worker import Worker, work
-from tests.lab.conftest import DEFINITION, TWO_STAGES, train_here
+from tests.lab.conftest import DEFINITION, NUM_STEPS, TWO_STAGES, train_here
 
 
 def test_it_answers_with_a_verdict_and_the_same_baseline_twice_differs_by_nothing(finished):
