@@ -30,7 +30,8 @@ from oq2vl_jax.checkpoint_digests import check_digests
 from oq2vl_jax.config import CheckpointDescription, TrainConfig, Weights
 from oq2vl_jax.config_files import from_dict
 from oq2vl_jax.errors import UserError, hint
-from oq2vl_jax.paths import check_local
+from oq2vl_jax.paths import is_remote
+from oq2vl_jax.remote_checkpoints import fetch_checkpoint
 from oq2vl_jax.trees import from_named_arrays, named_arrays
 
 STEP_DIGITS = 6
@@ -60,12 +61,13 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"{step:0{STEP_DIGITS}d}"
 
 
-def find_checkpoint(path: str) -> Path:
+def find_checkpoint(path: str, items: tuple[str, ...] = READ_ITEMS) -> Path:
     """Finds a step folder: `path` itself, the newest one of a run directory, or that of RUN@STEP.
 
-    Raises UserError if there is none.
+    Of a remote one, a local copy of these items. Raises UserError if there is none.
     """
-    check_local("checkpoint", path)
+    if is_remote(path):
+        return fetch_checkpoint(path, items)
     run, _, step = path.rpartition("@")
     is_numbered = bool(run) and step.isdigit() and not Path(path).exists()
     root = Path(run if is_numbered else path)
@@ -81,13 +83,14 @@ def find_checkpoint(path: str) -> Path:
     return max(steps, key=lambda p: int(p.name)).absolute()
 
 
-def open_checkpoint(path: str, weights: Weights = "model") -> Path:
+def open_checkpoint(path: str, weights: Weights = "model", with_optimizer: bool = False) -> Path:
     """Finds a checkpoint and checks the digests of the files of READ_ITEMS, and of the average if weights is ema.
 
-    Raises UserError if one is damaged.
+    with_optimizer: its state is read later (load_optimizer). Raises UserError if a file is damaged.
     """
-    folder = find_checkpoint(path)
-    check_digests(folder, READ_ITEMS if weights == "model" else (*READ_ITEMS, "ema"))
+    items = READ_ITEMS if weights == "model" else (*READ_ITEMS, "ema")
+    folder = find_checkpoint(path, (*items, "optimizer") if with_optimizer else items)
+    check_digests(folder, items)
     return folder
 
 

@@ -16,6 +16,7 @@ from oq2vl_jax import config as config_types
 from oq2vl_jax.bounds import check_bounds
 from oq2vl_jax.config import ROLE, ModelConfig, TrainConfig
 from oq2vl_jax.errors import UserError, hint
+from oq2vl_jax.paths import is_remote, read_json
 
 
 def load_config(path: str, model_of: Callable[[TrainConfig], ModelConfig] | None = None) -> TrainConfig:
@@ -23,6 +24,8 @@ def load_config(path: str, model_of: Callable[[TrainConfig], ModelConfig] | None
 
     model_of: gives the model of a configuration that leaves it out. Raises UserError with file, key and a hint.
     """
+    if is_remote(path):
+        return _read_json(path, path)
     file = Path(path)
     if not file.is_file() and (named := shipped_config(path)) is not None:
         file = named
@@ -38,11 +41,8 @@ def load_config(path: str, model_of: Callable[[TrainConfig], ModelConfig] | None
     return from_dict(TrainConfig, dataclasses.asdict(config), where=path)  # Python checks no types
 
 
-def _read_json(file: Path, path: str) -> TrainConfig:
-    try:
-        return from_dict(TrainConfig, json.loads(file.read_text()), where=path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}.") from error
+def _read_json(file: Path | str, path: str) -> TrainConfig:
+    return from_dict(TrainConfig, read_json(str(file)), where=path)
 
 
 def _run_file(file: Path, path: str) -> TrainConfig:

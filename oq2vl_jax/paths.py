@@ -5,8 +5,10 @@ temporary local file and uploaded in one piece, which object stores show only wh
 """
 
 import contextlib
+import functools
 import glob
 import importlib.util
+import io
 import json
 import os
 import re
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.remote.faults import PatientFile, patiently
 
 PARTIAL = ".partial"
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs"}
 """Protocols that show an upload only when it is complete."""
+READ_BYTES = 2**20
 
 
 RANGE_MARK = "#bytes="
@@ -47,10 +51,22 @@ def filesystem(path: str):
     """Returns the fsspec filesystem of a path and the path within it. Raises UserError if its package is missing."""
     import fsspec
 
-    try:
-        return fsspec.core.url_to_fs(path)
+    is_of_store = path.partition("://")[0] in OBJECT_STORES
+    try:  # without a cache of listings: it would answer for other processes' files as they were
+        return fsspec.core.url_to_fs(path, **({"use_listings_cache": False} if is_of_store else {}))
     except (ImportError, ValueError) as error:
         raise UserError(f"{path}: {error}.") from error
+
+
+def is_object_store(fs: Any) -> bool:
+    return bool(OBJECT_STORES & set(fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)))
+
+
+def check_has_bucket(path: str) -> None:
+    """Raises UserError if the bucket of a path in an object store is not there, or does not let us in."""
+    fs, name = filesystem(path)
+    with contextlib.suppress(FileNotFoundError):  # of the object; exists() of a bucket hides every other fault
+        patiently(path, fs.info, f"{name.partition('/')[0]}/{PARTIAL}")
 
 
 def open_input(path: str) -> BinaryIO:
@@ -58,8 +74,7 @@ def open_input(path: str) -> BinaryIO:
         if stat.S_ISFIFO(os.stat(path).st_mode):  # opening it would wait for a writer for ever
             raise UserError(f"{path} is a pipe, expected a file.")
         return open(path, "rb")
-    fs, name = filesystem(path)
-    return fs.open(name, "rb")
+    return io.BufferedReader(PatientFile(path, *filesystem(path)), READ_BYTES)
 
 
 def read_text(path: str) -> str:
@@ -81,7 +96,7 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
     fs, name = filesystem(path)
-    return fs.exists(name)
+    return patiently(path, fs.exists, name)
 
 
 def file_version(path: str) -> list:
@@ -90,7 +105,7 @@ def file_version(path: str) -> list:
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns]
     fs, name = filesystem(path)
-    info = fs.info(name)
+    info = patiently(path, fs.info, name)
     return [
         info.get("size"),
         str(info.get("ETag") or info.get("etag") or info.get("blob_id") or info.get("mtime") or info.get("created")),
@@ -103,7 +118,11 @@ def list_names(folder: str) -> set[str]:
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
     fs, name = filesystem(folder)
     fs.invalidate_cache()
-    return {path.rsplit("/", 1)[-1] for path in fs.ls(name, detail=False)} if fs.exists(name) else set()
+    try:
+        found = patiently(folder, fs.ls, name, False)
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    return {path.rstrip("/").rsplit("/", 1)[-1] for path in found} - {""}
 
 
 def check_local(option: str, path: str | None) -> None:
@@ -123,7 +142,10 @@ def check_out(out: str) -> None:
 def make_folder(folder: str) -> None:
     if is_remote(folder):
         fs, name = filesystem(folder)
-        fs.makedirs(name, exist_ok=True)
+        if is_object_store(fs):  # it has no folders; makedirs would make a bucket, for a name that has a typing error
+            check_has_bucket(folder)
+        else:
+            patiently(folder, functools.partial(fs.makedirs, name, exist_ok=True))
     else:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
@@ -133,7 +155,7 @@ def remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         if is_remote(path):
             fs, name = filesystem(path)
-            fs.rm_file(name)
+            patiently(path, fs.rm_file, name)
         else:
             os.remove(path)
 
@@ -146,11 +168,11 @@ def whole_output(path: str) -> Iterator[Path]:
             partial = Path(folder) / "partial"
             yield partial
             fs, name = filesystem(path)
-            if OBJECT_STORES & set(fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-                fs.put_file(str(partial), name)
+            if is_object_store(fs):
+                patiently(path, fs.put_file, str(partial), name)
             else:
-                fs.put_file(str(partial), f"{name}{PARTIAL}")
-                fs.mv(f"{name}{PARTIAL}", name)
+                patiently(path, fs.put_file, str(partial), f"{name}{PARTIAL}")
+                patiently(path, fs.mv, f"{name}{PARTIAL}", name)
         return
     partial = Path(f"{path}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
     try:
@@ -202,4 +224,4 @@ def _glob(name: str) -> list[str]:
     if not is_remote(name):
         return sorted(glob.glob(name, recursive=True))
     fs, path = filesystem(name)
-    return sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+    return sorted(fs.unstrip_protocol(match) for match in patiently(name, fs.glob, path))

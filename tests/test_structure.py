@@ -10,7 +10,7 @@ import pytest
 from oq2vl_jax.command import COMMANDS
 
 FLOOR = ("bounds", "command", "config", "config_files", "devices", "digests", "errors", "html", "jobs", "jsonl", "lock",
-         "memory", "own_code", "paths", "runtime")  # fmt: skip
+         "memory", "own_code", "paths", "remote", "runtime")  # fmt: skip
 """Modules of oq2vl_jax that every room may import; they import each other alone."""
 ROOMS: dict[str, tuple[str, ...]] = {
     "oq2vl_jax.data.samples": (),
@@ -22,16 +22,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "oq2vl_jax.trees": (),
     "oq2vl_jax.sharding": ("oq2vl_jax.trees",),
     "oq2vl_jax.checkpoint_digests": (),
-    "oq2vl_jax.checkpoint": ("oq2vl_jax.checkpoint_digests", "oq2vl_jax.trees"),
+    "oq2vl_jax.remote_checkpoints": ("oq2vl_jax.checkpoint_digests",),
+    "oq2vl_jax.checkpoint": ("oq2vl_jax.checkpoint_digests", "oq2vl_jax.remote_checkpoints", "oq2vl_jax.trees"),
     "oq2vl_jax.weights": ("oq2vl_jax.checkpoint", "oq2vl_jax.checkpoint_digests", "oq2vl_jax.model", "oq2vl_jax.trees"),
     "oq2vl_jax.generate": ("oq2vl_jax.model", "oq2vl_jax.data.text", "oq2vl_jax.data.samples", "oq2vl_jax.sharding",
                            "oq2vl_jax.checkpoint", "oq2vl_jax.weights", "oq2vl_jax.trees"),
     "oq2vl_jax.train": ("oq2vl_jax.model", "oq2vl_jax.data", "oq2vl_jax.data.samples", "oq2vl_jax.data.text",
                         "oq2vl_jax.data.packing", "oq2vl_jax.data.loading", "oq2vl_jax.sharding",
-                        "oq2vl_jax.checkpoint", "oq2vl_jax.checkpoint_digests", "oq2vl_jax.weights", "oq2vl_jax.trees",
-                        "oq2vl_jax.generate"),
+                        "oq2vl_jax.checkpoint", "oq2vl_jax.checkpoint_digests", "oq2vl_jax.remote_checkpoints",
+                        "oq2vl_jax.weights", "oq2vl_jax.trees", "oq2vl_jax.generate"),
     "oq2vl_jax.curate": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.model", "oq2vl_jax.sharding",
-                         "oq2vl_jax.checkpoint", "oq2vl_jax.weights", "oq2vl_jax.generate", "oq2vl_jax.eval"),
+                         "oq2vl_jax.checkpoint", "oq2vl_jax.checkpoint_digests", "oq2vl_jax.remote_checkpoints",
+                         "oq2vl_jax.weights", "oq2vl_jax.generate", "oq2vl_jax.eval"),
     "oq2vl_jax.eval": ("oq2vl_jax.data.samples", "oq2vl_jax.data.text", "oq2vl_jax.generate"),
     "oq2vl_jax.lab": ("oq2vl_jax.train", "oq2vl_jax.eval", "oq2vl_jax.data.samples", "oq2vl_jax.data.packing"),
     "oq2vl_jax.compare": ("oq2vl_jax.lab",),

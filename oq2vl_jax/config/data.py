@@ -66,6 +66,11 @@ class DataConfig:
     reads them. The published code does neither; the packer's notes count such pictures."""
     verify: Literal["sample", "full"] = field(default="sample", metadata=OPERATIONAL)
     """Check of the packed files when a run starts. sample: size and both ends. full: every byte."""
+    cache_dir: str | None = field(default=None, metadata=OPERATIONAL)
+    """Local folder for copies of remote packed folders and checkpoints, shared by the runs of a machine; None:
+    $OQ2VL_JAX_CACHE, or ~/.cache/oq2vl_jax."""
+    cache_gib: Positive | None = field(default=None, metadata=OPERATIONAL)
+    """What it may hold; what no run uses goes first. None: all but 2 % of the disk."""
     seed: Seed | None = None
     """Seed of the order of the rows, and of synthetic ones; None: the run's seed."""
     online: OnlineConfig = OnlineConfig()

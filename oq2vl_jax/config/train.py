@@ -176,6 +176,8 @@ class MeshConfig:
 class CheckpointConfig:
     every_num_steps: Count = 500
     keep: Count = 2
+    staging_dir: str | None = None
+    """Local folder where a run with a remote run_dir writes, for all processes the same; None: in data.cache_dir."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ class TrainConfig:
     global_batch_size: SmallCount
     """Packed rows per optimizer step, over all devices."""
     run_dir: str = field(metadata=OPERATIONAL)
-    """Folder for config.json, metrics.jsonl and checkpoints/. The same command with the same run_dir resumes."""
+    """Folder for config.json, metrics.jsonl and checkpoints/, or s3://BUCKET/FOLDER and the like. The same command with
+    the same run_dir resumes."""
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     ema: EmaConfig = EmaConfig()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from oq2vl_jax import paths
 from oq2vl_jax.bounds import SmallCount, parse
 from oq2vl_jax.curate.mlm_metrics import METRICS, Metric
 from oq2vl_jax.errors import UserError, run_command
@@ -85,6 +86,12 @@ def checkpoint_identity(path: str) -> str:
     """Returns a text that changes with the weights: its absolute path and the newest time of a _CHECKPOINT_METADATA."""
     import os
 
+    if paths.is_remote(path):
+        from oq2vl_jax.checkpoint_digests import METADATA
+        from oq2vl_jax.remote_checkpoints import find_remote
+
+        url = find_remote(path)
+        return f"{url} {paths.file_version(paths.join(url, METADATA))}"
     file = Path(path)
     if not file.is_dir():
         raise UserError(f"--checkpoint {path}: no such folder.")

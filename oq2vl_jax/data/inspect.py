@@ -8,6 +8,7 @@ will see them. By default the figures are of about 10,000 samples at random.
 
 from pathlib import Path
 
+from oq2vl_jax import paths
 from oq2vl_jax.bounds import check_bounds, parse
 from oq2vl_jax.data.inspection.options import InspectCommand
 from oq2vl_jax.errors import UserError, run_command
@@ -50,13 +51,20 @@ def are_packed(names: tuple[str, ...]) -> bool:
     if not names:
         raise UserError("name a packed folder, or files of samples.")
     for name in names:
+        if paths.is_remote(name):
+            continue
         folder = Path(name)
         if folder.is_dir() and not (folder / "settings.json").is_file() and not list(folder.glob("*.array_record")):
             raise UserError(f"{name}: no packed rows here; for samples name the files, such as '{name}/*.parquet'.")
-    return all(
-        Path(name).is_dir() or name.endswith(".array_record") or not ("://" in name or "." in Path(name).name)
-        for name in names
-    )
+    return all(is_packed(name) for name in names)
+
+
+def is_packed(name: str) -> bool:
+    if name.endswith(".array_record"):
+        return True
+    if paths.is_remote(name):
+        return "." not in name.rsplit("/", 1)[-1] and paths.exists(paths.join(name, "manifest.json"))
+    return Path(name).is_dir() or "." not in Path(name).name
 
 
 def main() -> None:

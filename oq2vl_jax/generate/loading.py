@@ -18,7 +18,7 @@ from oq2vl_jax.data.text.codec import TextCodec
 from oq2vl_jax.digests import digest_of_text, sample_of_file
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.model.open_qwen2vl import OpenQwen2VL
-from oq2vl_jax.paths import read_json
+from oq2vl_jax.paths import is_remote, read_json
 from oq2vl_jax.sharding import parameter_shardings
 from oq2vl_jax.trees import from_named_arrays, named_arrays
 from oq2vl_jax.weights import load_weights
@@ -48,7 +48,8 @@ def open_model(path: str, weights: Weights = "model", projector: str | None = No
     description = describe(folder, projector)
     codec = TextCodec.load(str(folder / "tokenizer"))
     model, identity = description.model, identity_of(folder)
-    return Opened(str(folder), identity, description, codec, lambda mesh: load_model(folder, mesh, weights, model))
+    name = path if is_remote(path) else str(folder)
+    return Opened(name, identity, description, codec, lambda mesh: load_model(folder, mesh, weights, model))
 
 
 def is_export(path: str) -> bool:

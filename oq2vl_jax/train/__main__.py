@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -102,10 +101,13 @@ def check_can_push(command: TrainCommand) -> None:
 
 def push(command: TrainCommand) -> None:
     """Exports the finished run into RUN_DIR/export-STEP, unless that is there, and pushes it."""
-    run_dir, config = command.config.run_dir, command.config
-    out, to_hf = Path(run_dir) / f"export-{config.num_steps:06d}", bridge("to_hf")
+    from oq2vl_jax.train.remote_run_dir import local_run_dir
+
+    config = command.config
+    run_dir = local_run_dir(config.run_dir, config.checkpoint.staging_dir)
+    out, to_hf = run_dir / f"export-{config.num_steps:06d}", bridge("to_hf")
     if not out.exists():
-        print(to_hf.write_folder(to_hf.ToHFConfig(run_dir, str(out), push_to_hub=command.push_to_hub)))
+        print(to_hf.write_folder(to_hf.ToHFConfig(str(run_dir), str(out), push_to_hub=command.push_to_hub)))
     print(f"pushed to {bridge('hub').push(out, str(command.push_to_hub), command.private)}")
 
 

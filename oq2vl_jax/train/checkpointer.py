@@ -15,16 +15,17 @@ from oq2vl_jax.config_files import to_json
 from oq2vl_jax.model.adapters import without_adapters
 from oq2vl_jax.train.failed_saves import HeldErrors
 from oq2vl_jax.train.parts import split_trainable
+from oq2vl_jax.train.remote_run_dir import RemoteRunDir
 from oq2vl_jax.train.step import TrainState
 from oq2vl_jax.trees import from_named_arrays, named_arrays
 from oq2vl_jax.weights import Base, find_base, load_weights
 
 
 class Checkpointer:
-    """Saves and restores the checkpoints of one run directory."""
+    """Saves and restores the checkpoints of one run directory. uploads: of a remote one, in the first process."""
 
-    def __init__(self, run_dir: Path, keep: int):
-        self._run_dir, self._errors = run_dir, HeldErrors()
+    def __init__(self, run_dir: Path, keep: int, uploads: RemoteRunDir | None = None):
+        self._run_dir, self._errors, self._uploads = run_dir, HeldErrors(), uploads
         self._manager = ocp.CheckpointManager(
             (run_dir / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -53,7 +54,7 @@ class Checkpointer:
         """Starts a save: copies the arrays to the host before it returns, and writes them in the background.
 
         base: of a run with adapters. Raises UserError if this save or the previous one could not write because the disk
-        is full or forbidden.
+        is full or forbidden, or could not be uploaded.
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named_arrays(model_item(state.model, config))),
@@ -65,10 +66,14 @@ class Checkpointer:
             tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
             **{DIGESTS: SaveDigests()},
         )
+        if self._uploads is not None:
+            self._uploads.wait()  # a checkpoint stays here until it is uploaded
         try:
             self._manager.save(int(state.step), args=items)
         except Exception as error:
             raise self._errors.explained(error, self._run_dir) from error
+        if self._uploads is not None:
+            self._uploads.after_save(self._manager.is_saving_in_progress)
 
     def restore(self, step: int, like: TrainState, config: TrainConfig) -> tuple[TrainState, dict]:
         """Returns the state of `step`, sharded like `like` (shapes with shardings), and the loader's state.

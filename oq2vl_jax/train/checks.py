@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from oq2vl_jax import own_code
+from oq2vl_jax import own_code, paths
 from oq2vl_jax.bounds import out_of_bounds
 from oq2vl_jax.config import PARTS, ModelConfig, ProjectorConfig, TrainConfig
 from oq2vl_jax.config_files import flatten, load_config, names_of_role
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.memory import check_fits, host_bytes
-from oq2vl_jax.paths import check_local
 from oq2vl_jax.sharding import device_bytes
 
 OWN_CODE = ("loss.own", "optimizer.own", "schedule.own", "model.projector.own")
@@ -23,12 +22,12 @@ def model_of(init_from: str | None, run_dir: str) -> ModelConfig:
     """
     from oq2vl_jax.checkpoint import find_checkpoint, load_description
 
-    file = Path(run_dir) / "config.json"
-    if file.is_file():
-        return load_config(str(file)).model
+    file = paths.join(run_dir, "config.json")
+    if paths.exists(file):
+        return load_config(file).model
     if init_from is None:
         raise UserError("the configuration has no model; give --init-from, whose model it takes.")
-    model = load_description(find_checkpoint(init_from)).model
+    model = load_description(find_checkpoint(init_from, ("config", "description"))).model
     if model.projector.own is not None:
         raise UserError(
             f"{init_from}: was trained with {model.projector.own}; bind a model that names it in projector.own."
@@ -37,8 +36,7 @@ def model_of(init_from: str | None, run_dir: str) -> ModelConfig:
 
 
 def check_config(config: TrainConfig, num_devices: int) -> None:
-    """Raises UserError if a configuration cannot run on num_devices; lists all problems, after a check of the paths."""
-    check_local_paths(config)
+    """Raises UserError if a configuration cannot run on num_devices; lists all problems."""
     problems = [f"{name} must be {bounds}, got {value}" for name, bounds, value in out_of_bounds(config)]
     rows = config.global_batch_size
     if rows % num_devices:
@@ -92,17 +90,10 @@ def lora_problems(config: TrainConfig) -> list[str]:
     return problems
 
 
-def check_local_paths(config: TrainConfig) -> None:
-    """Raises UserError for a remote run_dir, init_from or packed rows; samples packed while training may be remote."""
-    check_local("run_dir", config.run_dir)
-    check_local("init_from", config.init_from)
-    for source in (*(config.data.sources if config.data.kind == "packed" else ()), *config.held_out.sources):
-        check_local("data.sources", source)
-
-
-def check_run_dir(config: TrainConfig, has_checkpoint: bool) -> None:
-    """Raises UserError if a run with a checkpoint has another configuration; operational fields may differ."""
-    file = Path(config.run_dir) / "config.json"
+def check_run_dir(config: TrainConfig, run_dir: Path, has_checkpoint: bool) -> None:
+    """Raises UserError if a run with a checkpoint has another configuration; operational fields may differ. run_dir:
+    the local one."""
+    file = run_dir / "config.json"
     if not has_checkpoint:
         return
     if not file.exists():

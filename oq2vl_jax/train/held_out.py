@@ -13,7 +13,7 @@ from oq2vl_jax.config import DataConfig, OnlineConfig, TrainConfig
 from oq2vl_jax.data.loading.batch import IGNORE
 from oq2vl_jax.data.loading.loader import make_loader
 from oq2vl_jax.data.loading.mixture import short_names
-from oq2vl_jax.data.packing.packed import PackedRows, check_files
+from oq2vl_jax.data.packing.packed import PackedRows, check_files, tokenizer_folder
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.samples.thumbnail import picture
 from oq2vl_jax.data.text.codec import TextCodec
@@ -49,7 +49,7 @@ class HeldOut:
         for path in self._data.sources:
             check_files(path, is_whole=self._data.verify == "full")
         make_loader(self._data, config.model, config.global_batch_size, SAMPLE_SEED).close()
-        self._codec = TextCodec.load(str(Path(self._data.sources[0]) / "tokenizer"))
+        self._codec = TextCodec.load(str(tokenizer_folder(self._data.sources[0])))
 
         shardings = (state_shardings(config, mesh).model, row_sharding(mesh))
         self._loss_sum = jax.jit(

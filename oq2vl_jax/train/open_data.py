@@ -9,7 +9,7 @@ import jax
 
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.data.loading.loader import make_loader
-from oq2vl_jax.data.packing.packed import check_files, fingerprint
+from oq2vl_jax.data.packing.packed import check_files, fingerprint, tokenizer_folder
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.runtime import is_first_process, wait_for_all
 
@@ -44,7 +44,7 @@ def open_packed(config: TrainConfig, run_dir: Path) -> OpenData:
         check_files(path, is_whole=data.verify == "full")
     seed = data.seed_of(config.seed)
     loader = make_loader(data, config.model, config.global_batch_size, seed, jax.process_index(), jax.process_count())
-    return OpenData(loader, Path(data.sources[0]) / "tokenizer", fingerprint(data.sources), {})
+    return OpenData(loader, tokenizer_folder(data.sources[0]), fingerprint(data.sources), {})
 
 
 def open_online(config: TrainConfig, run_dir: Path) -> OpenData:

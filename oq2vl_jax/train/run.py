@@ -6,7 +6,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from oq2vl_jax.data.loading.mixture import SourceCounts
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lock import run_lock
 from oq2vl_jax.model.adapters import is_adapter
-from oq2vl_jax.paths import write_text
-from oq2vl_jax.runtime import is_first_process, use_compilation_cache, whole_array
+from oq2vl_jax.paths import is_remote, join, write_text
+from oq2vl_jax.remote import cache
+from oq2vl_jax.runtime import any_process, is_first_process, use_compilation_cache, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_compute
 from oq2vl_jax.train.checkpointer import Checkpointer
@@ -41,6 +42,7 @@ from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import StepReporter, count_batch
 from oq2vl_jax.train.open_data import open_data
+from oq2vl_jax.train.remote_run_dir import IDENTITY, RemoteRunDir, local_run_dir, opened
 from oq2vl_jax.train.schedule import Schedule
 from oq2vl_jax.train.start import start_state
 from oq2vl_jax.train.step import (
@@ -75,9 +77,13 @@ def run(
         config = dataclasses.replace(config, model=model_of(config.init_from, config.run_dir))
     config = with_own_code(config, own)
     check_config(config, len(jax.devices()))
-    lock = run_lock(Path(config.run_dir)) if is_first_process() else contextlib.nullcontext()
-    with lock, terminate_flag() as is_terminated:
-        return train(config, stop_at_step, is_terminated)
+    cache.use(config.data.cache_dir, config.data.cache_gib)
+    run_dir = local_run_dir(config.run_dir, config.checkpoint.staging_dir)
+    with held_run_dir(config.run_dir, run_dir) as uploads, terminate_flag() as is_terminated:
+        step, digest = train(config, run_dir, stop_at_step, is_terminated, uploads)
+    if is_first_process():
+        print(last_line(config.run_dir, run_dir, step, digest))
+    return digest
 
 
 def with_own_code(config: TrainConfig, handed_over: dict[str, Any]) -> TrainConfig:
@@ -91,19 +97,27 @@ def with_own_code(config: TrainConfig, handed_over: dict[str, Any]) -> TrainConf
     return config
 
 
-def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable[[int], bool]) -> str | None:
-    """Runs the training of `run`; saves a checkpoint and stops once is_terminated(step) is true."""
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    stop_at_step: int | None,
+    is_terminated: Callable[[int], bool],
+    uploads: RemoteRunDir | None = None,
+) -> tuple[int, str | None]:
+    """Runs the training of `run`; saves a checkpoint and stops once is_terminated(step) is true.
+
+    run_dir: the local one. Returns the last step, and parameters_sha256 of a finished run.
+    """
     mesh = make_mesh(config.mesh)
     compute = checked_compute(config, mesh)
-    run_dir = Path(config.run_dir)
     use_compilation_cache(run_dir.absolute().parent)
     check_memory(config, mesh)
     data = open_data(config, run_dir)
-    checkpointer = Checkpointer(run_dir, config.checkpoint.keep)
+    checkpointer = Checkpointer(run_dir, config.checkpoint.keep, uploads)
     with closed_on_failure(checkpointer, data.loader):
-        check_run_dir(config, has_checkpoint=checkpointer.latest_step() is not None)
+        check_run_dir(config, run_dir, has_checkpoint=checkpointer.latest_step() is not None)
         held_out = HeldOut(config, mesh, compute) if config.held_out.sources else None
-        state, totals, base = start_state(config, mesh, checkpointer, data)
+        state, totals, base = start_state(config, mesh, checkpointer, data, run_dir)
         write_config(config, run_dir, int(state.step))
         train_step = compile_train_step(config, mesh, compute)
         start_step, saved_step = int(state.step), checkpointer.latest_step()
@@ -130,7 +144,7 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
                 reporter.finish(*finite_numbers(*pending, saved_step))  # a state with a NaN is never saved
                 pending = None
             if is_held_out_due and held_out is not None:
-                report_held_out(held_out, state, config, reporter)
+                report_held_out(held_out, state, config, run_dir, reporter)
             if is_saved:
                 loader_state = {
                     "position": data.loader.get_state(), "data": data.identity, "totals": totals.state()
@@ -145,15 +159,37 @@ def train(config: TrainConfig, stop_at_step: int | None, is_terminated: Callable
         checkpointer.close()
         data.loader.close()
         reporter.close(digest)
-    if is_first_process():
-        print(last_line(run_dir, int(state.step), digest))
-    return digest
+    return int(state.step), digest
 
 
-def last_line(run_dir: Path, step: int, digest: str | None) -> str:
+def last_line(run_dir: str, local: Path, step: int, digest: str | None) -> str:
     if digest is None:
         return f"stopped at step {step}; checkpoint saved, the same command goes on from here"
-    return f"done: step {step}, checkpoint {find_checkpoint(str(run_dir))}, parameters_sha256 {digest}"
+    checkpoint = str(find_checkpoint(str(local)))
+    if is_remote(run_dir):
+        checkpoint = join(join(run_dir, "checkpoints"), Path(checkpoint).name)
+    return f"done: step {step}, checkpoint {checkpoint}, parameters_sha256 {digest}"
+
+
+@contextlib.contextmanager
+def held_run_dir(run_dir: str, local: Path) -> Iterator[RemoteRunDir | None]:
+    """Holds the lock of a run directory; yields what uploads a remote one, in the first process."""
+    with contextlib.ExitStack() as stack:
+        uploads, problem = None, None
+        if is_first_process():
+            try:
+                uploads = stack.enter_context(opened(run_dir, local)) if is_remote(run_dir) else None
+                stack.enter_context(run_lock(local))
+            except UserError as error:
+                problem = error
+        if any_process(problem is not None):
+            raise problem or UserError(f"run_dir {run_dir}: the first process could not open it.")
+        if is_remote(run_dir) and any_process(not (local / IDENTITY).is_file()):
+            raise UserError(
+                f"run_dir {run_dir}: not all processes see {local}; give --checkpoint.staging-dir a folder that all "
+                "nodes share, since all of them write each checkpoint."
+            )
+        yield uploads
 
 
 @contextlib.contextmanager
@@ -183,14 +219,16 @@ def make_reporter(config: TrainConfig, run_dir: Path, state: TrainState, totals:
     )
 
 
-def report_held_out(held_out: HeldOut, state: TrainState, config: TrainConfig, reporter: StepReporter) -> None:
+def report_held_out(
+    held_out: HeldOut, state: TrainState, config: TrainConfig, run_dir: Path, reporter: StepReporter
+) -> None:
     """Reports the held-out loss. Runs before the checkpoint of the same step, so that none lacks its held-out loss."""
     start, step = time.monotonic(), int(state.step)
     numbers = held_out.losses(state.model)
     if state.ema is not None:
         numbers["held_out_loss_ema"] = held_out.loss(averaged_model(state, config))
     samples = held_out.samples(state.model) if jax.process_count() == 1 else []  # generation runs in one process only
-    path = Path(config.run_dir) / "samples" / f"{step:06d}.html" if samples else None
+    path = run_dir / "samples" / f"{step:06d}.html" if samples else None
     if path is not None and jax.process_index() == 0:
         write_samples(path, step, numbers["held_out_loss"], samples)
     reporter.held_out(step, numbers, samples, path, time.monotonic() - start)

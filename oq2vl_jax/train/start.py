@@ -23,11 +23,11 @@ from oq2vl_jax.weights import Base, base_of, load_weights, recorded_base
 
 
 def start_state(
-    config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData
+    config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, data: OpenData, run_dir: Path
 ) -> tuple[TrainState, Totals, Base | None]:
     """Restores the run's newest checkpoint and sets the loader to it. Else starts afresh, or from init_from.
 
-    Also returns the base that the run's checkpoints record, if it has adapters.
+    run_dir: the local one. Also returns the base that the run's checkpoints record, if it has adapters.
     """
     shardings = state_shardings(config, mesh)
     step = checkpointer.latest_step()
@@ -41,12 +41,12 @@ def start_state(
         data.loader.set_state(loader_state["position"])
         if is_first_process():
             print(f"resuming from step {step}")
-        base = recorded_base(step_folder(Path(config.run_dir), step))
+        base = recorded_base(step_folder(run_dir, step))
         return state, Totals(jax.process_count(), loader_state.get("totals")), base
     state = jax.jit(lambda key: init_train_state(key, config), out_shardings=shardings)(jax.random.key(config.seed))
     base = None
     if config.init_from is not None:
-        source = open_checkpoint(config.init_from)
+        source = open_checkpoint(config.init_from, with_optimizer=config.init_optimizer)
         state = started_from(source, state, config, shardings, data)
         base = None if config.lora.rank is None else base_of(source)
     return state, Totals(jax.process_count(), {}), base

@@ -1,6 +1,6 @@
 """Sends metrics to TensorBoard, Weights & Biases or Trackio, beside metrics.jsonl. Each is an extra, imported on use.
 
-A resumed run continues the tracker's run, which is identified by the run directory.
+A resumed run continues the tracker's run, which is identified by the run directory, as the configuration names it.
 """
 
 import hashlib
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.paths import is_remote
 
 PROJECT = "oq2vl_jax"
 
@@ -60,7 +61,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=PROJECT,
             name=run_dir.name,
-            id=run_identity(run_dir),
+            id=run_identity(config["run_dir"]),
             resume="allow",
             dir=str(run_dir),
             config=config,
@@ -86,7 +87,7 @@ class Trackio:
         self._trackio = trackio
         trackio.init(
             project=PROJECT,
-            name="-".join([*(config["tracker_tags"] or (run_dir.name,)), run_identity(run_dir)]),
+            name="-".join([*(config["tracker_tags"] or (run_dir.name,)), run_identity(config["run_dir"])]),
             group=config["tracker_group"],  # it knows no tags: they are in the name
             resume="allow",
             config=config,
@@ -119,8 +120,9 @@ def open_trackers(names: tuple[str, ...], run_dir: Path, config: dict[str, Any],
     return trackers
 
 
-def run_identity(run_dir: Path) -> str:
-    return hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:12]
+def run_identity(run_dir: str) -> str:
+    place = run_dir if is_remote(run_dir) else str(Path(run_dir).absolute())
+    return hashlib.sha256(place.encode()).hexdigest()[:12]
 
 
 def as_markdown(samples: list[Sampled]) -> str:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from oq2vl_jax.data.packing.local_copy import local_folder
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.paths import is_remote
 
 STYLE = """<style>
  .row { border: 1px solid #d9dfe7; border-radius: 6px; padding: 14px 18px; margin: 18px 0; }
@@ -46,11 +48,19 @@ def inspect_rows(names: tuple[str, ...], out: str, num_rows: int = 8, seed: int 
     return line
 
 
+def local(name: str) -> Path:
+    """Returns a folder or file of packed rows, or its local copy."""
+    if is_remote(name) and name.endswith(".array_record"):
+        folder, _, file = name.rpartition("/")
+        return local_folder(folder) / file
+    return local_folder(name)
+
+
 def find_files(names: tuple[str, ...]) -> list[Path]:
     files = [
         file
-        for name in names
-        for file in (sorted(Path(name).glob("*.array_record")) if Path(name).is_dir() else [Path(name)])
+        for found in map(local, names)
+        for file in (sorted(found.glob("*.array_record")) if found.is_dir() else [found])
     ]
     missing = [file for file in files if not file.is_file()]
     if missing or not files:

@@ -7,7 +7,6 @@ of rows consumed over all processes, so it can be restored on any number of work
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -16,7 +15,7 @@ import numpy as np
 from oq2vl_jax.config import DataConfig, ModelConfig
 from oq2vl_jax.data.loading.batch import IGNORE, NUM_PREFETCHED_BATCHES, Batch
 from oq2vl_jax.data.loading.mixture import mix
-from oq2vl_jax.data.packing.packed import PackedRows, read_manifest
+from oq2vl_jax.data.packing.packed import PackedRows, read_manifest, tokenizer_folder
 from oq2vl_jax.data.packing.rows import PackedRow, decode_row
 from oq2vl_jax.data.samples.images import ImageError, decode_image
 from oq2vl_jax.data.text.tokenizer import tokenizer_sha256
@@ -74,7 +73,7 @@ def check_sources(data: DataConfig, model: ModelConfig, manifests: dict[str, dic
             for key, value in expected.items()
             if manifest.get(key) != value
         ]
-        if tokenizer_sha256(Path(path) / "tokenizer") != manifest["tokenizer_sha256"]:
+        if tokenizer_sha256(tokenizer_folder(path)) != manifest["tokenizer_sha256"]:
             problems.append(f"{path}: its tokenizer folder is not the one it was packed with")
         if manifest["vocab_size"] > model.decoder.vocab_size:
             problems.append(f"{path}: vocabulary of {manifest['vocab_size']}, the model has {model.decoder.vocab_size}")

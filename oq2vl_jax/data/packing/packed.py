@@ -1,4 +1,4 @@
-"""Reads a packed folder: its manifest, its files checked against the manifest, its rows by number.
+"""Reads a packed folder, local or remote: its manifest, its files checked against the manifest, its rows by number.
 
 The manifest names each file of rows with its size and two digests, one of both ends and one of the whole. A run
 compares sizes and ends when it starts, which detects swapped, badly copied and cut off files; --data.verify full
@@ -12,50 +12,28 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from oq2vl_jax.data.packing.local_copy import local_folder
+from oq2vl_jax.data.packing.manifest import KEYS, parse_manifest
 from oq2vl_jax.digests import digest_of, sample_of_file
 from oq2vl_jax.errors import UserError
-
-KEYS = {"files": list, "num_tokens": int, "max_images": int, "visual_tokens": int, "image_id": int, "pad_id": int,
-        "vocab_size": int, "template": str, "tokenizer_sha256": str}  # fmt: skip
-"""Keys that the manifest of packed rows must hold, with their types."""
 
 
 def read_manifest(path: str) -> dict[str, Any]:
     """Reads the manifest of a packed folder. Raises UserError if it is missing, damaged, or not of packed rows."""
-    file = Path(path) / "manifest.json"
+    file = local_folder(path) / "manifest.json"
     if not file.is_file():
         raise UserError(f"data.sources: {path} has no manifest.json; pack it with python -m oq2vl_jax.data.pack.")
-    try:
-        manifest = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); pack the shards again.") from error
-    is_object = isinstance(manifest, dict)
-    wrong = [key for key, kind in KEYS.items() if not is_object or not isinstance(manifest.get(key), kind)]
-    if wrong:
-        raise UserError(f"{file}: not the manifest of packed rows, {wrong[0]} is missing; pack the shards again.")
-    problem = problem_of_files(manifest["files"])
-    if problem:
-        raise UserError(f"{file}: {problem}; pack the shards again.")
-    return manifest
-
-
-def problem_of_files(files: list[Any]) -> str | None:
-    """Returns the first problem of a manifest's list of files, or None."""
-    for entry in files:
-        if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-            return "a file of rows has no name"
-        if not isinstance(entry.get("rows"), int) or entry["rows"] < 0 or "/" in entry["file"]:
-            return f"the entry of {entry['file']} is damaged"
-    names = [entry["file"] for entry in files]
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-    if twice:
-        return f"{twice} is named twice"
-    return None if any(entry["rows"] for entry in files) else "it names no rows"
+    return parse_manifest(file.read_bytes(), str(file))
 
 
 def row_files(path: str, manifest: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
     """Returns (file, its manifest entry) for the files that hold rows."""
-    return [(Path(path) / entry["file"], entry) for entry in manifest["files"] if entry["rows"]]
+    return [(local_folder(path) / entry["file"], entry) for entry in manifest["files"] if entry["rows"]]
+
+
+def tokenizer_folder(path: str) -> Path:
+    """Returns the folder of the tokenizer that the rows of a packed folder were made with."""
+    return local_folder(path) / "tokenizer"
 
 
 def check_files(path: str, is_whole: bool = False) -> None:
@@ -89,7 +67,10 @@ def fingerprint(sources: tuple[str, ...]) -> str:
         else:
             from oq2vl_jax.jobs import read_settings
 
-            content = [[(entry["file"], entry["rows"]) for entry in manifest["files"]], read_settings(path)]
+            content = [
+                [(entry["file"], entry["rows"]) for entry in manifest["files"]],
+                read_settings(str(local_folder(path))),
+            ]
         digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
 

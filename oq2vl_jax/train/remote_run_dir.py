@@ -1,0 +1,177 @@
+"""A remote run directory: a local folder, brought up to date before training and uploaded after every checkpoint.
+
+    s3://bucket/run/run_id                   identity of the run; a local folder of another one is emptied
+    s3://bucket/run/lock.json                one training at a time (remote/lock.py)
+    s3://bucket/run/checkpoints/000500/..    _CHECKPOINT_METADATA is uploaded last and removed first: without it a
+                                             checkpoint does not count
+    s3://bucket/run/metrics.jsonl, ..        config, environment, samples, event files: as of the last checkpoint
+
+Orbax writes no s3://, and a checkpoint that is written in place can be half there; so Orbax writes to the local folder,
+which all processes of a run must see. A checkpoint that could not be uploaded stays there, and the same command uploads
+it.
+"""
+
+import contextlib
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from oq2vl_jax import paths
+from oq2vl_jax.checkpoint import ITEMS
+from oq2vl_jax.checkpoint_digests import FILE as DIGESTS_FILE
+from oq2vl_jax.checkpoint_digests import ITEM as DIGESTS
+from oq2vl_jax.checkpoint_digests import METADATA, check_digests
+from oq2vl_jax.errors import UserError
+from oq2vl_jax.remote.cache import cache_folder, key_of
+from oq2vl_jax.remote.lock import RemoteLock, remote_lock
+from oq2vl_jax.remote.transfer import download_tree, list_tree, remove_tree, upload_tree
+from oq2vl_jax.remote_checkpoints import whole_steps
+
+IDENTITY = "run_id"
+KEPT = ("config.json", "environment.json", "metrics.jsonl", "processes", "samples", "tensorboard")
+"""Uploaded besides the checkpoints."""
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def local_run_dir(run_dir: str, staging_dir: str | None = None) -> Path:
+    """Returns the folder that a run writes to: run_dir, or the local folder of a remote one."""
+    if not paths.is_remote(run_dir):
+        return Path(run_dir)
+    root = Path(staging_dir) if staging_dir is not None else cache_folder() / "runs"
+    return (root / key_of(run_dir.rstrip("/"))[:16] / run_dir.rstrip("/").rsplit("/", 1)[-1]).absolute()
+
+
+@contextlib.contextmanager
+def opened(run_dir: str, local: Path) -> "Iterator[RemoteRunDir]":
+    """Holds the lock of a remote run directory, with the local folder up to date. For the first process of a run."""
+    paths.make_folder(run_dir)
+    with remote_lock(run_dir) as lock:
+        remote = RemoteRunDir(run_dir, local, lock)
+        remote.pull()
+        print(f"run_dir {run_dir}: written to {local}, uploaded after every checkpoint", file=sys.stderr)
+        try:
+            yield remote
+        finally:
+            remote.close()
+
+
+class RemoteRunDir:
+    def __init__(self, url: str, local: Path, lock: RemoteLock):
+        self.url, self.local, self._lock = url.rstrip("/"), local, lock
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._running: Future | None = None
+
+    def pull(self) -> None:
+        """Makes the local folder the run as it is in the bucket, or as it went on here since the last upload."""
+        identity = self._read_identity()
+        mine = self.local / IDENTITY
+        if identity is None or not mine.is_file() or mine.read_text() != identity:
+            shutil.rmtree(self.local, ignore_errors=True)
+            self.local.mkdir(parents=True)
+            identity = identity or uuid.uuid4().hex
+            paths.write_text(paths.join(self.url, IDENTITY), identity)
+        remote, here = whole_steps(self.url), self._whole_local_steps()
+        for step in here & set(remote):
+            if self._digests(step) != paths.read_text(self._remote(step, f"{DIGESTS}/{DIGESTS_FILE}")).encode():
+                shutil.rmtree(self._folder(step))
+        here = self._whole_local_steps()
+        if not here or max(here) <= max(remote, default=-1):
+            files = list_tree(self.url)
+            download_tree(self.url, [name for name in files if name.split("/")[0] in KEPT], self.local)
+            if remote and max(remote) not in here:
+                self._download(max(remote), remote[max(remote)])
+        mine.write_text(identity)
+
+    def _read_identity(self) -> str | None:
+        try:
+            return paths.read_text(paths.join(self.url, IDENTITY))
+        except FileNotFoundError:
+            return None
+
+    def _download(self, step: int, url: str) -> None:
+        folder = self._folder(step, url.rsplit("/", 1)[-1])
+        partial = folder.with_name(f"{folder.name}{paths.PARTIAL}")
+        shutil.rmtree(partial, ignore_errors=True)
+        download_tree(url, list_tree(url), partial / folder.name)
+        try:
+            check_digests(partial / folder.name, ITEMS)
+        except UserError as error:
+            raise UserError(str(error).replace(str(partial / folder.name), url)) from error
+        (partial / folder.name).rename(folder)
+        partial.rmdir()
+
+    def after_save(self, is_saving: Callable[[], bool]) -> None:
+        """Uploads, in the background, what a save leaves once `is_saving` is no longer true."""
+
+        def upload() -> None:
+            while is_saving():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            self.push()
+
+        self._running = self._pool.submit(upload)
+
+    def wait(self) -> None:
+        """Returns when the last upload has ended. Raises UserError if it could not."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def close(self) -> None:
+        """Uploads what is left. Raises UserError if it cannot be."""
+        try:
+            self.wait()
+            self.push()
+        finally:
+            self._pool.shutdown()
+
+    def push(self) -> None:
+        """Uploads the whole checkpoints that are not there yet and the files that changed, then removes from the bucket
+        the checkpoints that the run no longer keeps."""
+        self._lock.check()
+        there = whole_steps(self.url)
+        here = self._whole_local_steps()
+        for step in sorted(here - set(there)):
+            folder = self._folder(step)
+            names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+            upload_tree(folder, [name for name in names if name != METADATA], self._remote(step))
+            self._lock.check()
+            upload_tree(folder, [METADATA], self._remote(step))
+        changed = self._changed_files()
+        upload_tree(self.local, changed, self.url)
+        self._uploaded |= changed
+        for step in set(there) - here:
+            if here and step < max(here):
+                remove_tree(there[step], [METADATA])
+                remove_tree(there[step], list_tree(there[step]))
+
+    def _changed_files(self) -> dict[str, tuple[int, int]]:
+        files = [
+            path for name in KEPT for path in (self.local / name, *(self.local / name).rglob("*")) if path.is_file()
+        ]
+        versions = {
+            path.relative_to(self.local).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in files
+        }
+        return {name: version for name, version in versions.items() if self._uploaded.get(name) != version}
+
+    def _whole_local_steps(self) -> set[int]:
+        folders = (self.local / "checkpoints").glob("*")
+        return {int(path.name) for path in folders if path.name.isdigit() and (path / METADATA).exists()}
+
+    def _folder(self, step: int, name: str | None = None) -> Path:
+        root = self.local / "checkpoints"
+        if name is not None:
+            return root / name
+        return next(path for path in root.glob("*") if path.name.isdigit() and int(path.name) == step)
+
+    def _digests(self, step: int) -> bytes:
+        file = self._folder(step) / DIGESTS / DIGESTS_FILE
+        return file.read_bytes() if file.is_file() else b""
+
+    def _remote(self, step: int, name: str = "") -> str:
+        folder = paths.join(paths.join(self.url, "checkpoints"), self._folder(step).name)
+        return paths.join(folder, name) if name else folder
