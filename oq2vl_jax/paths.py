@@ -128,9 +128,7 @@ def list_names(folder: str) -> set[str]:
 def check_local(option: str, path: str | None) -> None:
     """Raises UserError for a remote path of an option that takes local ones only."""
     if path and is_remote(path):
-        raise UserError(
-            f"{option} {path}: a local path is expected; only the data commands read and write buckets yet."
-        )
+        raise UserError(f"{option} {path}: a local path is expected; copy what is written there to the bucket.")
 
 
 def check_out(out: str) -> None:

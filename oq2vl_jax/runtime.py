@@ -53,6 +53,22 @@ def use_compilation_cache(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str((folder / "compilation_cache").absolute()))
 
 
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "LOCAL_WORLD_SIZE": "torchrun"}
+"""Variables in which launchers say how many processes they started."""
+
+
+def check_started_once() -> None:
+    """Raises UserError if a launcher started several processes that do not know of each other: each would train all."""
+    for name, launcher in LAUNCHERS.items():
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            how = "add --distributed" if launcher != "torchrun" else "start it without torchrun"
+            raise UserError(
+                f"{launcher} started {count} tasks of this command, and each would train the whole run; {how}, or "
+                "start one: a process uses all GPUs that it sees."
+            )
+
+
 def start_processes(processes: Processes) -> None:
     """Joins the processes of a run. Raises UserError if the options do not fit together or nobody answers."""
     import jax

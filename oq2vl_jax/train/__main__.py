@@ -1,6 +1,9 @@
 """python -m oq2vl_jax.train CONFIG [--optimizer.learning-rate 3e-4 ...]: trains, or resumes, one run."""
 
+import os
 import sys
+import time
+import traceback
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +15,7 @@ from oq2vl_jax.command import bridge
 from oq2vl_jax.config import ModelConfig, TrainConfig
 from oq2vl_jax.config_files import load_config, shipped_names
 from oq2vl_jax.errors import UserError, run_command
-from oq2vl_jax.runtime import Processes, is_first_process, set_environment, start_processes
+from oq2vl_jax.runtime import Processes, check_started_once, is_first_process, set_environment, start_processes
 
 PROG = "python -m oq2vl_jax.train"
 
@@ -71,8 +74,11 @@ def main() -> None:
     command = parse(sys.argv[1:])
     set_environment()
     processes = Processes(command.coordinator, command.num_processes, command.process_id)
-    if command.distributed or any(value is not None for value in processes):
+    is_distributed = command.distributed or any(value is not None for value in processes)
+    if is_distributed:
         start_processes(processes)
+    else:
+        check_started_once()
     from oq2vl_jax.train.run import describe, run
 
     if command.private and command.push_to_hub is None:
@@ -82,9 +88,28 @@ def main() -> None:
         return
     if command.push_to_hub is not None:
         check_can_push(command)
-    digest = run(command.config)
+    digest = run_together(command.config) if is_distributed else run(command.config)
     if command.push_to_hub is not None and digest is not None and is_first_process():
         push(command)
+
+
+def run_together(config: TrainConfig) -> str | None:
+    """Runs one of several processes. If it fails it ends at once: jax's own end would wait minutes for the others."""
+    from oq2vl_jax.train.run import run
+    from oq2vl_jax.train.watchdog import BEAT_SECONDS
+
+    try:
+        return run(config)
+    except Exception as error:
+        code = 2 if isinstance(error, UserError) else 1
+        if code == 2:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        if is_first_process():  # the others, who end with its end, must read why first
+            time.sleep(2 * BEAT_SECONDS)
+        os._exit(code)
 
 
 def check_can_push(command: TrainCommand) -> None:

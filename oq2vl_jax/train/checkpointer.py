@@ -66,12 +66,13 @@ class Checkpointer:
             tokenizer=SaveFiles(sorted(tokenizer.iterdir())),
             **{DIGESTS: SaveDigests()},
         )
-        if self._uploads is not None:
-            self._uploads.wait()  # a checkpoint stays here until it is uploaded
+        problem = self._uploads.problem() if self._uploads is not None else None  # waits: what is not uploaded stays
         try:
             self._manager.save(int(state.step), args=items)
         except Exception as error:
             raise self._errors.explained(error, self._run_dir) from error
+        if problem is not None:
+            raise problem  # this checkpoint is saved here, and the same command uploads it
         if self._uploads is not None:
             self._uploads.after_save(self._manager.is_saving_in_progress)
 

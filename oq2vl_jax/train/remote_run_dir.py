@@ -55,8 +55,14 @@ def opened(run_dir: str, local: Path) -> "Iterator[RemoteRunDir]":
         print(f"run_dir {run_dir}: written to {local}, uploaded after every checkpoint", file=sys.stderr)
         try:
             yield remote
-        finally:
-            remote.close()
+        except BaseException as error:
+            try:
+                remote.close()
+            except UserError as another:
+                if str(another) != str(error):
+                    print(f"not uploaded: {another}", file=sys.stderr)
+            raise
+        remote.close()
 
 
 class RemoteRunDir:
@@ -65,6 +71,7 @@ class RemoteRunDir:
         self._uploaded: dict[str, tuple[int, int]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._running: Future | None = None
+        self._problem: UserError | None = None
 
     def pull(self) -> None:
         """Makes the local folder the run as it is in the bucket, or as it went on here since the last upload."""
@@ -115,16 +122,23 @@ class RemoteRunDir:
 
         self._running = self._pool.submit(upload)
 
-    def wait(self) -> None:
-        """Returns when the last upload has ended. Raises UserError if it could not."""
-        if self._running is not None:
-            running, self._running = self._running, None
+    def problem(self) -> UserError | None:
+        """Returns, when the last upload has ended, why it could not be done."""
+        if self._running is None:
+            return self._problem
+        running, self._running = self._running, None
+        try:
             running.result()
+        except UserError as error:
+            self._problem = error
+        return self._problem
 
     def close(self) -> None:
-        """Uploads what is left. Raises UserError if it cannot be."""
+        """Uploads what is left, unless the store has been waited for in vain. Raises UserError if it cannot be."""
         try:
-            self.wait()
+            problem = self.problem()
+            if problem is not None:
+                raise problem
             self.push()
         finally:
             self._pool.shutdown()

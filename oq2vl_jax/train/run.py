@@ -55,6 +55,7 @@ from oq2vl_jax.train.step import (
 )
 from oq2vl_jax.train.totals import BatchCounts, Totals
 from oq2vl_jax.train.trackers import open_trackers
+from oq2vl_jax.train.watchdog import Watchdog, watched
 from oq2vl_jax.trees import named_arrays
 
 
@@ -79,8 +80,13 @@ def run(
     check_config(config, len(jax.devices()))
     cache.use(config.data.cache_dir, config.data.cache_gib)
     run_dir = local_run_dir(config.run_dir, config.checkpoint.staging_dir)
-    with held_run_dir(config.run_dir, run_dir) as uploads, terminate_flag() as is_terminated:
-        step, digest = train(config, run_dir, stop_at_step, is_terminated, uploads)
+    watchdog = Watchdog(run_dir, config.hang_seconds, jax.process_index(), jax.process_count())
+    with (
+        held_run_dir(config.run_dir, run_dir) as uploads,
+        watched(watchdog),
+        terminate_flag() as is_terminated,
+    ):
+        step, digest = train(config, run_dir, stop_at_step, is_terminated, watchdog, uploads)
     if is_first_process():
         print(last_line(config.run_dir, run_dir, step, digest))
     return digest
@@ -102,6 +108,7 @@ def train(
     run_dir: Path,
     stop_at_step: int | None,
     is_terminated: Callable[[int], bool],
+    watchdog: Watchdog,
     uploads: RemoteRunDir | None = None,
 ) -> tuple[int, str | None]:
     """Runs the training of `run`; saves a checkpoint and stops once is_terminated(step) is true.
@@ -128,8 +135,10 @@ def train(
         pending = None  # the running step: its numbers are read one step later, so that the device never waits
         for step in range(start_step + 1, last_step + 1):
             wait_start = time.monotonic()
+            watchdog.doing("wait for data", step)
             batch = next(batches)
             counts = count_batch(batch, config, time.monotonic() - wait_start)
+            watchdog.doing("step")
             state, metrics = train_step(state, to_global_batch(batch, mesh))
             if pending:
                 reporter.finish(*finite_numbers(*pending, saved_step))
@@ -144,8 +153,10 @@ def train(
                 reporter.finish(*finite_numbers(*pending, saved_step))  # a state with a NaN is never saved
                 pending = None
             if is_held_out_due and held_out is not None:
+                watchdog.doing("held-out loss")
                 report_held_out(held_out, state, config, run_dir, reporter)
             if is_saved:
+                watchdog.doing("save")
                 loader_state = {
                     "position": data.loader.get_state(), "data": data.identity, "totals": totals.state()
                 }  # fmt: skip
@@ -156,6 +167,7 @@ def train(
         if int(state.step) == config.num_steps:
             digest = parameters_sha256(state.model)
     finally:
+        watchdog.doing("last save")
         checkpointer.close()
         data.loader.close()
         reporter.close(digest)

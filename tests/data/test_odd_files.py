@@ -1,12 +1,9 @@
 """Tars that lie, strays, byte order marks, pictures that are something else: read, or counted by a true reason."""
 
-import dataclasses
 import io
 import json
 import os
 import resource
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -202,20 +199,18 @@ def test_sizes_that_are_no_numbers_pass_no_rule(tmp_path):
     assert run(tmp_path, tmp_path, "short_side(>= 200) | aspect(<= 3)")[1] == {f"{1:032x}"}
 
 
-def test_paths_in_a_bucket_are_refused_where_local_ones_are_expected(tmp_path):
-    from oq2vl_jax.checkpoint import find_checkpoint
-    from oq2vl_jax.train.checks import check_config
-    from tests.train.conftest import TINY
+def test_paths_in_a_bucket_are_refused_where_local_ones_are_expected():
+    from convert.checkpoint_stream import check_is_free
+    from oq2vl_jax.eval import eval_config
+    from oq2vl_jax.generate import options
 
-    for changes in ({"run_dir": "s3://bucket/a"}, {"init_from": "gs://bucket/a"}):
-        with pytest.raises(UserError, match="a local path is expected"):
-            check_config(dataclasses.replace(TINY, **changes), 8)
-    with pytest.raises(UserError, match="a local path is expected"):
-        find_checkpoint("s3://bucket/a")
-    command = [sys.executable, "-m", "convert.to_hf", "s3://bucket/a", "--out", str(tmp_path / "x")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "a local path is expected" in done.stderr
+    evaluation = eval_config.EvalConfig("runs/a", "pope", "data", "s3://bucket/results")
+    predictions = options.GenerateConfig("runs/a", requests="requests.jsonl", out="gs://bucket/predictions.jsonl")
+    for check, config in (
+        (eval_config.check, evaluation), (options.check, predictions), (check_is_free, Path("s3://bucket/export")),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="--out .*bucket.*: a local path is expected"):
+            check(config)
 
 
 def test_messages_end_in_one_full_stop():

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_whatever_happens_to_the_run_or_the_store_it_ends_as_undisturbed(fault, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [{"status": 403}, {"status": 503}, {"is_closed": True}])
-def test_a_store_that_is_away_for_good_is_one_sentence(fault, s3, store, tiny, tmp_path):
+def test_a_store_that_is_away_for_good_is_one_sentence(fault, s3, store, tiny, undisturbed, tmp_path):
     """While the run trains; the checkpoint stays on this machine, and the same command uploads it."""
     config, source, _ = tiny
     s3.put(f"{source}/", f"{BUCKET}/packed/", recursive=True)
@@ -151,4 +152,7 @@ def test_a_store_that_is_away_for_good_is_one_sentence(fault, s3, store, tiny, t
     store.reset()
     again = subprocess.run(command(config, name), env=started, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "resuming from step 20" in again.stdout  # it was whole here
+    resumed = re.search(r"resuming from step (\d+)", again.stdout)
+    assert resumed, again.stdout
+    assert int(resumed[1]) >= 12, "the checkpoint that was not uploaded is still here"
+    assert undisturbed in again.stdout
