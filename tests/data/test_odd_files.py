@@ -209,7 +209,7 @@ def test_paths_in_a_bucket_are_refused_where_local_ones_are_expected():
     for check, config in (
         (eval_config.check, evaluation), (options.check, predictions), (check_is_free, Path("s3://bucket/export")),
     ):  # fmt: skip
-        with pytest.raises(UserError, match="--out .*bucket.*: a local path is expected"):
+        with pytest.raises(UserError, match=r"--out .*bucket.*: a local path is expected"):
             check(config)
 
 
