@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-matrix docs test-plan bench-peers bridge-full-size works-with lint clean-demo
+.PHONY: demo test test-slurm test-matrix docs test-plan bench-peers bridge-full-size works-with lint clean-demo
 
 # Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
@@ -58,6 +58,11 @@ test-on:
 test-plan: .venv/.test-installed
 	$(BIN)/python -m pip install --quiet --editable '.[plan]'
 	$(BIN)/python -m pytest -m plan tests/bench -s
+
+# The job files of configs/launch on a Slurm of one node, on this machine: as root on Debian, about 6 minutes on two cores.
+test-slurm: .venv/.test-installed
+	command -v slurmctld || apt-get install -y --no-install-recommends slurm-wlm munge
+	$(BIN)/python -m pytest -m slurm tests/launch
 
 # Exports asked by transformers 4.57 and newest, PEFT and vLLM, each in its own environment: 6 GB, a quarter of an hour.
 works-with: .venv/.test-installed

@@ -21,6 +21,7 @@ RUN = {
 NOT_RUN = {
     "docs/ablations.md": "trains for minutes; tests/lab runs the same on the smallest model",
     "docs/ask-and-serve.md": "needs a tuned checkpoint; tests/generate and tests/serve run the same on a small one",
+    "docs/clusters.md": "needs a bucket and a cluster; tests/remote and tests/launch run the same on this machine",
     "docs/code.md": "shows the form of a command",
     "docs/convert.md": "needs the published weights; tests/convert runs the same on small ones",
     "docs/data.md": "needs CC12M and DataComp; tests/data and tests/curate run the same on small tars",

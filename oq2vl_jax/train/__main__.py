@@ -70,7 +70,7 @@ def adopted(config: TrainConfig, init_from: str | None, run_dir: str | None) -> 
     return model_of(init_from or config.init_from, run_dir or config.run_dir)
 
 
-def main() -> None:
+def main() -> int:
     command = parse(sys.argv[1:])
     set_environment()
     processes = Processes(command.coordinator, command.num_processes, command.process_id)
@@ -80,17 +80,21 @@ def main() -> None:
     else:
         check_started_once()
     from oq2vl_jax.train.run import describe, run
+    from oq2vl_jax.train.watchdog import EXIT_CODE
 
     if command.private and command.push_to_hub is None:
         raise UserError("--private: makes a repository of --push-to-hub private; give both.")
     if command.dry_run:
         print(describe(command.config))
-        return
+        return 0
     if command.push_to_hub is not None:
         check_can_push(command)
     digest = run_together(command.config) if is_distributed else run(command.config)
-    if command.push_to_hub is not None and digest is not None and is_first_process():
+    if digest is None:  # schedulers take exit code 0 for a finished run
+        return EXIT_CODE
+    if command.push_to_hub is not None and is_first_process():
         push(command)
+    return 0
 
 
 def run_together(config: TrainConfig) -> str | None:

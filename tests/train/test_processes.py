@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from oq2vl_jax.train.run import run
+from oq2vl_jax.train.watchdog import EXIT_CODE
 from tests.xla_flags import devices
 
 LOSS_TOLERANCE = 2e-6  # relative, 2 x 4 devices against 1 x 8; measured 0
@@ -44,7 +45,8 @@ def together(run_dir, *flags, stop_when=None):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n---\n".join(outputs)
+    code = EXIT_CODE if stop_when else 0
+    assert [process.returncode for process in processes] == [code, code], "\n---\n".join(outputs)
     return outputs
 
 

@@ -19,6 +19,7 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.train import gradients
 from oq2vl_jax.train.checkpointer import Checkpointer
 from oq2vl_jax.train.run import run
+from oq2vl_jax.train.watchdog import EXIT_CODE
 from tests.train.conftest import TINY
 from tests.xla_flags import FAST_COMPILING
 
@@ -164,7 +165,7 @@ def test_killed_by_sigkill_and_started_again_ends_in_the_same_bits(tmp_path, ste
     assert last_digest(resumed.stdout) == last_digest(undisturbed.stdout)
 
 
-def test_sigterm_saves_and_exits_zero(tmp_path):
+def test_sigterm_saves_and_exits_as_a_run_that_is_not_done(tmp_path):
     flags = ("--num-steps", "100000", "--log-every", "1", "--checkpoint.every-num-steps", "100000")
     process = subprocess.Popen(
         train_command(tmp_path / "run", *flags), env=ONE_DEVICE, stdout=subprocess.PIPE, text=True
@@ -172,6 +173,6 @@ def test_sigterm_saves_and_exits_zero(tmp_path):
     wait_for_step(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == EXIT_CODE
     stopped_at = int(output.strip().splitlines()[-1].split("stopped at step ")[1].split(";")[0])
     assert find_checkpoint(str(tmp_path / "run")).name == f"{stopped_at:06d}"
