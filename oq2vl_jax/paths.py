@@ -222,4 +222,7 @@ def _glob(name: str) -> list[str]:
     if not is_remote(name):
         return sorted(glob.glob(name, recursive=True))
     fs, path = filesystem(name)
-    return sorted(fs.unstrip_protocol(match) for match in patiently(name, fs.glob, path))
+    matches = sorted(fs.unstrip_protocol(match) for match in patiently(name, fs.glob, path))
+    if not matches and is_object_store(fs):  # glob hides that there is no bucket
+        check_has_bucket(name)
+    return matches

@@ -33,6 +33,8 @@ HOW_TO_LOG_IN = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login",
     "hf": "set HF_TOKEN, or run hf auth login",
 }
+FAULT_OF_POLARS, REFUSAL_OF_POLARS = "object-store error: Generic", "lacked the necessary privileges"
+"""Polars reads parquet files by itself, and tells what failed by the text alone."""
 OF_THE_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 """Answers, not faults: the caller knows what they mean."""
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -89,7 +91,7 @@ def permanent_problem(path: str, error: Exception) -> str | None:
     log_in = HOW_TO_LOG_IN.get({"s3a": "s3", "gcs": "gs"}.get(protocol, protocol), "log in first")
     if names & set(CREDENTIALS):
         return f"no credentials ({one_line(error)}); {log_in}."
-    if isinstance(error, PermissionError) or status_of(error) in (401, 403):
+    if isinstance(error, PermissionError) or status_of(error) in (401, 403) or REFUSAL_OF_POLARS in str(error):
         return f"no permission ({one_line(error)}); ask for it, or {log_in}."
     if "NoSuchBucket" in names or (isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error)):
         return "there is no such bucket; make it first, or check its name."
@@ -108,6 +110,8 @@ def is_fault(error: Exception) -> bool:
         return False
     if isinstance(error, OSError):  # includes ConnectionError and TimeoutError
         return error.errno not in LOCAL
+    if FAULT_OF_POLARS in str(error):
+        return True
     return isinstance(error, asyncio.TimeoutError) or type(error).__module__.partition(".")[0] in LIBRARIES
 
 

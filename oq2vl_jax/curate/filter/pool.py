@@ -3,7 +3,7 @@
 A sample takes about 17 bytes, 4 or 8 more per score column and 1 more per rule: 128M samples fit in 32 GB.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from oq2vl_jax.data.samples.parquet import reading_parquet
 from oq2vl_jax.data.samples.uids import UidSet
 from oq2vl_jax.data.text.language import language_model
 from oq2vl_jax.errors import UserError, hint
+from oq2vl_jax.remote.faults import patiently
 
 FILES_PER_BATCH = 64
 COLUMN_OF_ROWS = "row of its file"
@@ -172,7 +173,7 @@ def batches(files: list[str]) -> Iterator[list[str]]:
 
 def collect(frame: Any, files: list[str]) -> Any:
     with reading_parquet(files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "")):
-        return frame.collect()
+        return asked(files[0], frame.collect)
 
 
 def schema_of(file: str) -> dict[str, Any]:
@@ -180,8 +181,14 @@ def schema_of(file: str) -> dict[str, Any]:
     import polars as pl
 
     with reading_parquet(file):
-        return dict(pl.read_parquet_schema(file) if not paths.is_remote(file) else
-                    pl.scan_parquet(file).collect_schema())  # fmt: skip
+        if not paths.is_remote(file):
+            return dict(pl.read_parquet_schema(file))
+        return dict(asked(file, pl.scan_parquet(file).collect_schema))
+
+
+def asked(file: str, read: Callable[[], Any]) -> Any:
+    """Returns read(), which is asked again while the store of a remote file does not answer."""
+    return patiently(file, read) if paths.is_remote(file) else read()
 
 
 def score_kinds(file: str, columns: list[str]) -> dict[str, Any]:
