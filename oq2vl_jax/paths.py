@@ -77,9 +77,24 @@ def open_input(path: str) -> BinaryIO:
     return io.BufferedReader(PatientFile(path, *filesystem(path)), READ_BYTES)
 
 
-def read_text(path: str) -> str:
+def read_bytes(path: str) -> bytes:
     with open_input(path) as file:
-        return file.read().decode("utf-8-sig")
+        return file.read()
+
+
+def is_file(path: str) -> bool:
+    return exists(path) if is_remote(path) else os.path.isfile(path)
+
+
+def beside(file: str, name: str) -> str:
+    """Returns a name that a file mentions as a path: relative to the file's folder, absolute, or remote."""
+    if is_remote(name):
+        return name
+    return join(file.rpartition("/")[0], name) if is_remote(file) else str(Path(file).parent / name)
+
+
+def read_text(path: str) -> str:
+    return read_bytes(path).decode("utf-8-sig")
 
 
 def read_json(path: str) -> Any:

@@ -4,14 +4,15 @@
     python -m oq2vl_jax.bench fits configs/sft_llava.py --decoders Qwen2.5-7B --changes lora.rank=16
 
 compiles the real train step (bench/compiled.py) of every model with one row at a time and everything recomputed, on
-several GPUs with sharding fsdp. Whatever does not fit so does not fit at all; bench plan finds the fastest form of what
-does. Nothing is timed.
+several GPUs with sharding fsdp, and with adapters also with the layers by scan, which keeps one copy of the frozen
+weights instead of two. Whatever does not fit so does not fit at all; bench plan finds the fastest form of what does.
+Nothing is timed.
 """
 
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tyro.conf import Positional
 
@@ -40,6 +41,7 @@ class Fits:
 
 
 OPTIONS = Fits
+LAYERS = Literal["one_by_one", "scan"]
 
 
 def measure(options: Fits) -> list[dict[str, Any]]:
@@ -89,14 +91,19 @@ def peaks_of(config: TrainConfig, devices: list[Device], number: int) -> dict[st
         global_batch_size=2 * number,  # gradients are accumulated, as in a real step
         mesh=dataclasses.replace(config.mesh, sharding="fsdp" if number > 1 else "zero1"),
     )
+    layers: tuple[LAYERS, ...] = ("one_by_one",) if config.lora.rank is None else get_args(LAYERS)
+    forms = {
+        each: dataclasses.replace(least, execution=dataclasses.replace(least.execution, layers=each)) for each in layers
+    }
     peaks, found = {}, {}
     for device in devices:
         if device.capability not in peaks:
             mesh = mesh_of(device, number, *mesh_shape(least, number))
-            peaks[device.capability] = compile_step(least, mesh).memory.peak
-        peak = peaks[device.capability]
+            peaks[device.capability] = min((compile_step(form, mesh).memory.peak, name) for name, form in forms.items())
+        peak, name = peaks[device.capability]
         verdict = "fits" if peak <= device.usable_bytes else "no"
-        found[device.name] = f"{peak / 2**30:.1f} of {device.usable_bytes / 2**30:.1f} GiB: {verdict}"
+        by = "" if name == "one_by_one" else ", layers by scan"
+        found[device.name] = f"{peak / 2**30:.1f} of {device.usable_bytes / 2**30:.1f} GiB{by}: {verdict}"
     return found
 
 

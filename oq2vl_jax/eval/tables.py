@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from oq2vl_jax.data.samples.parquet import reading_parquet
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.paths import check_has_polars
+from oq2vl_jax.paths import check_has_polars, is_remote
+from oq2vl_jax.remote.folders import local_copy
 
 MAX_REFERENCE_CHARACTERS = 64
 """An image cell of a TSV up to this length is the index of the row that holds the image (VLMEvalKit's rule)."""
@@ -33,7 +34,7 @@ class Table(NamedTuple):
 
 def find_files(data: str, task: str, patterns: Iterable[str]) -> list[Path]:
     """Returns the files of the first pattern with a match below --data. Raises UserError naming the patterns."""
-    root = Path(data)
+    root = local_copy(data) if is_remote(data) else Path(data)
     if not root.is_dir():
         raise UserError(f"--data {data}: no such folder.")
     for pattern in patterns:

@@ -6,7 +6,7 @@ from pathlib import Path
 from oq2vl_jax.bounds import CountOrZero, Length, Seed, SmallCount, Temperature, TopP, check_bounds
 from oq2vl_jax.config import PromptForm, Template, Weights
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.paths import check_local
+from oq2vl_jax.paths import check_local, is_file
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def check(config: GenerateConfig) -> None:
     for name, text in (("--prompt", config.prompt), *(("--stop", text) for text in config.stop)):
         if text is not None and not is_utf8(text):
             raise UserError(f"{name} is no UTF-8; is the terminal or script set to another encoding?")
-    missing = [image for image in config.image if not Path(image).is_file()]
+    missing = [image for image in config.image if not is_file(image)]
     if missing:
         raise UserError(f"--image {missing[0]}: no such file.")
 

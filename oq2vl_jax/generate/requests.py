@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oq2vl_jax import paths
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.generate.options import GenerateConfig
 from oq2vl_jax.paths import file_version, whole_output
@@ -21,8 +22,8 @@ REQUESTS_AT_ONCE = 2048
 """Requests that are sorted by length together, with their images in memory."""
 
 
-def read_images(paths: Iterable[str]) -> list[bytes]:
-    return [Path(path).read_bytes() for path in paths]
+def read_images(names: Iterable[str]) -> list[bytes]:
+    return [paths.read_bytes(name) for name in names]
 
 
 def answer_requests(
@@ -33,7 +34,7 @@ def answer_requests(
 
     for first in range(0, len(requests), REQUESTS_AT_ONCE):
         some = requests[first : first + REQUESTS_AT_ONCE]
-        contents = {path: Path(path).read_bytes() for request in some for path in request["image"]}
+        contents = {path: paths.read_bytes(path) for request in some for path in request["image"]}
         encoded = [
             Request(generator.encode_prompt(r["prompt"], len(r["image"])), [contents[path] for path in r["image"]])
             for r in some
@@ -44,12 +45,11 @@ def answer_requests(
 
 def read_requests(path: str) -> list[dict]:
     """Checks every line and every image before anything is run; reports all problems of the file together."""
-    file = Path(path)
-    if not file.is_file():
+    if not paths.is_file(path):
         raise UserError(f"--requests {path}: no such file.")
     requests, problems = [], []
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = paths.read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--requests {path}: not UTF-8: {error}.") from error
     for number, line in enumerate(lines, 1):
@@ -67,7 +67,7 @@ def read_requests(path: str) -> list[dict]:
                 f"line {number} is no JSON object with a text prompt and, for pictures, image: a path or some"
             )
             continue
-        images = [str(file.parent / image) for image in images]
+        images = [paths.beside(path, image) for image in images]
         problems += [f"line {number}: {why}" for image in images if (why := image_problem(image))]
         requests.append({**request, "image": images})
     if not requests and not problems:
@@ -84,10 +84,10 @@ def read_requests(path: str) -> list[dict]:
 def image_problem(path: str) -> str | None:
     from oq2vl_jax.data.samples.images import ImageError, check_image
 
-    if not Path(path).is_file():
+    if not paths.is_file(path):
         return f"no image {path}"
     try:
-        check_image(Path(path).read_bytes())
+        check_image(paths.read_bytes(path))
     except ImageError as problem:
         return f"{path}: {problem}"
     return None
