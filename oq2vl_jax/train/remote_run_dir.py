@@ -102,13 +102,14 @@ class RemoteRunDir:
 
     def _download(self, step: int, url: str) -> None:
         folder = self._folder(step, url.rsplit("/", 1)[-1])
-        partial = folder.with_name(f"{folder.name}{paths.PARTIAL}")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = self.local / f"download{paths.PARTIAL}"
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         download_tree(url, list_tree(url), partial / folder.name)
         try:
             check_digests(partial / folder.name, ITEMS)
         except UserError as error:
             raise UserError(str(error).replace(str(partial / folder.name), url)) from error
+        folder.parent.mkdir(exist_ok=True)
         (partial / folder.name).rename(folder)
         partial.rmdir()
 

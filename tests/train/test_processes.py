@@ -54,6 +54,10 @@ def records(run_dir):
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def last_digest_of(output):
+    return output.split("parameters_sha256 ")[1].split()[0]
+
+
 def equal_losses(ours, theirs):
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for one, other in zip(ours, theirs, strict=True):
