@@ -260,9 +260,10 @@ class TrainConfig:
     gradients: Literal["fused", "plain"] = field(default="fused", metadata=OPERATIONAL)
     """fused: train/gradients.py, which holds the logits of one chunk at a time. plain: jax.grad of train/loss.py, which
     holds the logits of a microbatch; the same except for rounding, up to memory."""
-    hang_seconds: Positive | None = field(default=1800.0, metadata=OPERATIONAL)
+    hang_seconds: Positive | None = field(default=None, metadata=OPERATIONAL)
     """A run that does one thing for so long, such as waiting for data or for other processes, writes the stacks of its
-    threads and ends with exit code 75; the same command goes on. None: it waits for ever."""
+    threads and ends with exit code 75; the same command goes on. None: half an hour with several processes, else it
+    waits for ever."""
     seed: Seed = 7
     """Seed of the initial weights, and of the order of the rows unless data.seed is set."""
     log_every: Count = field(default=10, metadata=OPERATIONAL)

@@ -31,16 +31,20 @@ from oq2vl_jax.runtime import wait_for_all
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command may succeed. Slurm's job files requeue on it."""
 BEAT_SECONDS = 5.0
+HANG_SECONDS = 1800.0
+"""Of several processes, unless the configuration says otherwise. One process alone may stand in a debugger."""
 SILENT_SECONDS = 60.0
 """After which a process that says nothing is taken for dead: network file systems show a change late."""
 LOOK_SECONDS = 0.5
 
 
 class Watchdog:
-    """Watches one process of a run. seconds: how long it may do one thing; None: as long as it takes."""
+    """Watches one process of a run. seconds: how long it may do one thing; None: HANG_SECONDS with several processes,
+    else as long as it takes."""
 
     def __init__(self, run_dir: Path, seconds: float | None, index: int = 0, count: int = 1):
-        self._folder, self._seconds, self._index, self._count = run_dir / "processes", seconds, index, count
+        self._folder, self._index, self._count = run_dir / "processes", index, count
+        self._seconds = HANG_SECONDS if seconds is None and count > 1 else seconds
         self._step, self._doing, self._since = 0, "start", time.monotonic()
         self._beat, self._ended = 0, threading.Event()
         self._others = {i: Other(self._folder / str(i) / "alive.json") for i in range(count) if i != index}
@@ -207,5 +211,8 @@ def watched(watchdog: Watchdog) -> Iterator[None]:
         if watchdog.has_others and isinstance(error, jax.errors.JaxRuntimeError):  # of a collective
             watchdog.broke(reason)
         watchdog.close(reason, code=1)
+        raise
+    except BaseException as error:  # Ctrl-C; whoever called may go on, and must not be ended later
+        watchdog.close(type(error).__name__, code=EXIT_CODE)
         raise
     watchdog.close()

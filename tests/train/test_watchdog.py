@@ -110,6 +110,21 @@ def test_a_failure_is_told_to_the_others(quick, tmp_path):
     assert (said["ended"], said["exit_code"]) == ("the loss is nan", 2)
 
 
+def test_an_interrupted_run_is_not_ended_later(quick, tmp_path):
+    """As in a notebook, which goes on after Ctrl-C."""
+    dog = Watchdog(tmp_path, 0.3)
+
+    def interrupted():
+        with watched(dog):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    time.sleep(0.8)
+    assert not quick
+    assert not dog._thread.is_alive()
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_several_tasks_that_do_not_know_of_each_other_are_refused(launcher, monkeypatch):
     monkeypatch.setenv(launcher, "1")
