@@ -22,20 +22,25 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's main; a UserError, a full disk or a forbidden folder become one line and exit 2."""
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of the output has closed it: head, or a pager
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if not is_full_or_forbidden(error):
+        sentence = sentence_of(error)
+        if sentence is None:
             raise
-        print(f"error: {of_files(error)}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def sentence_of(error: Exception) -> str | None:
+    """Returns what to print of an error that a user caused or can mend; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    return of_files(error) if is_full_or_forbidden(error) else None
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -126,6 +126,19 @@ def wait_for_all(name: str) -> None:
         sync_global_devices(name)
 
 
+def wait_long(name: str, seconds: float) -> None:
+    """Returns when every process has called it with this name. Collectives wait half a minute at most on CPUs; this is
+    jax's own barrier, which it does not show in public."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax._src import distributed
+
+        client = distributed.global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"oq2vl_jax {name}", int(1000 * seconds))
+
+
 def any_process(answer: bool) -> bool:
     """Returns True in every process if `answer` is True in one."""
     import jax

@@ -25,6 +25,7 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.lock import HeldError, age_of, file_lock, is_alive, read_owner
 from oq2vl_jax.paths import PARTIAL, filesystem
 from oq2vl_jax.remote.faults import patiently
+from oq2vl_jax.remote.progress import moved
 
 FOLDER_VARIABLE, GIB_VARIABLE = "OQ2VL_JAX_CACHE", "OQ2VL_JAX_CACHE_GIB"
 DEFAULT_FOLDER = "~/.cache/oq2vl_jax"
@@ -49,7 +50,7 @@ class Cache:
 
     def __init__(self, folder: Path, max_bytes: int | None = None):
         self.folder, self._max_bytes = folder.absolute(), max_bytes
-        self._leased: set[str] = set()
+        self._leased: dict[str, int] = {}
         self._open, self._lease = contextlib.ExitStack(), ""
         for name in ("files", "folders", "leases"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -90,33 +91,36 @@ class Cache:
     def _reserve(self, names: list[str], sizes: dict[str, int]) -> set[str]:
         """Leases entries and makes room for those that are not there; returns their names."""
         with waiting_lock(self.folder / "cache.lock"):
-            self._take_lease(names)
+            self._take_lease(sizes)
             missing = {name for name in names if not (self.folder / name).exists()}
             self._make_room(sum(sizes[name] for name in missing))
         return missing
 
-    def _take_lease(self, names: list[str]) -> None:
+    def _take_lease(self, sizes: dict[str, int]) -> None:
         if not self._lease:
             self._lease = uuid.uuid4().hex
             self._open.enter_context(file_lock(self.folder / "leases" / self._lease))
             self._open.callback((self.folder / "leases" / f"{self._lease}.json").unlink, missing_ok=True)
             atexit.register(self._open.close)
-        self._leased |= set(names)
+        self._leased |= sizes
         listed = self.folder / "leases" / f"{self._lease}.json"
         partial_list = listed.with_suffix(PARTIAL)
-        partial_list.write_text(json.dumps(sorted(self._leased)))
+        partial_list.write_text(json.dumps(self._leased))
         partial_list.replace(listed)
 
     def _make_room(self, num_bytes: int) -> None:
         """Removes what nobody uses until num_bytes fit. Raises UserError if they do not fit even then."""
+        if not num_bytes:
+            return
         used = {name: bytes_of(self.folder / name) for name in self._names()}
         in_use = self._in_use()
-        excess = self._excess(sum(used.values()), num_bytes)
+        coming = {name: size for name, size in in_use.items() if name not in used and name not in self._leased}
+        excess = self._excess(sum(used.values()), num_bytes + sum(coming.values()))
         oldest = sorted(used, key=lambda name: modified(self.folder / name))
         for name in oldest:
             if excess <= 0:
                 return
-            if name not in in_use:
+            if name.removesuffix(PARTIAL) not in in_use:
                 remove_entry(self.folder / name)
                 excess -= used[name]
         if excess > 0:
@@ -132,7 +136,7 @@ class Cache:
         if self._max_bytes is not None:
             return used + num_bytes - self._max_bytes
         disk = shutil.disk_usage(self.folder)
-        return int(num_bytes - disk.free + FREE_SHARE * disk.total) if num_bytes else 0
+        return int(num_bytes - disk.free + FREE_SHARE * disk.total)
 
     def _names(self) -> list[str]:
         return [
@@ -142,9 +146,9 @@ class Cache:
             if not path.name.endswith(".lock") and ".lock." not in path.name
         ]
 
-    def _in_use(self) -> set[str]:
-        """Returns the entries that living processes lease; removes the leases of dead ones."""
-        names: set[str] = set()
+    def _in_use(self) -> dict[str, int]:
+        """Returns the entries that living processes lease, with their bytes; removes the leases of dead ones."""
+        names: dict[str, int] = {}
         for listed in (self.folder / "leases").glob("*.json"):
             lease = listed.with_suffix("")
             owner, age = read_owner(lease), age_of(lease)
@@ -154,8 +158,8 @@ class Cache:
                 remove_entry(lease)
                 continue
             with contextlib.suppress(OSError, ValueError):
-                names |= set(json.loads(listed.read_text()))
-        return names | {f"{name}{PARTIAL}" for name in names}
+                names |= json.loads(listed.read_text())
+        return names
 
 
 def fetch_files(wanted: list[Wanted], paths: dict[str, Path]) -> None:
@@ -182,6 +186,7 @@ def fetch_file(wanted: Wanted, target: Path, progress: "Progress") -> bool:
     except HeldError:
         return False
     progress.add(wanted.num_bytes)
+    moved()
     return True
 
 
@@ -198,7 +203,7 @@ def download(wanted: Wanted, target: Path) -> None:
 
 
 class Progress:
-    """A line on stderr when a download begins, every ten seconds, and when it ends."""
+    """A line on stderr every ten seconds of a download."""
 
     def __init__(self, num_files: int, num_bytes: int):
         self._files, self._bytes = [0, num_files], [0, num_bytes]

@@ -39,8 +39,10 @@ OF_THE_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirect
 """Answers, not faults: the caller knows what they mean."""
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Of the disk here, during a download."""
-MAY_PASS = (408, 425, 429)
-"""Of the HTTP status codes from 400 to 499."""
+MAY_PASS = (408, 409, 425, 429)
+"""Of the HTTP status codes from 400 to 499. 409: another writer at the same moment."""
+MAY_PASS_NAMES = ("RequestTimeout", "IncompleteBody", "BadDigest")
+"""Codes of S3 with status 400."""
 
 
 def patiently(path: str, function: Callable[..., T], *arguments: Any) -> T:
@@ -91,7 +93,9 @@ def permanent_problem(path: str, error: Exception) -> str | None:
     log_in = HOW_TO_LOG_IN.get({"s3a": "s3", "gcs": "gs"}.get(protocol, protocol), "log in first")
     if names & set(CREDENTIALS):
         return f"no credentials ({one_line(error)}); {log_in}."
-    if isinstance(error, PermissionError) or status_of(error) in (401, 403) or REFUSAL_OF_POLARS in str(error):
+    text = str(error)
+    is_forbidden = text.startswith("Forbidden") or REFUSAL_OF_POLARS in text  # gcsfs gives no status
+    if isinstance(error, PermissionError) or status_of(error) in (401, 403) or is_forbidden:
         return f"no permission ({one_line(error)}); ask for it, or {log_in}."
     if "NoSuchBucket" in names or (isinstance(error, FileNotFoundError) and "bucket does not exist" in str(error)):
         return "there is no such bucket; make it first, or check its name."
@@ -99,6 +103,8 @@ def permanent_problem(path: str, error: Exception) -> str | None:
         return "the file was replaced while it was read; give the same command again."
     status = status_of(error)
     is_refused = status is not None and 400 <= status < 500 and status not in MAY_PASS
+    if any(name in text for name in MAY_PASS_NAMES) or isinstance(error, TimeoutError | FileExistsError):
+        return None
     if names & set(PERMANENT) or (is_refused and not isinstance(error, OF_THE_PATH)):
         return f"{one_line(error)}."
     return None

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -17,9 +18,11 @@ from typing import Any
 from oq2vl_jax import paths
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lock import FILE, is_alive, started
-from oq2vl_jax.remote.faults import patiently
+from oq2vl_jax.remote.faults import patiently, status_of
 
 HEARTBEAT_SECONDS = 20.0
+SECONDS_BETWEEN_LOOKS = 5.0
+PRECONDITION_FAILED = 412
 SECONDS_TO_SETTLE = 2.0
 """After a takeover: two runs that found the same dead owner both see who wrote last."""
 
@@ -71,26 +74,47 @@ def remote_lock(run_dir: str) -> Iterator[RemoteLock]:
                 paths.remove(lock.url)
 
 
-def take(lock: RemoteLock, run_dir: str) -> None:
+def created(lock: RemoteLock) -> bool:
+    """Returns whether the lock could be made; False if there is one."""
     fs, name = paths.filesystem(lock.url)
-    is_takeover = False
-    while True:
+
+    def create() -> bool:
         try:
-            patiently(lock.url, lambda: fs.pipe_file(name, lock.content(), mode="create"))
+            fs.pipe_file(name, lock.content(), mode="create")
         except FileExistsError:
-            owner = read_owner(lock.url)
-            if owner.get("token") == lock.token:  # written by a try whose answer was lost
-                break
-            age = age_of(lock)
-            if owner.get("pid") and is_alive(owner, age):
+            return False
+        except OSError as error:  # a store that does not say which condition failed
+            if status_of(error) != PRECONDITION_FAILED:
+                raise
+            return False
+        return True
+
+    return patiently(lock.url, create)
+
+
+def take(lock: RemoteLock, run_dir: str) -> None:
+    """Takes the lock. An owner elsewhere that may be dead is watched until a heartbeat comes, or none for two minutes:
+    a job that was killed and started again on another machine must not be refused."""
+    is_takeover, seen = False, float("inf")
+    while not created(lock):
+        owner = read_owner(lock.url)
+        if owner.get("token") == lock.token:  # written by a try whose answer was lost
+            break
+        age = age_of(lock)
+        if owner.get("pid") and is_alive(owner, age):
+            if (age < seen and seen < float("inf")) or owner["host"] == socket.gethostname():  # it lives
                 raise UserError(
                     f"run_dir {run_dir} is trained by process {owner['pid']} on {owner['host']}, whose last sign of "
                     f"life is {age:.0f} s old; wait for it, end it, or choose another --run-dir."
-                ) from None
-            paths.remove(lock.url)
-            is_takeover = True
+                )
+            if seen == float("inf"):
+                who = f"process {owner['pid']} on {owner['host']}"
+                print(f"run_dir {run_dir}: waiting to see whether {who} still lives", file=sys.stderr, flush=True)
+            seen = age
+            time.sleep(SECONDS_BETWEEN_LOOKS)
             continue
-        break
+        paths.remove(lock.url)
+        is_takeover = True
     if is_takeover:
         time.sleep(SECONDS_TO_SETTLE)
         lock.is_lost = read_owner(lock.url).get("token") != lock.token

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.paths import filesystem, is_object_store, join
 from oq2vl_jax.remote.faults import patiently
+from oq2vl_jax.remote.progress import moved
 
 AT_A_TIME = 8
 
@@ -29,7 +31,11 @@ def download_tree(url: str, names: Iterable[str], folder: Path) -> None:
         target, remote = folder / name, join(url, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         fs, path = filesystem(remote)
-        patiently(remote, fs.get_file, path, str(target))
+        try:
+            patiently(remote, fs.get_file, path, str(target))
+        except FileNotFoundError as error:
+            raise UserError(f"{remote}: it went away while it was copied; give the same command again.") from error
+        moved()
 
     at_a_time(download, names)
 
@@ -43,6 +49,25 @@ def upload_tree(folder: Path, names: Iterable[str], url: str) -> None:
         if not is_object_store(fs):
             fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         patiently(remote, fs.put_file, str(folder / name), path)
+        moved()
+
+    at_a_time(upload, names)
+
+
+def upload_as_they_are(folder: Path, names: Iterable[str], url: str) -> None:
+    """Uploads files that may grow meanwhile, each as it is now. One that has gone is left out."""
+
+    def upload(name: str) -> None:
+        try:
+            content = (folder / name).read_bytes()
+        except FileNotFoundError:
+            return
+        remote = join(url, name)
+        fs, path = filesystem(remote)
+        if not is_object_store(fs):
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        patiently(remote, fs.pipe_file, path, content)
+        moved()
 
     at_a_time(upload, names)
 

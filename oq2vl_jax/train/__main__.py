@@ -14,7 +14,7 @@ from oq2vl_jax.bounds import parse as parse_command
 from oq2vl_jax.command import bridge
 from oq2vl_jax.config import ModelConfig, TrainConfig
 from oq2vl_jax.config_files import load_config, shipped_names
-from oq2vl_jax.errors import UserError, run_command
+from oq2vl_jax.errors import UserError, run_command, sentence_of
 from oq2vl_jax.runtime import Processes, check_started_once, is_first_process, set_environment, start_processes
 
 PROG = "python -m oq2vl_jax.train"
@@ -105,11 +105,12 @@ def run_together(config: TrainConfig) -> str | None:
     try:
         return run(config)
     except Exception as error:
-        code = 2 if isinstance(error, UserError) else 1
-        if code == 2:
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        sentence = sentence_of(error)
+        code = 1 if sentence is None else 2
+        if sentence is None:
             traceback.print_exc()
+        else:
+            print(f"error: {sentence}", file=sys.stderr)
         sys.stderr.flush()
         if is_first_process():  # the others, who end with its end, must read why first
             time.sleep(2 * BEAT_SECONDS)

@@ -26,10 +26,12 @@ from oq2vl_jax.checkpoint_digests import FILE as DIGESTS_FILE
 from oq2vl_jax.checkpoint_digests import ITEM as DIGESTS
 from oq2vl_jax.checkpoint_digests import METADATA, check_digests
 from oq2vl_jax.errors import UserError
+from oq2vl_jax.lock import FILE as LOCK
 from oq2vl_jax.remote.cache import cache_folder, key_of
 from oq2vl_jax.remote.lock import RemoteLock, remote_lock
-from oq2vl_jax.remote.transfer import download_tree, list_tree, remove_tree, upload_tree
+from oq2vl_jax.remote.transfer import download_tree, list_tree, remove_tree, upload_as_they_are, upload_tree
 from oq2vl_jax.remote_checkpoints import whole_steps
+from oq2vl_jax.train.watchdog import ALIVE
 
 IDENTITY = "run_id"
 KEPT = ("config.json", "environment.json", "metrics.jsonl", "processes", "samples", "tensorboard")
@@ -46,11 +48,12 @@ def local_run_dir(run_dir: str, staging_dir: str | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def opened(run_dir: str, local: Path) -> "Iterator[RemoteRunDir]":
-    """Holds the lock of a remote run directory, with the local folder up to date. For the first process of a run."""
+def opened(run_dir: str, local: Path, keep: int = 2) -> "Iterator[RemoteRunDir]":
+    """Holds the lock of a remote run directory, with the local folder up to date. For the first process of a run, which
+    holds the local folder's lock. keep: checkpoints that stay, the newest ones."""
     paths.make_folder(run_dir)
     with remote_lock(run_dir) as lock:
-        remote = RemoteRunDir(run_dir, local, lock)
+        remote = RemoteRunDir(run_dir, local, lock, keep)
         remote.pull()
         print(f"run_dir {run_dir}: written to {local}, uploaded after every checkpoint", file=sys.stderr)
         try:
@@ -66,8 +69,8 @@ def opened(run_dir: str, local: Path) -> "Iterator[RemoteRunDir]":
 
 
 class RemoteRunDir:
-    def __init__(self, url: str, local: Path, lock: RemoteLock):
-        self.url, self.local, self._lock = url.rstrip("/"), local, lock
+    def __init__(self, url: str, local: Path, lock: RemoteLock, keep: int):
+        self.url, self.local, self._lock, self._keep = url.rstrip("/"), local, lock, keep
         self._uploaded: dict[str, tuple[int, int]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._running: Future | None = None
@@ -78,13 +81,13 @@ class RemoteRunDir:
         identity = self._read_identity()
         mine = self.local / IDENTITY
         if identity is None or not mine.is_file() or mine.read_text() != identity:
-            shutil.rmtree(self.local, ignore_errors=True)
-            self.local.mkdir(parents=True)
+            self._set_aside()
             identity = identity or uuid.uuid4().hex
             paths.write_text(paths.join(self.url, IDENTITY), identity)
+            paths.write_text(str(mine), identity)
         remote, here = whole_steps(self.url), self._whole_local_steps()
         for step in here & set(remote):
-            if self._digests(step) != paths.read_text(self._remote(step, f"{DIGESTS}/{DIGESTS_FILE}")).encode():
+            if self._digests(step) != self._remote_digests(step):
                 shutil.rmtree(self._folder(step))
         here = self._whole_local_steps()
         if not here or max(here) <= max(remote, default=-1):
@@ -92,7 +95,20 @@ class RemoteRunDir:
             download_tree(self.url, [name for name in files if name.split("/")[0] in KEPT], self.local)
             if remote and max(remote) not in here:
                 self._download(max(remote), remote[max(remote)])
-        mine.write_text(identity)
+
+    def _set_aside(self) -> None:
+        """Empties the local folder, which is of another run, but for its lock; checkpoints are put aside."""
+        for path in self.local.iterdir() if self.local.is_dir() else ():
+            if path.name == "checkpoints" and self._whole_local_steps():
+                aside = self.local.with_name(f"{self.local.name}-before-{uuid.uuid4().hex[:8]}")
+                aside.mkdir()
+                path.rename(aside / "checkpoints")
+                print(f"{self.local} held checkpoints of another run; they are in {aside} now", file=sys.stderr)
+            elif path.is_dir() and path.name != "processes":
+                shutil.rmtree(path)
+            elif path.is_file() and not path.name.startswith(LOCK):
+                path.unlink()
+        self.local.mkdir(parents=True, exist_ok=True)
 
     def _read_identity(self) -> str | None:
         try:
@@ -110,6 +126,7 @@ class RemoteRunDir:
         except UserError as error:
             raise UserError(str(error).replace(str(partial / folder.name), url)) from error
         folder.parent.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # half removed by a process that was killed
         (partial / folder.name).rename(folder)
         partial.rmdir()
 
@@ -150,27 +167,38 @@ class RemoteRunDir:
         self._lock.check()
         there = whole_steps(self.url)
         here = self._whole_local_steps()
-        for step in sorted(here - set(there)):
+        kept = set(sorted(here | set(there))[-self._keep :])
+        for step in sorted((here - set(there)) & kept):
             folder = self._folder(step)
             names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
             upload_tree(folder, [name for name in names if name != METADATA], self._remote(step))
             self._lock.check()
             upload_tree(folder, [METADATA], self._remote(step))
         changed = self._changed_files()
-        upload_tree(self.local, changed, self.url)
+        upload_as_they_are(self.local, changed, self.url)
         self._uploaded |= changed
-        for step in set(there) - here:
-            if here and step < max(here):
-                remove_tree(there[step], [METADATA])
-                remove_tree(there[step], list_tree(there[step]))
+        for step in set(there) - kept:
+            remove_tree(there[step], [METADATA])
+            remove_tree(there[step], list_tree(there[step]))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what a killed upload, or a killed removal, left of checkpoints."""
+        root = paths.join(self.url, "checkpoints")
+        whole = {url.rsplit("/", 1)[-1] for url in whole_steps(self.url).values()}
+        for name in paths.list_names(root):
+            if name.isdigit() and name not in whole:
+                remove_tree(paths.join(root, name), list_tree(paths.join(root, name)))
 
     def _changed_files(self) -> dict[str, tuple[int, int]]:
-        files = [
-            path for name in KEPT for path in (self.local / name, *(self.local / name).rglob("*")) if path.is_file()
-        ]
-        versions = {
-            path.relative_to(self.local).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in files
-        }
+        versions = {}
+        for path in (path for name in KEPT for path in (self.local / name, *(self.local / name).rglob("*"))):
+            if path.name == ALIVE or path.name.endswith(paths.PARTIAL):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # of another process
+                if path.is_file():
+                    status = path.stat()
+                    versions[path.relative_to(self.local).as_posix()] = (status.st_size, status.st_mtime_ns)
         return {name: version for name, version in versions.items() if self._uploaded.get(name) != version}
 
     def _whole_local_steps(self) -> set[int]:
@@ -186,6 +214,11 @@ class RemoteRunDir:
     def _digests(self, step: int) -> bytes:
         file = self._folder(step) / DIGESTS / DIGESTS_FILE
         return file.read_bytes() if file.is_file() else b""
+
+    def _remote_digests(self, step: int) -> bytes:
+        with contextlib.suppress(FileNotFoundError):
+            return paths.read_bytes(self._remote(step, f"{DIGESTS}/{DIGESTS_FILE}"))
+        return b""
 
     def _remote(self, step: int, name: str = "") -> str:
         folder = paths.join(paths.join(self.url, "checkpoints"), self._folder(step).name)

@@ -25,7 +25,7 @@ from oq2vl_jax.lock import run_lock
 from oq2vl_jax.model.adapters import is_adapter
 from oq2vl_jax.paths import is_remote, join, write_text
 from oq2vl_jax.remote import cache
-from oq2vl_jax.runtime import any_process, is_first_process, use_compilation_cache, whole_array
+from oq2vl_jax.runtime import any_process, is_first_process, use_compilation_cache, wait_long, whole_array
 from oq2vl_jax.sharding import bytes_per_device, make_mesh, to_global_batch
 from oq2vl_jax.train.attention_choice import checked_compute
 from oq2vl_jax.train.checkpointer import Checkpointer
@@ -58,6 +58,9 @@ from oq2vl_jax.train.trackers import open_trackers
 from oq2vl_jax.train.watchdog import Watchdog, watched
 from oq2vl_jax.trees import named_arrays
 
+SECONDS_FOR_TRANSFERS = 24 * 3600.0
+"""The watchdog of the first process ends them earlier, if they do not move on."""
+
 
 def run(
     config: TrainConfig,
@@ -82,9 +85,9 @@ def run(
     run_dir = local_run_dir(config.run_dir, config.checkpoint.staging_dir)
     watchdog = Watchdog(run_dir, config.hang_seconds, jax.process_index(), jax.process_count())
     with (
-        held_run_dir(config.run_dir, run_dir) as uploads,
-        watched(watchdog),
         terminate_flag() as is_terminated,
+        watched(watchdog),
+        held_run_dir(config, run_dir, watchdog) as uploads,
     ):
         step, digest = train(config, run_dir, stop_at_step, is_terminated, watchdog, uploads)
     if is_first_process():
@@ -184,16 +187,21 @@ def last_line(run_dir: str, local: Path, step: int, digest: str | None) -> str:
 
 
 @contextlib.contextmanager
-def held_run_dir(run_dir: str, local: Path) -> Iterator[RemoteRunDir | None]:
-    """Holds the lock of a run directory; yields what uploads a remote one, in the first process."""
+def held_run_dir(config: TrainConfig, local: Path, watchdog: Watchdog) -> Iterator[RemoteRunDir | None]:
+    """Holds the lock of a run directory; yields what uploads a remote one, in the first process. All processes wait for
+    the first one before and after: it may have much to download and to upload."""
+    run_dir = config.run_dir
     with contextlib.ExitStack() as stack:
         uploads, problem = None, None
         if is_first_process():
             try:
-                uploads = stack.enter_context(opened(run_dir, local)) if is_remote(run_dir) else None
                 stack.enter_context(run_lock(local))
+                keep = config.checkpoint.keep
+                uploads = stack.enter_context(opened(run_dir, local, keep)) if is_remote(run_dir) else None
             except UserError as error:
                 problem = error
+        watchdog.doing("wait for the run directory", is_limited=is_first_process())
+        wait_long("run directory", SECONDS_FOR_TRANSFERS)
         if any_process(problem is not None):
             raise problem or UserError(f"run_dir {run_dir}: the first process could not open it.")
         if is_remote(run_dir) and any_process(not (local / IDENTITY).is_file()):
@@ -202,6 +210,9 @@ def held_run_dir(run_dir: str, local: Path) -> Iterator[RemoteRunDir | None]:
                 "nodes share, since all of them write each checkpoint."
             )
         yield uploads
+        watchdog.doing("wait for the last upload", is_limited=is_first_process())
+    if is_remote(run_dir):  # the first process has uploaded now
+        wait_long("last upload", SECONDS_FOR_TRANSFERS)
 
 
 @contextlib.contextmanager

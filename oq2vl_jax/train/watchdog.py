@@ -24,10 +24,12 @@ from typing import Any
 
 import jax
 
-from oq2vl_jax.errors import UserError
+from oq2vl_jax.errors import sentence_of
 from oq2vl_jax.paths import write_text
+from oq2vl_jax.remote.progress import last_moved
 from oq2vl_jax.runtime import wait_for_all
 
+ALIVE = "alive.json"
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command may succeed. Slurm's job files requeue on it."""
 BEAT_SECONDS = 5.0
@@ -45,9 +47,9 @@ class Watchdog:
     def __init__(self, run_dir: Path, seconds: float | None, index: int = 0, count: int = 1):
         self._folder, self._index, self._count = run_dir / "processes", index, count
         self._seconds = HANG_SECONDS if seconds is None and count > 1 else seconds
-        self._step, self._doing, self._since = 0, "start", time.monotonic()
+        self._step, self._doing, self._since, self._is_limited = 0, "start", time.monotonic(), True
         self._beat, self._ended = 0, threading.Event()
-        self._others = {i: Other(self._folder / str(i) / "alive.json") for i in range(count) if i != index}
+        self._others = {i: Other(self._folder / str(i) / ALIVE) for i in range(count) if i != index}
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def start(self) -> None:
@@ -56,6 +58,7 @@ class Watchdog:
         if self._count > 1:
             self._write(None)
             self._on_abort = on_abort(lambda: self.broke("jax lost process 0"))
+        self.doing("start")
         self._thread.start()
 
     def clear(self) -> None:
@@ -63,9 +66,10 @@ class Watchdog:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.unlink(missing_ok=True)
 
-    def doing(self, what: str, step: int | None = None) -> None:
-        """Notes what begins, such as "wait for data"."""
+    def doing(self, what: str, step: int | None = None, is_limited: bool = True) -> None:
+        """Notes what begins, such as "wait for data". is_limited: whether it may take no longer than `seconds`."""
         self._step, self._doing, self._since = self._step if step is None else step, what, time.monotonic()
+        self._is_limited = is_limited
 
     def close(self, reason: str = "", code: int = 0) -> None:
         """Ends the watch. reason: why the process ends before the run does, with an exit code; the others do so too."""
@@ -73,6 +77,7 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
         if self._count > 1:
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # the default
             with contextlib.suppress(OSError):
                 self._write(reason, code)
 
@@ -93,7 +98,7 @@ class Watchdog:
 
     @property
     def _file(self) -> Path:
-        return self._folder / str(self._index) / "alive.json"
+        return self._folder / str(self._index) / ALIVE
 
     def _write(self, ended: str | None, code: int = 0) -> None:
         self._beat += 1
@@ -113,7 +118,8 @@ class Watchdog:
             gone, code = self._gone(SILENT_SECONDS)
             if gone:
                 self._end("others are waited for in vain", gone, code)
-            if self._seconds is not None and waited > self._seconds:
+            still = min(waited, time.monotonic() - last_moved())  # a long transfer moves on
+            if self._seconds is not None and self._is_limited and still > self._seconds:
                 self._end(f"nothing moved for --hang-seconds {self._seconds:g}", self._others_now(), EXIT_CODE)
 
     def _gone(self, silent_seconds: float) -> tuple[str, int]:
@@ -203,10 +209,11 @@ def watched(watchdog: Watchdog) -> Iterator[None]:
     watchdog.start()
     try:
         yield
-    except UserError as error:
-        watchdog.close(str(error), code=2)
-        raise
     except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is not None:
+            watchdog.close(sentence, code=2)
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if watchdog.has_others and isinstance(error, jax.errors.JaxRuntimeError):  # of a collective
             watchdog.broke(reason)

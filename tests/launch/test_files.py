@@ -22,7 +22,10 @@ def test_skypilot_names_flags_of_training():
     command = parse([values.get(word, word) for word in words[3:]])
     assert (command.config.run_dir, command.config.data.sources) == ("s3://bucket/run", ("s3://bucket/rows",))
     assert (command.coordinator, command.num_processes, command.process_id) == ("10.0.0.1:6379", 2, 1)
-    assert file["resources"]["job_recovery"]["recover_on_exit_codes"] == [EXIT_CODE]
+    recovery = file["resources"]["job_recovery"]
+    assert EXIT_CODE in recovery["recover_on_exit_codes"]
+    assert 2 not in recovery["recover_on_exit_codes"]
+    assert recovery["max_restarts_on_errors"] == 0
 
 
 def test_jobset_names_flags_of_training():

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 
 import pytest
 
@@ -13,7 +14,7 @@ from oq2vl_jax.errors import UserError
 from oq2vl_jax.remote import lock as remote_locks
 from oq2vl_jax.remote.lock import remote_lock
 from oq2vl_jax.remote.transfer import list_tree
-from oq2vl_jax.remote_checkpoints import find_remote
+from oq2vl_jax.remote_checkpoints import find_remote, whole_steps
 from oq2vl_jax.train import remote_run_dir
 from oq2vl_jax.train.remote_run_dir import local_run_dir, opened
 
@@ -41,7 +42,7 @@ def steps_of(local):
 
 def test_another_machine_goes_on_from_what_is_in_the_bucket(bucket, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    with opened(bucket, one) as remote:
+    with opened(bucket, one, keep=1) as remote:
         write_step(one, 5)
         remote.push()
         write_step(one, 10)
@@ -53,6 +54,38 @@ def test_another_machine_goes_on_from_what_is_in_the_bucket(bucket, tmp_path):
         assert (other / "checkpoints" / "000010" / "model" / "d").read_text() == "weights 10"
         assert len((other / "metrics.jsonl").read_text().splitlines()) == 10
     assert not paths.exists(f"{bucket}/lock.json")
+
+
+def test_a_start_elsewhere_that_fails_at_once_leaves_every_checkpoint(bucket, tmp_path):
+    with opened(bucket, tmp_path / "one", keep=3):
+        for step in (5, 10, 15):
+            write_step(tmp_path / "one", step)
+
+    def fails():
+        with opened(bucket, tmp_path / "other", keep=3):
+            raise UserError("another configuration")
+
+    with pytest.raises(UserError, match="another configuration"):
+        fails()
+    assert sorted(whole_steps(bucket)) == [5, 10, 15]
+
+
+def test_what_a_killed_upload_left_goes_with_the_next_checkpoint(bucket, tmp_path):
+    (tmp_path / "bucket" / "run" / "checkpoints" / "000007" / "model").mkdir(parents=True)
+    (tmp_path / "bucket" / "run" / "checkpoints" / "000007" / "model" / "d").write_text("half")
+    with opened(bucket, tmp_path / "one"):
+        write_step(tmp_path / "one", 10)
+    assert not list_tree(f"{bucket}/checkpoints/000007")
+    assert sorted(whole_steps(bucket)) == [10]
+
+
+def test_what_other_processes_write_meanwhile_is_not_uploaded(bucket, tmp_path):
+    local = tmp_path / "one"
+    with opened(bucket, local):
+        (local / "processes" / "1").mkdir(parents=True)
+        for name in ("alive.json", "alive.json.node7-1.partial", "metrics.jsonl"):
+            (local / "processes" / "1" / name).write_text("{}")
+    assert paths.list_names(f"{bucket}/processes/1") == {"metrics.jsonl"}
 
 
 def test_a_checkpoint_that_is_half_uploaded_does_not_count(bucket, tmp_path, monkeypatch):
@@ -93,6 +126,8 @@ def test_a_local_folder_of_another_run_is_emptied(bucket, tmp_path):
     with opened(bucket, local):
         assert not (local / "checkpoints").exists()
     assert not paths.list_names(f"{bucket}/checkpoints")
+    (aside,) = tmp_path.glob("one-before-*")
+    assert (aside / "checkpoints" / "000005" / "model" / "d").read_text() == "weights 5"
 
 
 def test_a_damaged_checkpoint_in_the_bucket_is_one_sentence(bucket, tmp_path):
@@ -109,12 +144,25 @@ def test_a_damaged_checkpoint_in_the_bucket_is_one_sentence(bucket, tmp_path):
 
 def test_one_training_at_a_time(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_locks, "SECONDS_TO_SETTLE", 0.0)
+    monkeypatch.setattr(remote_locks, "SECONDS_BETWEEN_LOOKS", 0.05)
     owner = {"host": "elsewhere", "pid": 1, "started": None, "token": "theirs"}
     (tmp_path / "bucket" / "run").mkdir()
     file = tmp_path / "bucket" / "run" / "lock.json"
     file.write_text(json.dumps(owner))
-    with pytest.raises(UserError, match=r"is trained by process 1 on elsewhere, .* old; wait"), remote_lock(bucket):
-        pass
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.3):
+            os.utime(file)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match=r"is trained by process 1 on elsewhere, .* old; wait"), remote_lock(bucket):
+            pass
+    finally:
+        ended.set()
+        thread.join()
     os.utime(file, (1, 1))  # nothing was heard of it for two minutes
     with remote_lock(bucket) as lock:
         assert json.loads(file.read_text())["host"] == socket.gethostname()
