@@ -57,7 +57,7 @@ class Watchdog:
         wait for each other."""
         if self._count > 1:
             self._write(None)
-            self._on_abort = on_abort(lambda: self.broke("jax lost process 0"))
+            self._on_abort = on_abort(lambda: self.broke("jax lost one"))
         self.doing("start")
         self._thread.start()
 
@@ -163,7 +163,7 @@ class Watchdog:
 def on_abort(function: Callable[[], None]) -> Any:
     """Calls the function when this process aborts, and returns what must be kept for that.
 
-    jax's client aborts as soon as it loses process 0, from a thread of its own; a handler of Python's module signal
+    jax's client aborts as soon as it learns that one is lost, from a thread of its own; a handler of Python's module signal
     would wait for the main thread, which waits in a collective.
     """
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: function())
