@@ -163,8 +163,8 @@ class Watchdog:
 def on_abort(function: Callable[[], None]) -> Any:
     """Calls the function when this process aborts, and returns what must be kept for that.
 
-    jax's client aborts as soon as it learns that one is lost, from a thread of its own; a handler of Python's module signal
-    would wait for the main thread, which waits in a collective.
+    jax's client aborts as soon as it learns that one is lost, from a thread of its own; a handler of Python's module
+    signal would wait for the main thread, which waits in a collective.
     """
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: function())
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
