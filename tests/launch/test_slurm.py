@@ -20,7 +20,7 @@ from tests.xla_flags import devices
 pytestmark = pytest.mark.slurm
 LAUNCH = Path("configs/launch").absolute()
 ON_THIS_MACHINE = ("--gpus-per-node", "0", "--cpus-per-task", "1", "--ntasks-per-node", "2")
-NUM_STEPS = 900
+NUM_STEPS = 500
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def losses(run_dir):
 
 def test_a_job_that_is_signalled_goes_on_in_the_queue_and_ends_as_one_process(slurm, tmp_path):
     """Two tasks of two devices; TERM as before a time limit, then one task killed; against one process of four."""
-    flags = ("tiny", "--num-steps", str(NUM_STEPS), "--checkpoint.every-num-steps", "200")
+    flags = ("tiny", "--num-steps", str(NUM_STEPS), "--checkpoint.every-num-steps", "100")
     environment = slurm | {"XLA_FLAGS": devices(2)}
     job = submit(
         environment, *ON_THIS_MACHINE, str(LAUNCH / "slurm_train.sbatch"), *flags, "--run-dir", str(tmp_path / "run"),
@@ -63,7 +63,7 @@ def test_a_job_that_is_signalled_goes_on_in_the_queue_and_ends_as_one_process(sl
     wait_for(lambda: state(environment, job) == "PENDING", 180)
     assert re.search(r"error: process \d of 2: at step ", logs(tmp_path))
     start_now(environment, job)
-    wait_for(lambda: state(environment, job) in ("COMPLETED", "FAILED"), 400)
+    wait_for(lambda: state(environment, job) in ("COMPLETED", "FAILED"), 600)
     assert state(environment, job) == "COMPLETED", logs(tmp_path)[-3000:]
     assert "parameters_sha256" in logs(tmp_path)
     assert logs(tmp_path).count("resuming from step") == 2
