@@ -54,16 +54,14 @@ def test_a_job_that_is_signalled_goes_on_in_the_queue_and_ends_as_one_process(sl
     ask(environment, "scancel", "--batch", "--signal=TERM", job)  # as --signal=B:TERM does
     wait_for(lambda: state(environment, job) == "PENDING", 120)
     assert "stopped at step" in logs(tmp_path)
-    start_now(environment, job)
-    wait_for(lambda: "resuming from step" in logs(tmp_path), 120)
+    wait_for(lambda: start_now(environment, job) or "resuming from step" in logs(tmp_path), 240)
     seen = len(steps.read_text().splitlines())
     wait_for(lambda: len(steps.read_text().splitlines()) > seen + 15, 300)
     victim = ask(environment, "pgrep", "-f", f"oq2vl_jax.train.*{tmp_path}/run.*--distributed").splitlines()[-1]
     os.kill(int(victim), 9)
     wait_for(lambda: state(environment, job) == "PENDING", 180)
     assert re.search(r"error: process \d of 2: at step ", logs(tmp_path))
-    start_now(environment, job)
-    wait_for(lambda: state(environment, job) in ("COMPLETED", "FAILED"), 600)
+    wait_for(lambda: start_now(environment, job) or state(environment, job) in ("COMPLETED", "FAILED"), 600)
     assert state(environment, job) == "COMPLETED", logs(tmp_path)[-3000:]
     assert "parameters_sha256" in logs(tmp_path)
     assert logs(tmp_path).count("resuming from step") == 2
