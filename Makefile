@@ -59,7 +59,7 @@ test-plan: .venv/.test-installed
 	$(BIN)/python -m pip install --quiet --editable '.[plan]'
 	$(BIN)/python -m pytest -m plan tests/bench -s
 
-# The job files of configs/launch on a Slurm of one node, on this machine: as root on Debian, about 6 minutes on two cores.
+# The job files of configs/launch on a Slurm of one node, on this machine: as root on Debian, about 8 minutes on two cores.
 test-slurm: .venv/.test-installed
 	command -v slurmctld || apt-get install -y --no-install-recommends slurm-wlm munge
 	$(BIN)/python -m pytest -m slurm tests/launch
