@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from oq2vl_jax import own_code
 from oq2vl_jax.checkpoint import find_checkpoint
 from oq2vl_jax.config import OptimizerConfig, TrainConfig
 from oq2vl_jax.config_files import flatten, to_json, with_value
+from oq2vl_jax.data.loading.batch import Batch
 from oq2vl_jax.data.loading.mixture import SourceCounts
 from oq2vl_jax.errors import UserError
 from oq2vl_jax.lock import run_lock
@@ -41,7 +42,7 @@ from oq2vl_jax.train.environment import record_environment
 from oq2vl_jax.train.held_out import HeldOut, write_samples
 from oq2vl_jax.train.loss import Loss
 from oq2vl_jax.train.metrics import StepReporter, count_batch
-from oq2vl_jax.train.open_data import open_data
+from oq2vl_jax.train.open_data import Loader, open_data
 from oq2vl_jax.train.remote_run_dir import IDENTITY, RemoteRunDir, local_run_dir, opened
 from oq2vl_jax.train.schedule import Schedule
 from oq2vl_jax.train.start import start_state
@@ -133,39 +134,30 @@ def train(
         start_step, saved_step = int(state.step), checkpointer.latest_step()
         last_step = min(config.num_steps, stop_at_step or config.num_steps)
         reporter = make_reporter(config, run_dir, state, totals)
-    batches, digest = iter(data.loader), None
+    digest = None
     try:
         pending = None  # the running step: its numbers are read one step later, so that the device never waits
-        for step in range(start_step + 1, last_step + 1):
-            wait_start = time.monotonic()
-            watchdog.doing("wait for data", step)
-            batch = next(batches)
-            counts = count_batch(batch, config, time.monotonic() - wait_start)
+        for step, batch, counts in counted_batches(data.loader, range(start_step + 1, last_step + 1), config, watchdog):
             watchdog.doing("step")
             state, metrics = train_step(state, to_global_batch(batch, mesh))
             if pending:
                 reporter.finish(*finite_numbers(*pending, saved_step))
             pending = (step, metrics, counts)
             reporter.skipped(data.skipped)
-            must_leave = is_terminated(step)  # saves at once: SIGTERM may leave no time for the held-out loss
-            is_last = step == last_step or must_leave
-            is_due = step % config.held_out.every_num_steps == 0 or step == last_step
-            is_held_out_due = held_out is not None and is_due and not must_leave
-            is_saved = is_last or step % config.checkpoint.every_num_steps == 0
-            if is_held_out_due or is_saved:
+            due = what_is_due(step, last_step, is_terminated(step), config)
+            if (due.held_out and held_out is not None) or due.save:
                 reporter.finish(*finite_numbers(*pending, saved_step))  # a state with a NaN is never saved
                 pending = None
-            if is_held_out_due and held_out is not None:
+            if due.held_out and held_out is not None:
                 watchdog.doing("held-out loss")
                 report_held_out(held_out, state, config, run_dir, reporter)
-            if is_saved:
+            if due.save:
                 watchdog.doing("save")
-                loader_state = {
-                    "position": data.loader.get_state(), "data": data.identity, "totals": totals.state()
-                }  # fmt: skip
+                position = data.loader.get_state()
+                loader_state = {"position": position, "data": data.identity, "totals": totals.state()}
                 checkpointer.save(state, loader_state, config, data.tokenizer, base)
                 saved_step = step
-            if is_last:
+            if due.end:
                 break
         if int(state.step) == config.num_steps:
             digest = parameters_sha256(state.model)
@@ -175,6 +167,33 @@ def train(
         data.loader.close()
         reporter.close(digest)
     return int(state.step), digest
+
+
+def counted_batches(
+    loader: Loader, steps: range, config: TrainConfig, watchdog: Watchdog
+) -> Iterator[tuple[int, Batch, BatchCounts]]:
+    """Yields (step, its batch, its counts and how long it was waited for)."""
+    batches = iter(loader)
+    for step in steps:
+        start = time.monotonic()
+        watchdog.doing("wait for data", step)
+        batch = next(batches)
+        yield step, batch, count_batch(batch, config, time.monotonic() - start)
+
+
+class Due(NamedTuple):
+    """What follows a step."""
+
+    held_out: bool
+    save: bool
+    end: bool
+
+
+def what_is_due(step: int, last_step: int, must_leave: bool, config: TrainConfig) -> Due:
+    """must_leave: after SIGTERM, which may leave no time for the held-out loss; the run saves at once."""
+    end = step == last_step or must_leave
+    held_out = (step % config.held_out.every_num_steps == 0 or step == last_step) and not must_leave
+    return Due(held_out, end or step % config.checkpoint.every_num_steps == 0, end)
 
 
 def last_line(run_dir: str, local: Path, step: int, digest: str | None) -> str:
