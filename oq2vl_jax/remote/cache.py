@@ -61,9 +61,7 @@ class Cache:
         Raises UserError if they do not fit, or if one cannot be read or is not what it should be.
         """
         paths = {one.key: self.folder / "files" / one.key for one in wanted}
-        missing = self._reserve(
-            [f"files/{key}" for key in paths], {f"files/{one.key}": one.num_bytes for one in wanted}
-        )
+        missing = self._reserve({f"files/{one.key}": one.num_bytes for one in wanted})
         pending = [one for one in wanted if f"files/{one.key}" in missing]
         if pending:
             fetch_files(pending, paths)
@@ -71,13 +69,10 @@ class Cache:
             touch(path)
         return paths
 
-    def file_of(self, key: str) -> Path:
-        return self.folder / "files" / key
-
     def place(self, key: str, num_bytes: int, fill: Callable[[Path], None]) -> Path:
         """Returns the folder of a key; `fill` writes it to a temporary folder first if it is not there."""
         path = self.folder / "folders" / key
-        self._reserve([f"folders/{key}"], {f"folders/{key}": num_bytes})
+        self._reserve({f"folders/{key}": num_bytes})
         with waiting_lock(self.folder / "folders" / f"{key}.lock"):
             if not path.is_dir():
                 partial_folder = path.with_name(f"{key}{PARTIAL}")
@@ -88,11 +83,11 @@ class Cache:
         touch(path)
         return path
 
-    def _reserve(self, names: list[str], sizes: dict[str, int]) -> set[str]:
-        """Leases entries and makes room for those that are not there; returns their names."""
+    def _reserve(self, sizes: dict[str, int]) -> set[str]:
+        """Leases entries, {name: bytes}, and makes room for those that are not there; returns the names of these."""
         with waiting_lock(self.folder / "cache.lock"):
             self._take_lease(sizes)
-            missing = {name for name in names if not (self.folder / name).exists()}
+            missing = {name for name in sizes if not (self.folder / name).exists()}
             self._make_room(sum(sizes[name] for name in missing))
         return missing
 

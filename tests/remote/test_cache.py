@@ -58,8 +58,7 @@ def test_what_was_used_least_recently_goes_first_and_what_is_used_stays(tmp_path
     assert {path.name for path in (tmp_path / "cache" / "files").iterdir()} == {"key-a", "key-c", "key-d"}
     with pytest.raises(UserError, match=r"cache-gib"):
         now.files([b, c, a, d])
-    assert now.file_of("key-a").exists()
-    assert now.file_of("key-d").exists()
+    assert {"key-a", "key-d"} <= {path.name for path in (tmp_path / "cache" / "files").iterdir()}
 
 
 def test_a_cache_without_a_bound_leaves_some_of_the_disk(tmp_path):
