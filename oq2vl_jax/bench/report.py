@@ -49,7 +49,7 @@ class Report:
     minutes: Minutes | None = None
     """Time limit of one call; None: 8 on a GPU, 3.7 on a CPU."""
     only: str | None = None
-    """Parts by their letters, such as b,c; parts that these need are run as well."""
+    """Parts by their letters or items by their names, such as b,step_gate_up; what these need is run as well."""
     config: str | None = None
     """Configuration of the measured step; None: configs/pretrain.py on a GPU, configs/bench_mid.py on a CPU."""
     overwrite: bool = False
@@ -65,7 +65,7 @@ OPTIONS = Report
 def measure(options: Report) -> dict[str, Any]:
     """Returns the report's record: {"identity", "commit", "items": {name: {"status", "why", "figures", ..}}}."""
     check_bounds(options, as_flags=True)
-    groups = chosen_groups(options)
+    check_only(options.only)
     folder = Path(options.out)
     check_out(options.out)
     if options.config:
@@ -77,20 +77,34 @@ def measure(options: Report) -> dict[str, Any]:
     record = begun(options, folder, config, probe)
     minutes = options.minutes or (GPU_MINUTES if is_gpu else CPU_MINUTES)
     setting = {"folder": str(folder), "config": config, "is_default": options.config is None, "is_gpu": is_gpu}
-    items = [item for item in report_items(setting, minutes) if item.group in groups]
+    items = chosen_items(options.only, report_items(setting, minutes))
     runner = Runner(folder, record, lambda record: write_record(folder, record))
     with interrupted_by_sigterm():
         runner.run(items, 60 * minutes, environment)
     return record | {"page": str(folder / "report.md")}
 
 
-def chosen_groups(options: Report) -> set[str]:
-    if options.only is None:
-        return set(GROUPS)
-    chosen = {letter.strip() for letter in options.only.split(",")}
-    if not chosen or not chosen <= set(GROUPS):
-        raise UserError(f"--only {options.only}: expected some of {','.join(GROUPS)}, such as --only b,c.")
-    return chosen | ({"a", "c"} if chosen & set("df") else set()) | ({"a"} if chosen & set("ce") else set())
+def check_only(only: str | None) -> None:
+    names = {item.name for item in report_items({"is_gpu": True}, 1)}
+    if only is not None and not words_of(only) <= names | set(GROUPS):
+        raise UserError(
+            f"--only {only}: expected some of {','.join(GROUPS)} or {', '.join(sorted(names))}, such as b,step_remat."
+        )
+
+
+def words_of(only: str) -> set[str]:
+    return {word.strip() for word in only.split(",")}
+
+
+def chosen_items(only: str | None, items: list[Item]) -> list[Item]:
+    """Returns the items that --only names by letter or name, with the items that these need, in their order."""
+    if only is None:
+        return items
+    chosen = {item.name for item in items if words_of(only) & {item.group, item.name}}
+    chosen |= {item.needs for item in items if item.name in chosen and item.needs}
+    if any(item.name in chosen and item.group in "cdef" for item in items):
+        chosen.add("device")  # the rates of this device, for its rooflines
+    return [item for item in items if item.name in chosen]
 
 
 def report_items(setting: dict[str, Any], minutes: float) -> list[Item]:

@@ -228,9 +228,15 @@ def test_no_device_is_one_sentence(tmp_path):
 
 
 def test_parts_that_others_need_are_run_with_them():
-    assert report.chosen_groups(Report("x", only="d")) == {"a", "c", "d"}
-    assert report.chosen_groups(Report("x", only="b")) == {"b"}
     items = report.report_items({"is_gpu": True}, 8)
+
+    def chosen(only):
+        return [found.name for found in report.chosen_items(only, items)]
+
+    assert chosen("d") == ["device", "step", "peers"]
+    assert chosen("b") == ["exactness", "exactness_step"]
+    assert chosen("step_gate_up, f") == ["device", "step", "step_gate_up", "profile"]
+    assert chosen(None) == [found.name for found in items]
     groups = [found.group for found in items]
     assert groups == sorted(groups)
     assert {needed for found in items if (needed := found.needs)} <= {found.name for found in items}

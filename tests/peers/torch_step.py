@@ -45,14 +45,15 @@ class TorchStep:
         vision, decoder = config.model.vision, config.model.decoder
         self.config, self.is_best = config, is_best
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.vision = SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=vision.hidden_size, intermediate_size=vision.intermediate_size,
-                num_hidden_layers=vision.num_layers - 1, num_attention_heads=vision.num_heads,
-                image_size=vision.image_size, patch_size=vision.patch_size, layer_norm_eps=vision.layer_norm_eps,
-                hidden_act="gelu", vision_use_head=False, attn_implementation="sdpa",
-            )
-        )  # fmt: skip
+        with torch.device(self.device):  # where filling it with random numbers is quick
+            self.vision = SiglipVisionModel(
+                SiglipVisionConfig(
+                    hidden_size=vision.hidden_size, intermediate_size=vision.intermediate_size,
+                    num_hidden_layers=vision.num_layers - 1, num_attention_heads=vision.num_heads,
+                    image_size=vision.image_size, patch_size=vision.patch_size, layer_norm_eps=vision.layer_norm_eps,
+                    hidden_act="gelu", vision_use_head=False, attn_implementation="sdpa",
+                )
+            )  # fmt: skip
         missing, unexpected = self.vision.load_state_dict(
             {name.removeprefix("vision_model."): x for name, x in tensors_of("siglip", arrays).items()}
             if not any(name.startswith("vision_model.") for name in self.vision.state_dict())
@@ -67,16 +68,17 @@ class TorchStep:
         for layer, name in ((self.fc1, "projector.fc1"), (self.fc2, "projector.fc2")):
             layer.weight.data = torch.from_numpy(arrays[f"{name}.kernel"].T.copy())
             layer.bias.data = torch.from_numpy(arrays[f"{name}.bias"].copy())
-        self.decoder = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size,
-                intermediate_size=decoder.intermediate_size, num_hidden_layers=decoder.num_layers,
-                num_attention_heads=decoder.num_heads, num_key_value_heads=decoder.num_kv_heads,
-                rope_parameters={"rope_theta": decoder.rope_theta, "rope_type": "default"},
-                rms_norm_eps=decoder.rms_norm_eps, tie_word_embeddings=decoder.tie_word_embeddings,
-                max_position_embeddings=config.data.num_tokens, attn_implementation="sdpa",
-            )
-        )  # fmt: skip
+        with torch.device(self.device):
+            self.decoder = Qwen2ForCausalLM(
+                Qwen2Config(
+                    vocab_size=decoder.vocab_size, hidden_size=decoder.hidden_size,
+                    intermediate_size=decoder.intermediate_size, num_hidden_layers=decoder.num_layers,
+                    num_attention_heads=decoder.num_heads, num_key_value_heads=decoder.num_kv_heads,
+                    rope_parameters={"rope_theta": decoder.rope_theta, "rope_type": "default"},
+                    rms_norm_eps=decoder.rms_norm_eps, tie_word_embeddings=decoder.tie_word_embeddings,
+                    max_position_embeddings=config.data.num_tokens, attn_implementation="sdpa",
+                )
+            )  # fmt: skip
         self.decoder.load_state_dict(tensors_of("qwen2", arrays), strict=False)
         for module in (self.fc1, self.fc2, self.decoder):
             module.to(self.device)
