@@ -19,6 +19,7 @@ from oq2vl_jax.model.layers import (
     Compute,
     LayerNorm,
     Linear,
+    broadcast,
     gelu,
     normal,
     remat_layer,
@@ -95,7 +96,7 @@ class SiglipEncoder(nnx.Module):
     def __call__(self, pixels: Float[Array, "I height width 3"], compute: Compute = Compute()) -> Float[Array, "I P D"]:
         """Returns the features of the second-to-last block, in the dtype of `pixels`."""
         x = self.patch_embedding(patchify(pixels, self.config.patch_size))
-        x = x + self.position_embedding[...].astype(x.dtype)
+        x = x + broadcast(self.position_embedding[...], x)
 
         def apply(x, layer):
             return layer(x, None, compute.attention)
