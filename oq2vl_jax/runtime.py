@@ -20,8 +20,9 @@ GPU_FLAGS = {
 """Known to jax 0.10 and 0.11. Scheduler: collectives overlap with computation; without it jax 0.11 compiled them one
 after the other. Merger at 0: XLA would merge the encoder's q, k, v into one product, then write each again with its
 bias."""
-COMPILE_ONLY_FLAGS = {"--xla_gpu_enable_triton_gemm": "false"}
-"""For compiling without the device (bench plan): Triton's matrix products are tuned by running them."""
+WITHOUT_TRITON_PRODUCTS = {"--xla_gpu_enable_triton_gemm": "false"}
+"""Triton's matrix products are tuned by running them. bench plan compiles without the device, and exact float32
+products of bench report's part b took more than four minutes to tune on an H200."""
 
 
 CONNECT_SECONDS = 120.0

@@ -21,7 +21,7 @@ from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config, with_changes
 from oq2vl_jax.devices import NODE_DEVICES, Device, find_device
 from oq2vl_jax.errors import UserError
-from oq2vl_jax.runtime import COMPILE_ONLY_FLAGS, set_environment
+from oq2vl_jax.runtime import WITHOUT_TRITON_PRODUCTS, set_environment
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def with_files_loaded(config: TrainConfig) -> TrainConfig:
 def prepare_jax(device: Device | None, num_devices: int) -> None:
     """Sets the environment before jax is imported. The GPUs are absent, so jax itself runs on the CPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    simulated = {"--xla_force_host_platform_device_count": str(num_devices)} if device is None else COMPILE_ONLY_FLAGS
+    simulated = (
+        {"--xla_force_host_platform_device_count": str(num_devices)} if device is None else WITHOUT_TRITON_PRODUCTS
+    )
     set_environment(simulated)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from oq2vl_jax.bench.parts import decoding, device, exactness, learning, peers, plans, steps
 from oq2vl_jax.bench.parts.setting import Setting, Skipped
 from oq2vl_jax.paths import write_text
-from oq2vl_jax.runtime import set_environment
+from oq2vl_jax.runtime import WITHOUT_TRITON_PRODUCTS, set_environment
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "probe": lambda _: device.probe(),
@@ -40,13 +40,18 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 
 WITHOUT_GRAPHS = {"--xla_gpu_enable_command_buffer": ""}
 """Turns CUDA graphs off: a profile does not name the kernels that they start."""
+FLAGS = {
+    "profile": WITHOUT_GRAPHS,
+    "exactness": WITHOUT_TRITON_PRODUCTS,
+    "exactness_step": WITHOUT_TRITON_PRODUCTS,
+}
 
 
 def main() -> None:
     name, setting, out = sys.argv[1:]
     faulthandler.register(signal.SIGUSR1)  # the report sends it to a part that hangs, for its log
     threading.Thread(target=end_with_the_report, daemon=True).start()
-    set_environment(WITHOUT_GRAPHS if name == "profile" else None)
+    set_environment(FLAGS.get(name))
     try:
         figures = PARTS[name](Setting(**json.loads(setting)))
     except Skipped as reason:
