@@ -57,8 +57,7 @@ def test_the_kernel_is_chosen_and_passes_its_check_at_the_published_heads():
 
 
 def test_attentions_and_the_step_are_as_exact_as_the_reference_rounds(tmp_path):
-    """The kernel, blocked and cuDNN at the published shapes, forward and gradient, and the fast step's gradients: part b
-    of a report."""
+    """Part b of a report: kernel, blocked and cuDNN at the published shapes, and the gradients of the fast step."""
     command = [sys.executable, "-m", "oq2vl_jax.bench", "report", "--out", str(tmp_path), "--only", "b", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=AS_JAX_FINDS_IT)
     assert done.returncode == 0, done.stderr
