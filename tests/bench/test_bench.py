@@ -49,3 +49,4 @@ def test_filtering():
     assert membership["rows"] == filtering["rows"] == 20_000
     share = int(filtering["what"].split(", ")[1].split()[0]) / 20_000
     assert 0.2 < share < 0.2 + 0.8 * 0.3  # the subset, and of the rest what is both basic and among the top 30 %
+    assert 0.05 < filtering["peak_gib"] < 2

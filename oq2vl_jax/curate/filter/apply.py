@@ -127,14 +127,27 @@ def number_on_top(rule: Rule, num_samples: int, num_scored: int) -> int:
 def over_uids(keeps: dict[Leaf, np.ndarray], pool: Pool) -> dict[Leaf, np.ndarray]:
     """Turns rules about samples into rules about ids. DataComp intersects and unites sets of ids, so a rule keeps an id
     of several rows if it keeps one of these rows. Returns `keeps` unchanged if every id occurs once."""
-    ids = UidSet(pool.high[pool.is_valid], pool.low[pool.is_valid])
-    different = ids.unique()
-    if len(different) == len(ids):
+    rows = rows_of_shared_halves(pool)
+    high, low = pool.high[rows], pool.low[rows]
+    different = UidSet(high, low).unique()
+    if len(different) == len(rows):
         return keeps
-    index = different.find(pool.high, pool.low)
+    index = different.find(high, low)
     shared = {}
     for leaf, keep in keeps.items():
         has_one = np.zeros(len(different), bool)
-        has_one[index[keep]] = True
-        shared[leaf] = has_one[index] & pool.is_valid
+        has_one[index[keep[rows]]] = True
+        shared[leaf] = keep.copy()
+        shared[leaf][rows] = has_one[index]
     return shared
+
+
+def rows_of_shared_halves(pool: Pool) -> np.ndarray:
+    """Returns the rows of valid ids whose high half another valid id has too: all repeated ids are among them, and of
+    random ids next to no others."""
+    ordered = np.sort(pool.high[pool.is_valid])
+    halves = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    return np.flatnonzero(
+        UidSet(halves, np.zeros_like(halves)).contains(pool.high, np.zeros_like(pool.high)) & pool.is_valid
+    )

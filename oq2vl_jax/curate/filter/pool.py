@@ -1,8 +1,10 @@
 """Reads metadata and scores of all samples once, into columns: ids, one boolean per text or size rule, score values.
 
-A sample takes about 17 bytes, 4 or 8 more per score column and 1 more per rule: 128M samples fit in 32 GB.
+A sample takes about 17 bytes, 4 or 8 more per score column and 1 more per rule, twice that at the peak: 128M samples
+fit in 8 GB.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,11 +17,12 @@ from oq2vl_jax.data.samples.columns import IMAGES, KEYS
 from oq2vl_jax.data.samples.ids import check_distinct, key_of_row, mixed, uid_of_text
 from oq2vl_jax.data.samples.parquet import reading_parquet
 from oq2vl_jax.data.samples.uids import UidSet
-from oq2vl_jax.data.text.language import language_model
+from oq2vl_jax.data.text.language import LanguageTest
 from oq2vl_jax.errors import UserError, hint
 from oq2vl_jax.remote.faults import patiently
 
-FILES_PER_BATCH = 64
+FILES_PER_BATCH, FILES_OF_TEXTS_PER_BATCH = 64, 8
+"""Files whose columns are read at a time. Only the language rule keeps texts, 0.2 GB a million."""
 COLUMN_OF_ROWS = "row of its file"
 """Temporary column with the key of a row that no column names (ids.key_of_row)."""
 TEXT = "text for the language rule"
@@ -71,20 +74,18 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
             selected.append(rule.test(lambda column: pl.col(present[column])).fill_null(False).alias(f"rule {i}"))
     if languages:
         selected.append(pl.col(present["text"]).alias(TEXT))
-    frames = []
-    for batch in batches(metadata):
-        frame = collect(scan(batch, schema).select(selected), batch)
-        for i, rule in languages:
-            frame = frame.with_columns(is_language(frame[TEXT], rule.leaf.arguments).alias(f"rule {i}"))
-        frames.append(frame.drop(TEXT, strict=False))
-    frame = pl.concat(frames)
-    is_valid = (frame["high"].is_not_null() & frame["low"].is_not_null() & frame["is_hex"].fill_null(False)).to_numpy()
-    high, low = (
-        np.where(is_valid, frame[half].fill_null(0).to_numpy(), 0).astype(np.uint64) for half in ("high", "low")
-    )
-    keeps = {rule.leaf: frame[f"rule {i}"].to_numpy() for i, rule in enumerate(tests)}
+    parts = []
+    with LanguageTest(os.cpu_count() or 1) as test:
+        for batch in batches(metadata, FILES_OF_TEXTS_PER_BATCH if languages else FILES_PER_BATCH):
+            frame = collect(scan(batch, schema).select(selected), batch)
+            for i, rule in languages:
+                frame = frame.with_columns(is_language(frame[TEXT], rule.leaf.arguments, test).alias(f"rule {i}"))
+            parts.append(arrays_of(frame.drop(TEXT, strict=False)))
+    columns = joined(parts)
+    high, low, is_valid = (columns[name] for name in ("high", "low", "is valid"))
+    keeps = {rule.leaf: columns[f"rule {i}"] for i, rule in enumerate(tests)}
     keeps |= {rule.leaf: UidSet.load(rule.uids).contains(high, low) for rule in rules if rule.uids}
-    values = {c: frame[c].fill_null(float("nan")).to_numpy() for c in score_columns if c in names}
+    values = {column: columns[column] for column in kinds}
     scored, conflicts = read_scores(scores, from_scores, high, low)
     values |= scored
     for column, numbers in values.items():
@@ -93,6 +94,20 @@ def read_pool(metadata: list[str], scores: list[str], rules: list[Rule]) -> Pool
                 f"column {column}: no sample of the metadata has a number in it; do the ids of the files match?"
             )
     return Pool(high, low, is_valid, keeps, values, conflicts)
+
+
+def arrays_of(frame: Any) -> dict[str, np.ndarray]:
+    """Returns a batch's columns as arrays: rules without nulls, ids 0 where "is valid" is False, missing scores NaN."""
+    is_valid = (frame["high"].is_not_null() & frame["low"].is_not_null() & frame["is_hex"].fill_null(False)).to_numpy()
+    arrays = {half: np.where(is_valid, frame[half].fill_null(0).to_numpy(), np.uint64(0)) for half in ("high", "low")}
+    for column in frame.drop("high", "low", "is_hex"):
+        arrays[column.name] = (column.fill_null(float("nan")) if column.dtype.is_float() else column).to_numpy()
+    return arrays | {"is valid": is_valid}
+
+
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Joins the batches of each column in turn and drops them, so that few columns exist twice at a time."""
+    return {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
 def id_columns(schema: dict[str, Any], file: str) -> list[Any]:
@@ -166,9 +181,9 @@ def hex_half(uid: Any, start: int) -> Any:
     return uid.str.slice(start, 16).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
 
 
-def batches(files: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(files), FILES_PER_BATCH):
-        yield files[start : start + FILES_PER_BATCH]
+def batches(files: list[str], size: int = FILES_PER_BATCH) -> Iterator[list[str]]:
+    for start in range(0, len(files), size):
+        yield files[start : start + size]
 
 
 def collect(frame: Any, files: list[str]) -> Any:
@@ -262,21 +277,12 @@ def num_different(first: np.ndarray, second: np.ndarray) -> int:
     return int(((first != second) & ~np.isnan(first) & ~np.isnan(second)).sum())
 
 
-def is_language(texts: Any, arguments: str) -> Any:
+def is_language(texts: Any, arguments: str, test: LanguageTest) -> Any:
     """Returns which texts (a Polars series) are most likely in a language: "en", or "en, 0.5" with a least probability.
-
-    fastText takes one line at a time, 140,000 a second. Each distinct text is classified once, as DataComp does, with
-    spaces for line breaks. A text of blanks only, which fastText takes for English, has no language.
-    """
+    Each distinct text is tested once."""
     import polars as pl
 
     language, _, probability = arguments.partition(",")
-    model, wanted = language_model(), f"__label__{language.strip()}"
-
-    def is_wanted(text: str) -> bool:
-        labels, probabilities = model.predict(text.replace("\n", " "))
-        return bool(text.strip() and labels) and labels[0] == wanted and probabilities[0] >= float(probability or 0)
-
     different = texts.drop_nulls().unique()
-    matches = pl.Series([is_wanted(text) for text in different], dtype=pl.Boolean)
-    return texts.is_in(different.filter(matches).implode()).fill_null(False)
+    matches = test(language.strip(), float(probability or 0), different.to_list())
+    return texts.is_in(different.filter(pl.Series(matches, dtype=pl.Boolean)).implode()).fill_null(False)

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from oq2vl_jax.curate.filter.pool import language_model
 from oq2vl_jax.curate.filter.run import FilterCommand, run_filter
+from oq2vl_jax.data.text.language import language_model
 
 COUNT = 20_000
 WORDS = (

@@ -7,7 +7,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from oq2vl_jax.curate.filter.apply import over_uids
+from oq2vl_jax.curate.filter.expression import Leaf
+from oq2vl_jax.curate.filter.pool import Pool
 from oq2vl_jax.curate.filter.run import FilterCommand, run_filter
+from oq2vl_jax.data.text import language
 from oq2vl_jax.errors import UserError
 from tests.data.conftest import caption_sample
 
@@ -139,6 +143,28 @@ def test_the_language_rule_asks_fasttext(tmp_path):
         (tmp_path / "rules.toml").write_text(f"expression = '{expression}'")
         run_filter(FilterCommand(str(tmp_path / "rules.toml"), f"{tmp_path}/meta/*.parquet", str(tmp_path / "out")))
         assert {low for _, low in np.load(tmp_path / "out" / "uids.npy").tolist()} == expected
+
+
+def test_many_texts_are_tested_by_several_processes_in_their_order(monkeypatch):
+    monkeypatch.setattr(language, "TEXTS_PER_TASK", 3)
+    monkeypatch.setattr(language, "FEW_TEXTS", 4)
+    texts = ["a view of the old harbour", "ein altes Haus am Hafen", "", "the house of my brother"] * 5
+    with language.LanguageTest(2) as test:
+        answers = test("en", 0.0, texts)
+        assert test._pool is not None
+    assert answers == language.are_language("en", 0.0, texts)
+    assert answers[:4] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("num_halves", [3, 60, 2**40])
+def test_a_rule_about_samples_keeps_an_id_if_it_keeps_one_of_its_rows(num_halves):
+    rng = np.random.default_rng(num_halves)
+    high, low = rng.integers(0, num_halves, 400, np.uint64), rng.integers(0, 4, 400, np.uint64)
+    is_valid, keep = rng.random(400) < 0.9, rng.random(400) < 0.3
+    pool = Pool(np.where(is_valid, high, 0), np.where(is_valid, low, 0), is_valid, {}, {}, {})
+    shared = over_uids({Leaf("rule"): keep & is_valid}, pool)[Leaf("rule")]
+    kept = {(high[i], low[i]) for i in np.flatnonzero(keep & is_valid)}
+    assert shared.tolist() == [bool(is_valid[i] and (high[i], low[i]) in kept) for i in range(400)]
 
 
 def test_the_report_counts_and_shows_pictures(pool, tmp_path, write_shard):
