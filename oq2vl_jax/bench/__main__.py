@@ -7,7 +7,8 @@ data      the loader: rows/s alone, and what a step waits for it
 packing   bin assignment alone
 pack      tars to packed rows, end to end, against the published approach
 rows      reading packed rows: random access and decoding
-filter    uid membership and a filter expression over metadata
+filter    uid membership and a filter expression over metadata, with the peak memory
+reshard   tars to the samples that were kept
 tuning    packed conversations against padded batches
 decode    generation, against transformers' generate on the exported model
 report    everything that a device can tell, in one command and one page
@@ -21,7 +22,7 @@ from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
-NAMES = ("step", "plan", "fits", "data", "packing", "pack", "rows", "filter", "tuning", "decode", "report")
+NAMES = ("step", "plan", "fits", "data", "packing", "pack", "rows", "filter", "reshard", "tuning", "decode", "report")
 """Modules of oq2vl_jax.bench; only the chosen one is imported. Each binds OPTIONS and measure, some show, exit_code."""
 
 
@@ -48,14 +49,15 @@ def print_table(results: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*results[0], box=None)
+    def shown(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
+        return str(value)
+
+    columns = list(dict.fromkeys(name for result in results for name in result))
+    table = Table(*columns, box=None)
     for result in results:
-        table.add_row(
-            *(
-                f"{v:,.4g}" if isinstance(v, float) and v < 100 else f"{v:,.0f}" if isinstance(v, float) else str(v)
-                for v in result.values()
-            )
-        )
+        table.add_row(*(shown(result.get(name, "-")) for name in columns))
     Console(width=160).print(table)
 
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from oq2vl_jax.bench import filter, pack, packing, rows
+from oq2vl_jax.bench import filter, pack, packing, reshard, rows
 from oq2vl_jax.bench.photo_shards import write_photo_shards
 
 
@@ -42,6 +42,12 @@ def test_packing_end_to_end_and_the_published_approach_keep_every_sample(byte_to
 def test_reading_rows(byte_tokenizer_folder):
     results = rows.measure(rows.Rows(byte_tokenizer_folder, num_samples=20, repeats=1))
     assert all(result["per_second"] > 0 for result in results)
+
+
+def test_resharding():
+    (result,) = reshard.measure(reshard.Reshard(num_shards=2, samples_per_shard=50, kept_share=0.5, num_workers=1))
+    assert result["samples"] == 100
+    assert 25 < result["kept"] < 75
 
 
 def test_filtering():
