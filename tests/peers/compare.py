@@ -3,8 +3,10 @@
 A side that ends early, for want of memory say, is named and the others are compared.
 
 Each side has the machine to itself when it is its turn: a process that is started, warmed up, timed for some steps and
-ended, in two rounds or more. (Side by side, waiting processes held so much memory that ours lost a third of its speed.)
-Prints the median seconds of a step, how many times as fast ours is, and the first losses beside what our model says.
+ended, in three rounds. (Side by side, waiting processes held so much memory that ours lost a third of its speed.) It
+prints the median and the least seconds of a step, how many times as fast ours is, and the first losses beside what our
+model says. On a CPU every round also measures the machine: the step's products alone, by jax and by PyTorch, and a copy
+(machine.py). The share of a step that its products alone would take holds from machine to machine better than a ratio.
 """
 
 import argparse
@@ -15,16 +17,19 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 from oq2vl_jax.runtime import set_environment
+from tests.peers.machine import LIBRARIES
 
 SIDES = ("ours", "published", "best")
+NOT_INSTALLED = "is left out: it needs the packages torch and transformers"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default="configs/bench_mid.py")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn")
     parser.add_argument("--global-rows", type=int)
     parser.add_argument("--json", action="store_true")
@@ -40,7 +45,9 @@ def main() -> None:
 def compare(config: str, rounds: int, global_rows: int | None = None, steps: int = 3) -> dict:
     """Median seconds and first losses of each side, and how many times as fast ours is."""
     more = ["--global-rows", str(global_rows)] if global_rows else []
-    about, first, failed, seconds = {}, {}, {}, {side: [] for side in SIDES}
+    about, first, seconds = {}, {}, {side: [] for side in SIDES}
+    failed = {} if find_spec("torch") and find_spec("transformers") else dict.fromkeys(SIDES[1:], NOT_INSTALLED)
+    machine: dict[str, list[dict]] = {library: [] for library in LIBRARIES if find_spec(library)}
     for _ in range(rounds):
         for side in (side for side in SIDES if side not in failed):
             worker = subprocess.Popen(
@@ -57,6 +64,9 @@ def compare(config: str, rounds: int, global_rows: int | None = None, steps: int
             finally:
                 worker.kill()
                 worker.wait()
+        if about["ours"]["device"] == "cpu":
+            for library, found in machine.items():
+                found.append(products_alone(config, library, more))
     if "ours" in failed:
         raise SystemExit(f"our own side {failed['ours']}; its error stands above")
     medians = {side: statistics.median(values) for side, values in seconds.items() if side not in failed}
@@ -68,7 +78,26 @@ def compare(config: str, rounds: int, global_rows: int | None = None, steps: int
         "median_seconds": medians,
         "times_as_fast": {side: medians[side] / medians["ours"] for side in medians if side != "ours"},
         "failed": failed,
+        "machine": machine_figures(machine, medians["ours"]) if machine["jax"] else None,
     }
+
+
+def products_alone(config: str, library: str, more: list[str]) -> dict:
+    command = [sys.executable, "-m", "tests.peers.machine", config, library, *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine_figures(found: dict[str, list[dict]], step_seconds: float) -> dict:
+    """Medians over the rounds. share: of our step, the seconds of its products alone by the faster library."""
+    figures = {}
+    for library, rounds in found.items():
+        figures[library] = {
+            name: statistics.median(found[name] for found in rounds) for name, value in rounds[0].items()
+            if isinstance(value, float)
+        } | {"slowest": rounds[0]["slowest"]}  # fmt: skip
+    least = min(figures[library]["seconds"] for library in found)
+    return figures | {"share": least / step_seconds}
 
 
 def ask(worker: subprocess.Popen, word: str | None = None) -> dict:
@@ -179,7 +208,18 @@ def table(result: dict) -> str:
         ratio = f"  ours is {result['times_as_fast'][side]:.2f} times as fast" if side != "ours" else ""
         loss = result["first_loss"][side]
         expected = f" (by our model {result['expected_loss'][side]:.6f})" if side != "ours" else ""
-        lines.append(f"{side:10s} {seconds:8.3f} s a step{ratio}; loss {loss:.6f}{expected}")
+        least = min(result["seconds"][side])
+        lines.append(f"{side:10s} {seconds:8.3f} s a step (least {least:.3f}){ratio}; loss {loss:.6f}{expected}")
+    if machine := result["machine"]:
+        for library in LIBRARIES:
+            if (found := machine.get(library)) is None:
+                continue
+            lines.append(
+                f"products of the step alone, by {library}: {found['seconds']:.3f} s, {found['gflops']:.0f} GFLOP/s; "
+                f"slowest {found['slowest_gflops']:.0f} ({found['slowest']})"
+            )
+        copied = machine["jax"]["copy_gb_per_second"]
+        lines.append(f"copy {copied:.1f} GB/s; the products are {machine['share']:.0%} of our step")
     return "\n".join([*lines, *(f"{side} {why}" for side, why in result["failed"].items())])
 
 
