@@ -9,6 +9,7 @@ pack      tars to packed rows, end to end, against the published approach
 rows      reading packed rows: random access and decoding
 filter    uid membership and a filter expression over metadata, with the peak memory
 reshard   tars to the samples that were kept
+quality   steps and seconds of training until the held-out loss reaches a target
 tuning    packed conversations against padded batches
 decode    generation, against transformers' generate on the exported model
 report    everything that a device can tell, in one command and one page
@@ -22,7 +23,7 @@ from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
-NAMES = ("step", "plan", "fits", "data", "packing", "pack", "rows", "filter", "reshard", "tuning", "decode", "report")
+NAMES = ("step", "plan", "fits", "data", "packing", "pack", "rows", "filter", "reshard", "quality", "tuning", "decode", "report")
 """Modules of oq2vl_jax.bench; only the chosen one is imported. Each binds OPTIONS and measure, some show, exit_code."""
 
 
