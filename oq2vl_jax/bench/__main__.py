@@ -23,7 +23,21 @@ from oq2vl_jax.bounds import parse
 from oq2vl_jax.errors import UserError, hint, run_command
 
 PROG = "python -m oq2vl_jax.bench"
-NAMES = ("step", "plan", "fits", "data", "packing", "pack", "rows", "filter", "reshard", "quality", "tuning", "decode", "report")
+NAMES = (
+    "step",
+    "plan",
+    "fits",
+    "data",
+    "packing",
+    "pack",
+    "rows",
+    "filter",
+    "reshard",
+    "quality",
+    "tuning",
+    "decode",
+    "report",
+)
 """Modules of oq2vl_jax.bench; only the chosen one is imported. Each binds OPTIONS and measure, some show, exit_code."""
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 from tyro.conf import Positional
 
+from oq2vl_jax.bench.report_runner import last_line
 from oq2vl_jax.bounds import Between, Count, Seed, SmallCount, check_bounds
 from oq2vl_jax.config import TrainConfig
 from oq2vl_jax.config_files import load_config, to_json, with_changes
@@ -124,7 +125,7 @@ def trained(config: TrainConfig, target: float) -> Reached:
                 process.kill()
                 process.wait()
         if code and reached.steps == NEVER:
-            raise UserError(f"the training ended with exit code {code}: {(folder / 'log').read_text().strip()[-600:]}")
+            raise UserError(f"the training ended with exit code {code}: {last_line(folder / 'log')}")
     return reached
 
 
