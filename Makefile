@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slurm test-matrix docs test-plan bench-peers bridge-full-size works-with lint clean-demo
+.PHONY: demo test test-slurm test-matrix docs test-plan bench-peers bench-peers-jax bridge-full-size works-with lint clean-demo
 
 # Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
@@ -68,10 +68,33 @@ test-slurm: .venv/.test-installed
 works-with: .venv/.test-installed
 	$(BIN)/python -m tests.works_with.compare
 
-# Our step against PyTorch's on whatever device is here, same weights and rows, in turns: about 5 minutes on two cores.
+# Our step against PyTorch's on whatever device is here, same weights and rows, in turns: about 8 minutes on two cores.
 bench-peers: export GLIBC_TUNABLES := $(MALLOC)
 bench-peers: .venv/.test-installed
 	$(BIN)/python -m tests.peers.compare configs/bench_mid.py
+
+# Our step against MaxText's and EasyDeL's on a CPU, the same rows of text, in turns, each in an environment of its own:
+# 5 GB, Python 3.12 and 3.11, about 10 minutes on two cores after the installation.
+PEERS := build/peers
+PYTHON312 ?= python3.12
+PYTHON311 ?= python3.11
+bench-peers-jax: export GLIBC_TUNABLES := $(MALLOC)
+bench-peers-jax: .venv/.test-installed $(PEERS)/maxtext/.installed $(PEERS)/easydel/.installed
+	$(BIN)/python -m tests.peers.compare_jax --python maxtext=$(PEERS)/maxtext/bin/python \
+	    --python easydel=$(PEERS)/easydel/bin/python
+
+$(PEERS)/maxtext/.installed: tests/peers/maxtext.txt
+	$(PYTHON312) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement tests/peers/maxtext.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps maxtext==0.2.5
+	touch $@
+
+# It asks for jax 0.9, which ours does not support; the last line installs the jax of the tests, with which it runs too.
+$(PEERS)/easydel/.installed:
+	$(PYTHON311) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet torch==2.13.0 easydel==0.3.0 pillow tyro
+	$(@D)/bin/python -m pip install --quiet --no-deps jax==0.10.2 jaxlib==0.10.2
+	touch $@
 
 lint: .venv/.test-installed
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
