@@ -39,11 +39,12 @@ COMMANDS = {
     "convert.to_prismatic": ("ToPrismaticConfig", ["none", "--out", "x"]),
 } | {
     f"oq2vl_jax.bench.{name}": ("OPTIONS", {"pack": ["--tokenizer", "none"], "rows": ["--tokenizer", "none"],
-                                                   "plan": ["none"], "report": ["--out", "x"]}.get(name, []))
+                                                   "plan": ["none"], "report": ["--out", "x"],
+                                                   "quality": ["none", "--target", "1"]}.get(name, []))
     for name in NAMES
 }  # fmt: skip
 ZERO_MEANS = {
-    "seed", "top_k", "rank", "num_pictures", "kernels", "warmup_steps", "process_id", "image_token_id", "port",
+    "seed", "first_seed", "top_k", "rank", "num_pictures", "kernels", "warmup_steps", "process_id", "image_token_id", "port",
     "num_samples", "num_workers", "max_distance", "gpus_per_worker",
 }  # fmt: skip
 
