@@ -44,8 +44,8 @@ COMMANDS = {
     for name in NAMES
 }  # fmt: skip
 ZERO_MEANS = {
-    "seed", "first_seed", "top_k", "rank", "num_pictures", "kernels", "warmup_steps", "process_id", "image_token_id", "port",
-    "num_samples", "num_workers", "max_distance", "gpus_per_worker",
+    "seed", "first_seed", "top_k", "rank", "num_pictures", "kernels", "warmup_steps", "process_id", "image_token_id",
+    "port", "num_samples", "num_workers", "max_distance", "gpus_per_worker",
 }  # fmt: skip
 
 
