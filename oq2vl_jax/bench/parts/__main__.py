@@ -40,11 +40,10 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 
 WITHOUT_GRAPHS = {"--xla_gpu_enable_command_buffer": ""}
 """Turns CUDA graphs off: a profile does not name the kernels that they start."""
-FLAGS = {
-    "profile": WITHOUT_GRAPHS,
-    "exactness": WITHOUT_TRITON_PRODUCTS,
-    "exactness_step": WITHOUT_TRITON_PRODUCTS,
-}
+FLAGS = {"profile": WITHOUT_GRAPHS} | dict.fromkeys(
+    ("exactness", "exactness_step", "learning"), WITHOUT_TRITON_PRODUCTS
+)
+"""XLA flags of parts. Parts b and g look at numbers, not at times, and need not tune their products."""
 
 
 def main() -> None:
