@@ -7,17 +7,15 @@ one library in a process of its own and prints JSON; compare.py does so in every
 import argparse
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from oq2vl_jax.bench.parts.setting import median_seconds
 from oq2vl_jax.config import TrainConfig
 
 LIBRARIES = ("jax", "torch")
-REPEATS = 5
 FORMS = {"forward": "tk,kn->tn", "input": "tn,kn->tk", "kernel": "tk,tn->kn"}
 """The product of a linear map, and those of its gradients by its input and by its kernel."""
 
@@ -77,23 +75,12 @@ def products_of(config: TrainConfig, num_images: float, num_labelled: float) -> 
     ]
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Median seconds of a product, after one that compiles."""
-    run()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
 def measured(products: list[Product], library: str) -> dict[str, float]:
     """{"seconds": of all products of a step, "gflops": their rate, "slowest": the rate of the slowest form, ..}."""
     rng, seconds = np.random.default_rng(0), []
     for product in products:
         arrays = [rng.standard_normal(shape, np.float32) for shape in product.shapes]
-        seconds.append(seconds_of(product_by(library, FORMS[product.form], arrays)))
+        seconds.append(median_seconds(product_by(library, FORMS[product.form], arrays)))
     total = sum(product.times * spent for product, spent in zip(products, seconds, strict=True))
     flops = sum(product.times * product.flops for product in products)
     slowest = min(zip(products, seconds, strict=True), key=lambda pair: pair[0].flops / pair[1])

@@ -88,6 +88,12 @@ def compared(label: str, names: list[Attention], documents: Any, arrays: list[An
     return rows
 
 
+def with_two_layers(config: TrainConfig) -> TrainConfig:
+    decoder = dataclasses.replace(config.model.decoder, num_layers=2)
+    vision = dataclasses.replace(config.model.vision, num_layers=3)  # two blocks run
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder, vision=vision))
+
+
 def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
     """Returns errors of the fast step's loss and gradients, two layers at full width, against the plain float32 path.
 
@@ -104,14 +110,9 @@ def step_errors(config: TrainConfig) -> list[dict[str, Any]]:
     from oq2vl_jax.train.parts import split_trainable
     from oq2vl_jax.trees import merge_parts, named_arrays
 
-    model_config = dataclasses.replace(
-        config.model,
-        decoder=dataclasses.replace(config.model.decoder, num_layers=2),
-        vision=dataclasses.replace(config.model.vision, num_layers=3),  # two blocks run
-    )
-    config = dataclasses.replace(config, model=model_config)
+    config = with_two_layers(config)
     mesh, rows = make_mesh(config.mesh), make_rows(config, 1)
-    model, batch = jax.jit(lambda key: OpenQwen2VL(key, model_config))(jax.random.key(0)), to_global_batch(rows, mesh)
+    model, batch = jax.jit(lambda key: OpenQwen2VL(key, config.model))(jax.random.key(0)), to_global_batch(rows, mesh)
     trained, frozen = split_trainable(model, config)
 
     def plain(dtype: str) -> Any:
