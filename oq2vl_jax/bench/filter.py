@@ -20,6 +20,7 @@ import numpy as np
 
 from oq2vl_jax.bounds import Count, Seed, Share
 from oq2vl_jax.data.samples.uids import UidSet
+from oq2vl_jax.errors import UserError
 from oq2vl_jax.memory import check_fits, host_bytes
 
 ROWS_PER_FILE = 500_000
@@ -53,6 +54,8 @@ OPTIONS = Filter
 
 def measure(config: Filter) -> list[dict]:
     parent = config.folder or tempfile.gettempdir()
+    if not os.path.isdir(parent):
+        raise UserError(f"--folder {parent}: no such folder.")
     label, number = f"metadata of {config.num_rows:,} rows", config.num_rows
     check_fits(label, BYTES_PER_ROW * number, host_bytes(), "this machine", "take fewer --num-rows")
     free = shutil.disk_usage(parent).free

@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from oq2vl_jax.bench import filter, pack, packing, reshard, rows
 from oq2vl_jax.bench.photo_shards import write_photo_shards
+from oq2vl_jax.errors import UserError
 
 
 def test_bin_assignment_as_json():
@@ -48,6 +51,11 @@ def test_resharding():
     (result,) = reshard.measure(reshard.Reshard(num_shards=2, samples_per_shard=50, kept_share=0.5, num_workers=1))
     assert result["samples"] == 100
     assert 25 < result["kept"] < 75
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        filter.measure(filter.Filter(num_rows=10, folder=str(tmp_path / "none")))
 
 
 def test_filtering():

@@ -1,7 +1,7 @@
 """Gradients are summed over tokens in float32, also where activations are bfloat16.
 
 XLA widens such sums on CPUs and before Hopper, so that results here do not tell. On an H200 it does not: there the
-worst gradient of a norm differed by 33 % of its largest value. So the traced program is read.
+worst gradient of a step differed by 33 % of its largest value. So the traced program is read.
 """
 
 import dataclasses
