@@ -1,7 +1,8 @@
 """Profiles some steps and adds up the time of their operations by part of the model.
 
 Parts are named scopes (jax.named_scope). A fused operation carries the scope of its root, so shares are of operations,
-not of lines of code. On a CPU, times add up over threads.
+not of lines of code. On a CPU, times add up over threads, and the gradient of a kernel, which XLA multiplies on other
+threads, counts only until it is started.
 """
 
 import re
@@ -9,6 +10,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import jax
@@ -66,18 +68,28 @@ def operation_lines(profile: Any) -> list:
 
 
 def scopes_of(text: str) -> dict[str, str]:
-    """Returns {operation: scopes it was traced in} from the text of a compiled program."""
-    return dict(re.findall(r"%?([\w.\-]+) = [^\n]*?op_name=\"([^\"]*)\"", text))
+    """Returns {operation: scopes it was traced in} from the text of a compiled program. An operation that the compiler
+    made without scopes, such as a product that it rewrote, gets the part that most of its computation belongs to."""
+    scopes = {}
+    for computation in re.split(r"\n}\n", text):
+        traced = dict(re.findall(r"^ *(?:ROOT )?%?([\w.\-]+) = .*?op_name=\"([^\"]*)\"", computation, re.MULTILINE))
+        parts = [named_part(scope) or "" for scope in traced.values()]
+        names = re.findall(r"^ *(?:ROOT )?%?([\w.\-]+) = ", computation, re.MULTILINE)
+        scopes |= dict.fromkeys(names, mode(parts) if parts else "") | traced
+    return scopes
 
 
 def part_of(operation: str, scope: str) -> str:
     """Returns one of PARTS, collectives, matmul (the decoder's other products) or other."""
     if COLLECTIVE.search(operation):
         return "collectives"
-    for part in PARTS:
-        if re.search(rf"\b{part}\b", scope):
-            return part
+    if part := named_part(scope):
+        return part
     return "matmul" if PRODUCT.search(scope) or PRODUCT.search(operation) else "other"
+
+
+def named_part(scope: str) -> str | None:
+    return next((part for part in PARTS if re.search(rf"\b{part}\b", scope)), None)
 
 
 def own_times(line) -> list[tuple[str, float]]:
