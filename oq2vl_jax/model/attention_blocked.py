@@ -23,10 +23,8 @@ from jaxtyping import Array, Float, Int
 HIDDEN_SCORE = -1e30
 """Score of a masked key; finite, so that a query whose keys are all masked gives no NaN."""
 
-
-def block_size(num_tokens: int) -> int:
-    """Returns the tokens per block. Small blocks skip more, large ones multiply faster (docs/experiments.md)."""
-    return 64 if num_tokens <= 512 else 128
+BLOCK_SIZE = 64
+"""Tokens per block. Small blocks skip more, large ones multiply faster (docs/experiments.md)."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -95,7 +93,7 @@ class _Blocks:
         self.batch, self.num_tokens, num_heads, self.head_dim = q.shape
         self.num_kv_heads = k.shape[2]
         self.groups = num_heads // self.num_kv_heads
-        self.size = min(size or block_size(self.num_tokens), self.num_tokens)
+        self.size = min(size or BLOCK_SIZE, self.num_tokens)
         self.num_blocks = -(-self.num_tokens // self.size)
         self.padding = self.num_blocks * self.size - self.num_tokens
         self.scale = self.head_dim**-0.5
