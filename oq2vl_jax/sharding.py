@@ -120,7 +120,7 @@ def reduce_gradients(gradients: Any, dims: Any, dims_of_whole: Any, mesh: Mesh) 
 
     def reduce(x: jax.Array, dim: int, dim_of_whole: int) -> jax.Array:
         if dim == WHOLE:
-            return jax.lax.psum(x, ROW_AXES)
+            return jax.lax.psum(x, ROW_AXES) if mesh.size > 1 else x  # of one device, XLA would copy x
         if dim_of_whole != WHOLE:
             x = scattered_sum(x, dim)
         return jax.lax.psum(x, "data") if mesh.shape["data"] > 1 else x
