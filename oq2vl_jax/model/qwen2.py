@@ -100,6 +100,12 @@ class Qwen2Attention(nnx.Module):
         return self.o_proj(attended), LayerCache(k, v)
 
 
+@partial(jax.checkpoint, prevent_cse=False)
+def gated(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    """Returns silu(gate) * up. The backward pass computes it again: keeping its parts costs more than exp."""
+    return jax.nn.silu(gate) * up
+
+
 class Qwen2MLP(nnx.Module):
     def __init__(self, key: Array, config: DecoderConfig):
         width, hidden, std = config.hidden_size, config.intermediate_size, init_std(config)
@@ -115,7 +121,7 @@ class Qwen2MLP(nnx.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(gated(gate, up))
 
 
 class Qwen2Layer(nnx.Module):
