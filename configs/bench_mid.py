@@ -9,6 +9,7 @@ make bench-peers compares it with PyTorch. A caption has 225 visual tokens here,
 from oq2vl_jax.config import (
     DataConfig,
     DecoderConfig,
+    ExecutionConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -36,7 +37,8 @@ config = TrainConfig(
     optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01),
     num_steps=100,
     global_batch_size=2,
-    rows_per_device=1,
+    rows_per_device=2,
     run_dir="runs/bench_mid",
     compute_dtype="float32",
+    execution=ExecutionConfig(gate_up="apart"),  # of a fused product, a CPU would join and cut the gradients
 )
