@@ -16,11 +16,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 
 from oq2vl_jax.runtime import set_environment
 from tests.peers.machine import LIBRARIES
+from tests.peers.outcome import untried, why_it_ended
 
 SIDES = ("ours", "published", "best")
 NOT_INSTALLED = "is left out: it needs the packages torch and transformers"
@@ -50,25 +52,26 @@ def compare(config: str, rounds: int, global_rows: int | None = None, steps: int
     machine: dict[str, list[dict]] = {library: [] for library in LIBRARIES if find_spec(library)}
     for _ in range(rounds):
         for side in (side for side in SIDES if side not in failed):
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "tests.peers.compare", config, "--side", side, *more],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            try:
-                about[side], first[side] = ask(worker), ask(worker, "step")  # compiles
-                ask(worker, "step")
-                seconds[side] += [ask(worker, "step")["seconds"] for _ in range(steps)]
-            except (EOFError, BrokenPipeError):
-                failed[side] = f"ended before its turn was over, exit code {worker.wait()}"
-                print(f"{side} {failed[side]}; its error stands above", file=sys.stderr)
-            finally:
-                worker.kill()
-                worker.wait()
+            command = [sys.executable, "-m", "tests.peers.compare", config, "--side", side, *more]
+            with tempfile.TemporaryFile("w+", errors="replace") as words:
+                pipe = subprocess.PIPE
+                worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=words, text=True)
+                try:
+                    about[side], first[side] = ask(worker), ask(worker, "step")  # compiles
+                    ask(worker, "step")
+                    seconds[side] += [ask(worker, "step")["seconds"] for _ in range(steps)]
+                except (EOFError, BrokenPipeError):
+                    exit_code = worker.wait()
+                    words.seek(0)
+                    failed[side] = why_it_ended(exit_code, words.read())
+                finally:
+                    worker.kill()
+                    worker.wait()
         if about["ours"]["device"] == "cpu":
             for library, found in machine.items():
                 found.append(products_alone(config, library, more))
     if "ours" in failed:
-        raise SystemExit(f"our own side {failed['ours']}; its error stands above")
+        raise SystemExit(f"our own side {failed['ours']}")
     medians = {side: statistics.median(values) for side, values in seconds.items() if side not in failed}
     return {
         "about": about,
@@ -195,11 +198,16 @@ def expected_losses(config, mesh, rows, model) -> dict:
 
 def torch_step(side, config, rows, arrays):
     import torch
+    import transformers
 
     from tests.peers.torch_step import TorchStep
 
     peer = TorchStep(config, arrays, is_best=side == "best")
-    return lambda: peer.step(rows), {"device": peer.device, "torch": torch.__version__}
+    return lambda: peer.step(rows), {
+        "device": peer.device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def table(result: dict) -> str:
@@ -220,6 +228,8 @@ def table(result: dict) -> str:
             )
         copied = machine["jax"]["copy_gb_per_second"]
         lines.append(f"copy {copied:.1f} GB/s; the products are {machine['share']:.0%} of our step")
+    others = [about for side, about in result["about"].items() if side != "ours"]
+    lines += untried(others[0]) if others else []
     return "\n".join([*lines, *(f"{side} {why}" for side, why in result["failed"].items())])
 
 

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from oq2vl_jax.config_files import load_config
+from tests.peers.outcome import untried, why_it_ended
 from tests.peers.step_ours import CONFIG
 from tests.peers.text_rows import write_text_rows
 
@@ -59,10 +60,13 @@ def compared(labelled: float, pythons: dict[str, str], rounds: int, steps: int) 
 
 def ran(command: list[str]) -> dict:
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        return {"failed": f"does not start ({error}); the others are compared"}
+    try:
         return json.loads(done.stdout.splitlines()[-1])
-    except (OSError, IndexError, ValueError) as error:
-        return {"failed": f"{command[0]} {command[1]} ended without figures ({error}); its own words stand above"}
+    except (IndexError, ValueError):
+        return {"failed": why_it_ended(done.returncode, done.stderr)}
 
 
 def merged(before: dict | None, found: dict) -> dict:
@@ -84,6 +88,7 @@ def table(share: str, sides: dict[str, dict]) -> str:
             f"{side:20s} {found['median']:7.2f} s a step (least {min(found['seconds']):.2f}){ratio}; "
             f"loss {found['first_loss']:.3f}, jax {found['jax']}; {found['masks']}"
         )
+        lines += untried({side: found["version"]} if "version" in found else {})
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "EASYDEL_AUTO": "false", "WANDB_MODE": "disabled"}
 
@@ -84,7 +85,7 @@ def main():
             )
             losses.append(float(metrics.loss))
             seconds.append(time.perf_counter() - start)
-    found = {"first_loss": losses[0], "seconds": seconds[1:], "jax": jax.__version__}
+    found = {"first_loss": losses[0], "seconds": seconds[1:], "jax": jax.__version__, "version": version("easydel")}
     print(json.dumps(found | {"masks": "documents apart by a MaskInfo; logits of every position"}), file=stdout)
 
 

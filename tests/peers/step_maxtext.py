@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE", "TF_CPP_MIN_LOG_LEVEL": "2"}
 
@@ -77,7 +78,7 @@ def main():
             losses.append(float(metrics["scalar"]["learning/loss"]))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
-    found = {"first_loss": losses[0], "seconds": seconds[1:], "jax": jax.__version__}
+    found = {"first_loss": losses[0], "seconds": seconds[1:], "jax": jax.__version__, "version": version("maxtext")}
     print(json.dumps(found | {"masks": "documents apart; logits of every position"}), file=stdout)
 
 
