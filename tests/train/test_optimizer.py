@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from oq2vl_jax.config import OptimizerConfig, ScheduleConfig, TrainableConfig
-from oq2vl_jax.train.optimizer import decay_mask, make_optimizer
+from oq2vl_jax.train.optimizer import clip_by_global_norm, decay_mask, make_optimizer
 from oq2vl_jax.train.parts import split_trainable
 from oq2vl_jax.train.schedule import SCHEDULES, at_learning_rates, make_schedule
 from oq2vl_jax.trees import merge_parts, named_arrays
 from tests.train.conftest import TINY, tiny_model
 
 ADAMW_TOLERANCE = 2e-6  # absolute, on parameters of size 1 after 20 steps; measured 9.5e-7
+
+SHAPES = {"kernel": (5, 7), "bias": (7,)}
+CLIPPINGS = (clip_by_global_norm, optax.clip_by_global_norm)
+CLIP_TOLERANCE = 3e-7  # relative; one rounding at most, measured 0
 
 
 def scheduled(num_steps, rate=1.0, **options):
@@ -75,6 +79,17 @@ def test_adamw_with_clipping_equals_torch():
     worst = max(np.abs(value - tensors[name].detach().numpy()).max() for name, value in named_arrays(model).items())
     print(f"AdamW: largest difference {worst:.1e}")
     assert worst < ADAMW_TOLERANCE
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e30, np.inf, np.nan])
+def test_clipping_is_that_of_optax_but_for_rounding(size):
+    rng = np.random.default_rng(3)
+    gradients = {name: jnp.asarray(size * rng.standard_normal(shape), jnp.float32) for name, shape in SHAPES.items()}
+    ours, theirs = (kind(1.0).update(gradients, optax.EmptyState())[0] for kind in CLIPPINGS)
+    for name in SHAPES:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=CLIP_TOLERANCE)
+        if size < 0.1:
+            assert np.array_equal(ours[name], gradients[name])
 
 
 @pytest.mark.parametrize("parts", [("projector", "decoder"), ("vision", "projector", "decoder"), ("projector",)])
