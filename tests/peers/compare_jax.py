@@ -4,7 +4,7 @@
 
 Every peer runs in turns with ours, each alone in a process of the peer's environment, so that both have the same jax.
 Rows of configs/bench_mid.py without pictures: 25 % of the positions are labelled, then all. Weights are random and
-differ, so first losses only have to be near each other. A peer that does not run is named, and the others are printed.
+differ, and first losses with them. A peer that does not run is named, and the others are printed.
 """
 
 import argparse
