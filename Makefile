@@ -6,8 +6,9 @@ DEMO := demo
 .PHONY: demo test test-slurm test-matrix docs test-plan bench-peers bench-peers-jax bridge-full-size works-with lint clean-demo
 
 # Large temporaries of XLA's CPU backend come from malloc: keeping them mapped, in huge pages, saves a quarter of a step or more.
-# One arena: others map temporaries anew for every step, which costs a seventh of the time; it takes more memory (2 GB -> 7).
-MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000:glibc.malloc.arena_max=1
+# One arena keeps temporaries of 2 GB mapped (bench_mid: a seventh of the mean step); the demo's small step takes 1.17 times as long.
+MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000
+ONE_ARENA := :glibc.malloc.arena_max=1
 demo: export GLIBC_TUNABLES := $(MALLOC)
 demo: .venv/.demo-installed
 	$(BIN)/python -m oq2vl_jax.demo.easy_vqa --out $(DEMO)/data
@@ -70,7 +71,7 @@ works-with: .venv/.test-installed
 	$(BIN)/python -m tests.works_with.compare
 
 # Our step against PyTorch's on whatever device is here, same weights and rows, in turns: about 8 minutes on two cores.
-bench-peers: export GLIBC_TUNABLES := $(MALLOC)
+bench-peers: export GLIBC_TUNABLES := $(MALLOC)$(ONE_ARENA)
 bench-peers: .venv/.test-installed
 	$(BIN)/python -m tests.peers.compare configs/bench_mid.py
 
@@ -79,7 +80,7 @@ bench-peers: .venv/.test-installed
 PEERS := build/peers
 PYTHON312 ?= python3.12
 PYTHON311 ?= python3.11
-bench-peers-jax: export GLIBC_TUNABLES := $(MALLOC)
+bench-peers-jax: export GLIBC_TUNABLES := $(MALLOC)$(ONE_ARENA)
 bench-peers-jax: .venv/.test-installed $(PEERS)/maxtext/.installed $(PEERS)/easydel/.installed
 	$(BIN)/python -m tests.peers.compare_jax --python maxtext=$(PEERS)/maxtext/bin/python \
 	    --python easydel=$(PEERS)/easydel/bin/python
